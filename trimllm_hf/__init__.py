@@ -1,0 +1,23 @@
+"""Drop the least important layers of a Hugging Face model while it is fine-tuned: TrimLLM for the Trainer."""
+
+from .auto import trim_like
+from .callback import TrimCallback
+from .config import TrimConfig
+from .importance import register_importance, score_layers
+from .layer_map import LayerMap
+from .surgery import drop_layers
+from .trainer import TrimTrainer, TrimTrainerMixin
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "LayerMap",
+    "TrimCallback",
+    "TrimConfig",
+    "TrimTrainer",
+    "TrimTrainerMixin",
+    "drop_layers",
+    "register_importance",
+    "score_layers",
+    "trim_like",
+]

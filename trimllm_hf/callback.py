@@ -1,0 +1,285 @@
+"""`TrimCallback`: drops layers while a Trainer trains, one line in a script."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from .calibration import Batch, calibration_batches, draw
+from .config import TrimConfig
+from .engines import Engine, attach
+from .importance import needs_data, score_layers
+from .layer_map import LayerMap
+from .schedule import Plan, layers_due, plan_drops
+from .stack import find_stack
+from .surgery import plan_drop
+
+logger = logging.get_logger("transformers.trimllm_hf")  # below transformers' logger: its verbosity and handlers
+
+
+class TrimCallback(TrainerCallback, ExportableState):
+    """Drops the least important layers of the model while it is fine-tuned.
+
+    `Trainer(callbacks=[TrimCallback(TrimConfig(target_layers=16))])` is all that a script needs, in one process and under
+    DistributedDataParallel, with `Trainer` and its subclasses. The kept-layer map goes into `model.config.trim`, the
+    checkpoints' trainer_state.json, and the logs (`trim/num_layers`, `trim/parameters`, `trim/score`).
+
+    Args:
+        config: The settings (or, as a Trainer hands them back on resume, a dict of them).
+        trainer: The Trainer, if it is at hand; else it is looked up when training begins.
+        calibration_dataset: Examples to score layers by, processed like the training set. Without it, `TrimTrainer` sets
+            training examples aside; under another Trainer they are drawn from the training set, which still trains on
+            them. Never the evaluation set.
+
+    Raises:
+        ValueError: When training begins, before anything is changed: on a target that the model or the plan cannot
+            reach, a model or engine that cannot be trimmed, or a resumed checkpoint that keeps other layers than the
+            model.
+    """
+
+    def __init__(
+        self,
+        config: TrimConfig | dict[str, Any],
+        trainer: Trainer | None = None,
+        calibration_dataset: Any = None,
+    ) -> None:
+        self.config = config if isinstance(config, TrimConfig) else TrimConfig(**config)
+        self.trainer = trainer
+        self.calibration_dataset = calibration_dataset
+        self.layer_map: LayerMap | None = None
+        self.start_num_layers: int | None = None  # depth when this run began: the plan counts from it
+        self.plan: Plan = {}
+        self.calibration_given = calibration_dataset is not None
+        self._engine: Engine | None = None
+        self._watched: weakref.ref[nn.Module] | None = None
+        self._batches: list[Batch] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What trainer_state.json holds: the settings, the map, and where the run began."""
+        return {
+            "args": {"config": asdict(self.config)},
+            "attributes": {
+                "layer_map": None if self.layer_map is None else self._plain_map(),
+                "start_num_layers": self.start_num_layers,
+                "calibration_given": self.calibration_given,
+            },
+        }
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Watch the model, so that weights of another depth are refused instead of loaded by index."""
+        needs_data(self.config.importance)  # raises on an unknown name
+        if kwargs["model"] is not None:
+            self._watch(kwargs["model"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check everything that can be checked, make the plan, and drop what is due before the first step."""
+        self.trainer = trainer = self.trainer or find_trainer(self)
+        model = unwrapped(trainer)
+        self._watch(model)
+        saved = state.stateful_callbacks.get(type(self).__name__) or self.state()
+        state.stateful_callbacks[type(self).__name__] = saved  # a checkpoint that was saved without this callback
+        self._restore(saved["attributes"], model, state)
+        assert self.layer_map is not None and self.start_num_layers is not None
+        target = self.config.resolve_target(self.layer_map.base_num_layers, self.layer_map.num_layers)
+        self.plan = plan_drops(
+            self.config, self.start_num_layers, target, state.max_steps, _steps_per_epoch(args, kwargs["train_dataloader"])
+        )
+        self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
+        if self.plan:
+            self._check_plan(model, target)
+            self._batches = self._calibration_batches(args, kwargs["train_dataloader"])
+        self._drop_what_is_due(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Drop what is due after this optimizer step."""
+        self._drop_what_is_due(state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let go of the calibration batches and of the engine's references."""
+        self._batches = self._engine = None
+
+    def _restore(self, attributes: dict[str, Any], model: nn.Module, state: TrainerState) -> None:
+        """Take up the run that the checkpoint holds; a run that starts now begins with the model's own map."""
+        of_model = LayerMap.from_config(model.config)
+        plain = attributes["layer_map"]
+        if state.global_step == 0 or plain is None:
+            self.layer_map, self.start_num_layers = of_model, of_model.num_layers
+            return
+        of_checkpoint = LayerMap.from_dict(plain) if isinstance(plain, dict) else plain
+        if of_checkpoint.kept_layers != of_model.kept_layers:
+            raise ValueError(_wrong_depth(of_model.kept_layers, of_checkpoint.kept_layers))
+        self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
+        model.config.trim = self._plain_map()
+
+    def _watch(self, model: nn.Module) -> None:
+        if self._watched is None or self._watched() is not model:
+            refuse_other_depths(model)
+            self._watched = weakref.ref(model)
+
+    def _check_plan(self, model: nn.Module, target: int) -> None:
+        """Refuse now what the guard would refuse at the first drop."""
+        depth = len(find_stack(model))
+        if depth > target:
+            plan_drop(model, [self.config.protect_first])
+
+    def _calibration_batches(self, args: TrainingArguments, dataloader: Any) -> list[Batch]:
+        if not needs_data(self.config.importance):
+            return []
+        examples = self.calibration_dataset
+        assert self.trainer is not None and self._engine is not None
+        if examples is None and self.calibration_given:
+            raise ValueError(
+                "Expected the calibration_dataset that this run began with, got none: the Trainer made this callback "
+                "anew. Set restore_callback_states_from_checkpoint=False; TrimCallback restores its state by itself."
+            )
+        if examples is None:
+            dataset = self.trainer.train_dataset
+            logger.warning(
+                f"TrimCallback scores layers on {self.config.calibration_size} examples of the training set, which are "
+                "trained on as well. Use TrimTrainer, which sets them aside, or pass calibration_dataset."
+            )
+            if hasattr(dataset, "__len__"):
+                size = min(self.config.calibration_size, len(dataset))
+                examples = [dataset[i] for i in draw(len(dataset), size, self.config.calibration_seed)]
+            else:
+                examples = list(islice(iter(dataset), self.config.calibration_size))
+        return calibration_batches(
+            list(examples),
+            dataloader.collate_fn,
+            args.per_device_train_batch_size,
+            getattr(dataloader.dataset, "column_names", None),
+            self._engine.rank,
+            self._engine.world_size,
+        )
+
+    def _drop_what_is_due(self, state: TrainerState) -> None:
+        assert self.layer_map is not None and self.start_num_layers is not None
+        dropped = self.start_num_layers - self.layer_map.num_layers
+        due = layers_due(self.plan, state.global_step, dropped)
+        for _ in range(due):
+            self._drop_one(state)
+
+    def _drop_one(self, state: TrainerState) -> None:
+        """Score, choose, drop: one layer, by scores of the model as it is now."""
+        assert self.trainer is not None and self._engine is not None and self._batches is not None
+        assert self.layer_map is not None
+        model = unwrapped(self.trainer)
+        depth = self.layer_map.num_layers
+        scores = score_layers(
+            model,
+            self._batches,
+            self.config.importance,
+            self.config.unit,
+            agree=self._engine.agree,
+            seed=self.config.calibration_seed + depth,
+        )
+        position = least_important(scores, self.config.protect_first, self.config.protect_last)
+        drop = plan_drop(
+            model,
+            [position],
+            self.config.unit,
+            step=state.global_step,
+            importance=self.config.importance,
+            scores=[scores[position].item()],
+        )
+        self.layer_map = self._engine.edit(drop.apply)
+        del drop
+        (gone,) = self.layer_map.history[-1].dropped
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        logger.info(
+            f"Step {state.global_step}: dropped layer {gone} of {self.layer_map.base_num_layers} "
+            f"({self.config.importance} {scores[position]:.4f}); {depth - 1} layers, {parameters:,} parameters left."
+        )
+        self.trainer.log(
+            {"trim/num_layers": depth - 1, "trim/parameters": parameters, "trim/score": scores[position].item()}
+        )
+
+    def regrow(self, edit: Callable[[], LayerMap]) -> None:
+        """Run an edit that gives the model other layers, and take up the map that it returns."""
+        assert self._engine is not None
+        self.layer_map = self._engine.edit(edit)
+
+    def _plain_map(self) -> dict[str, Any]:
+        assert isinstance(self.layer_map, LayerMap)
+        return self.layer_map.to_dict()
+
+
+def least_important(scores: torch.Tensor, protect_first: int, protect_last: int) -> int:
+    """Position of the lowest score outside the protected ends; of equal ones, the deepest."""
+    candidates = range(protect_first, len(scores) - protect_last)
+    return min(candidates, key=lambda position: (scores[position].item(), -position))
+
+
+def find_trainer(callback: TrainerCallback) -> Trainer:
+    """The Trainer that a callback was given to: one walk over the live objects, 0.1 to 0.3 s, once a run.
+
+    Raises:
+        ValueError: If no Trainer, or more than one, holds the callback.
+    """
+    found = [
+        candidate
+        for candidate in gc.get_objects()
+        if isinstance(candidate, Trainer) and any(held is callback for held in candidate.callback_handler.callbacks)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"Expected {type(callback).__name__} to be held by one Trainer, got {len(found)}. Pass it to one Trainer, as "
+            "callbacks=[…], or name it: TrimCallback(config, trainer=trainer)."
+        )
+    return found[0]
+
+
+def unwrapped(trainer: Trainer) -> nn.Module:
+    """The Trainer's model without any engine's wrapper."""
+    model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    return model
+
+
+def refuse_other_depths(model: nn.Module) -> None:
+    """Make `model.load_state_dict` raise on weights with another number of blocks than the model has.
+
+    A Trainer loads checkpoints with strict=False: by index, with a warning, layers would end up in the wrong places.
+    """
+    stack = find_stack(model)
+
+    def check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        start = f"{prefix}{stack.name}."
+        numbers = sorted({int(name.removeprefix(start).split(".")[0]) for name in state_dict if name.startswith(start)})
+        if not numbers:
+            return
+        depth = len(stack.blocks)
+        rest = {f"{prefix}{name}" for name, _ in module.named_parameters() if not name.startswith(f"{stack.name}.")}
+        # one file of a sharded checkpoint holds a part of the blocks: only a number beyond the depth is wrong in it
+        whole = rest <= state_dict.keys()
+        if numbers[-1] >= depth or (whole and len(numbers) < depth):
+            raise ValueError(_wrong_depth(range(depth), numbers))
+
+    model.register_load_state_dict_pre_hook(check)
+
+
+def _wrong_depth(of_model: Sequence[int], of_checkpoint: Sequence[int]) -> str:
+    return (
+        f"Expected a checkpoint of the model's {len(of_model)} layers {list(of_model)}, got one with "
+        f"{len(of_checkpoint)}: {list(of_checkpoint)}. Use TrimTrainer, which gives the model the checkpoint's layers on "
+        "resume, or call trim_like(model, checkpoint) on the full-depth model before the Trainer is made."
+    )
+
+
+def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
+    if not has_length(dataloader):
+        return None
+    return max(1, math.ceil(len(dataloader) / args.gradient_accumulation_steps))

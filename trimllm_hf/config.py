@@ -1,0 +1,131 @@
+"""`TrimConfig`: how far to trim a model, by which score, and when."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class TrimConfig:
+    """How far to trim, which layers, and when. Ready for `HfArgumentParser`; `to_json`/`from_json` round-trip.
+
+    Give exactly one of `target_layers` and `target_ratio`.
+
+    Raises:
+        ValueError: On values that no model can satisfy. What depends on the model (a target at or above its depth) or
+            on the run (too few steps) is checked when training starts, before anything is changed.
+    """
+
+    target_layers: int | None = field(
+        default=None, metadata={"help": "How many layers the trimmed model keeps, e.g. 16 of 32."}
+    )
+    target_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the base model's layers to keep, above 0 and below 1, e.g. 0.5."}
+    )
+    unit: str = field(default="block", metadata={"help": "What is dropped at a time: 'block' (a whole layer)."})
+    importance: str = field(
+        default="sensitivity",
+        metadata={
+            "help": "The score by which the least important layer is chosen: 'sensitivity' (leave-one-out loss on the "
+            "calibration set), 'block_influence', 'last', 'random', or a name given to `register_importance`."
+        },
+    )
+    drop_every: str = field(
+        default="auto",
+        metadata={
+            "help": "'auto' (after a warm-up of 5% of the steps, spread up to a quarter of training, so that the rest "
+            "heals), 'once' (everything before the first step), 'epoch', or a number of optimizer steps."
+        },
+    )
+    layers_per_drop: int = field(
+        default=1, metadata={"help": "Layers dropped at a time, re-scored after each one of them."}
+    )
+    protect_first: int = field(default=1, metadata={"help": "Layers at the input side that are never dropped."})
+    protect_last: int = field(default=1, metadata={"help": "Layers at the output side that are never dropped."})
+    calibration_size: int = field(
+        default=64,
+        metadata={"help": "Training examples set aside to score layers by. Never taken from the evaluation data."},
+    )
+    calibration_seed: int = field(
+        default=0, metadata={"help": "Seed for drawing the calibration examples and for the score 'random'."}
+    )
+
+    def __post_init__(self) -> None:
+        self.drop_every = str(self.drop_every)
+        if (self.target_layers is None) == (self.target_ratio is None):
+            raise ValueError(
+                "Expected exactly one of target_layers (a number of layers) and target_ratio (a share), got "
+                f"target_layers={self.target_layers} and target_ratio={self.target_ratio}. Set one of them."
+            )
+        if self.target_ratio is not None and not 0 < self.target_ratio < 1:
+            raise ValueError(
+                f"Expected target_ratio above 0 and below 1, got {self.target_ratio}. It is the share of layers that "
+                "is kept: 0.5 keeps half of them."
+            )
+        if self.target_layers is not None:
+            _at_least("target_layers", self.target_layers, 1)
+        if self.unit != "block":
+            raise ValueError(f"Expected unit='block', got {self.unit!r}. Other units cannot be trimmed yet.")
+        if self.drop_every not in ("auto", "once", "epoch"):
+            if not self.drop_every.isdecimal() or int(self.drop_every) < 1:
+                raise ValueError(
+                    f"Expected drop_every to be 'auto', 'once', 'epoch' or a number of steps of at least 1, got "
+                    f"{self.drop_every!r}."
+                )
+        _at_least("layers_per_drop", self.layers_per_drop, 1)
+        _at_least("protect_first", self.protect_first, 0)
+        _at_least("protect_last", self.protect_last, 0)
+        _at_least("calibration_size", self.calibration_size, 1)
+
+    def resolve_target(self, base_num_layers: int, num_layers: int) -> int:
+        """The number of layers to end with, for a model that has `num_layers` now and had `base_num_layers` once.
+
+        Raises:
+            ValueError: If the target is not below the depth, or would need a protected layer to go.
+        """
+        if self.target_layers is not None:
+            target = self.target_layers
+            said = f"target_layers={target}"
+        else:
+            assert self.target_ratio is not None  # __post_init__ saw to it
+            target = max(1, math.floor(self.target_ratio * base_num_layers + 0.5))
+            said = f"target_ratio={self.target_ratio} of {base_num_layers} layers, that is {target},"
+        protected = self.protect_first + self.protect_last
+        if target > num_layers or target >= base_num_layers:
+            raise ValueError(
+                f"Expected a target below the model's depth, got {said} for a model of {num_layers} layers. Choose a "
+                f"target from {max(1, protected)} to {num_layers - 1}."
+            )
+        if target < protected:
+            raise ValueError(
+                f"Expected a target of at least the {protected} protected layers (protect_first={self.protect_first}, "
+                f"protect_last={self.protect_last}), got {said}. Raise the target or protect fewer layers."
+            )
+        return target
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return asdict(self)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the settings to a JSON file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> TrimConfig:
+        """Read the settings from a JSON file.
+
+        Raises:
+            TypeError: If the file names a setting that does not exist.
+            ValueError: If a value is out of range.
+        """
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Expected {name} to be a whole number of at least {least}, got {value!r}.")

@@ -1,0 +1,60 @@
+"""Engines: what has to be mended around a model when layers leave it while it trains.
+
+An engine holds a prepared model and its optimizer. It is handed the edit, so it knows neither surgery nor scores, and it
+changes objects in place: every reference that a Trainer, an Accelerator or a user's script holds stays valid.
+`local.py` shows the contract at its simplest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from .ddp import DDPEngine
+from .local import LocalEngine
+
+T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """What the callback needs of an engine."""
+
+    rank: int
+    world_size: int
+
+    def agree(self, total: torch.Tensor) -> torch.Tensor:
+        """The sum of `total` over all processes, the same on each of them."""
+
+    def edit(self, edit: Callable[[], T]) -> T:
+        """Run `edit`, which takes modules out of the unwrapped model, and mend optimizer and wrapper.
+
+        Parameters that stay keep their optimizer state, bit by bit; those that went are held by nothing here.
+        """
+
+
+def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine:
+    """The engine for a model and an optimizer as `accelerator.prepare` returned them.
+
+    Raises:
+        ValueError: If the model is prepared in a way that cannot be trimmed, or the optimizer keeps what cannot be
+            mended; the message says what to use instead. Nothing has changed.
+    """
+    kind = accelerator.distributed_type
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "Expected one model a process, got torch.nn.DataParallel. Launch with torchrun or accelerate launch "
+            "(DistributedDataParallel), or show one device to the process (CUDA_VISIBLE_DEVICES=0)."
+        )
+    if kind == DistributedType.NO:
+        return LocalEngine(model, optimizer)
+    if kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU):
+        return DDPEngine(model, optimizer, accelerator.ddp_handler)
+    raise ValueError(
+        f"Expected one process or DistributedDataParallel, got {kind.value}. Layers cannot be dropped under it yet: "
+        "launch with torchrun or accelerate launch and no other plugin."
+    )

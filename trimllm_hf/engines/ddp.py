@@ -1,0 +1,76 @@
+"""DistributedDataParallel: besides the optimizer, the gradient buckets have to be made anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .local import departed, forget, refuse_hidden_parameters
+
+T = TypeVar("T")
+
+# Hooks that a user registered on the wrapper; they outlive the new buckets.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+
+
+class DDPEngine:
+    """A model in DistributedDataParallel; see `engines.Engine`."""
+
+    def __init__(self, model: nn.Module, optimizer: Any, ddp_handler: Any = None) -> None:
+        if not isinstance(model, DistributedDataParallel):
+            raise ValueError(
+                f"Expected the model as accelerator.prepare returned it (DistributedDataParallel), got "
+                f"{type(model).__name__}. Pass the wrapped model."
+            )
+        refuse_hidden_parameters(optimizer)
+        self.wrapper = model
+        self.optimizer = optimizer
+        self.ddp_handler = ddp_handler
+        self.rank = dist.get_rank(model.process_group)
+        self.world_size = dist.get_world_size(model.process_group)
+
+    def agree(self, total: torch.Tensor) -> torch.Tensor:
+        """Sum over the processes."""
+        total = total.clone()
+        dist.all_reduce(total, group=self.wrapper.process_group)
+        return total
+
+    def edit(self, edit: Callable[[], T]) -> T:
+        """Run `edit`, mend the optimizer, and give the wrapper new gradient buckets."""
+        before = list(self.wrapper.module.parameters())
+        result = edit()
+        forget(self.optimizer, departed(before, self.wrapper.module))
+        del before
+        self._rebuild_buckets()
+        return result
+
+    def _rebuild_buckets(self) -> None:
+        """Build a new DDP around the same module and give its insides to the wrapper that everybody holds.
+
+        The old Reducer must be freed first: its destructor takes its hooks off the parameters' gradient accumulators.
+        """
+        wrapper = self.wrapper
+        options: dict[str, Any] = {
+            "device_ids": wrapper.device_ids,
+            "output_device": wrapper.output_device,
+            "process_group": wrapper.process_group,
+            "find_unused_parameters": wrapper.find_unused_parameters,
+            "gradient_as_bucket_view": wrapper.gradient_as_bucket_view,
+            "static_graph": wrapper.static_graph,
+        }
+        if self.ddp_handler is not None:
+            options = {**self.ddp_handler.to_kwargs(), **options}
+        old = dict(wrapper.__dict__)
+        for name in ("reducer", "logger"):
+            del wrapper.__dict__[name], old[name]
+        new = DistributedDataParallel(wrapper.module, **options)
+        if self.ddp_handler is not None:
+            self.ddp_handler.register_comm_hook(new)
+        wrapper.__dict__.update(new.__dict__)
+        wrapper.__dict__.update({name: old[name] for name in _HOOKS if name in old})
+        wrapper.training = old["training"]

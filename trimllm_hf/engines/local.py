@@ -1,0 +1,79 @@
+"""One process: the optimizer forgets the parameters that left. The contract at its simplest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+T = TypeVar("T")
+
+
+class LocalEngine:
+    """A model and an optimizer that no parallel wrapper holds; see `engines.Engine`."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        refuse_hidden_parameters(optimizer)
+
+    def agree(self, total: torch.Tensor) -> torch.Tensor:
+        """One process agrees with itself."""
+        return total
+
+    def edit(self, edit: Callable[[], T]) -> T:
+        """Run `edit` and take the parameters that left the model out of the optimizer."""
+        before = list(self.model.parameters())
+        result = edit()
+        forget(self.optimizer, departed(before, self.model))
+        return result
+
+
+def departed(before: Iterable[nn.Parameter], model: nn.Module) -> set[int]:
+    """Ids of the parameters in `before` that the model no longer has. Valid while `before` keeps them alive."""
+    now = {id(parameter) for parameter in model.parameters()}
+    return {id(parameter) for parameter in before} - now
+
+
+def forget(optimizer: Any, gone: set[int]) -> None:
+    """Take parameters out of an optimizer's groups and state, in place.
+
+    A group that ends up empty stays: schedulers, and the optimizer that a resumed run builds, count groups.
+    """
+    optimizer = torch_optimizer(optimizer)
+    for group in optimizer.param_groups:
+        stay = [i for i, parameter in enumerate(group["params"]) if id(parameter) not in gone]
+        for key in ("param_names", "params"):  # torch keeps names beside parameters that were given with names
+            if key in group:
+                group[key][:] = [group[key][i] for i in stay]
+    for parameter in [parameter for parameter in optimizer.state if id(parameter) in gone]:
+        del optimizer.state[parameter]
+
+
+def torch_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside Accelerate's wrapper, or the optimizer itself."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def refuse_hidden_parameters(optimizer: Any) -> None:
+    """Refuse an optimizer that holds parameters outside `param_groups` and `state`, where `forget` cannot reach.
+
+    Raises:
+        ValueError: Naming the attribute.
+    """
+    optimizer = torch_optimizer(optimizer)
+    parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, value in vars(optimizer).items():
+        if name in ("param_groups", "state"):
+            continue
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+        if any(isinstance(item, torch.Tensor) and id(item) in parameters for item in items):
+            raise ValueError(
+                f"Expected an optimizer that keeps its state per parameter, got {type(optimizer).__name__}, which also "
+                f"holds parameters in its attribute {name!r}. Use one like AdamW, SGD or Adafactor."
+            )

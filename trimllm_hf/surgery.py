@@ -1,0 +1,221 @@
+"""`drop_layers`: takes blocks out of a model, and their traces out of its config; refuses what would not come out right.
+
+A drop is planned on copies first. The guard builds, on the meta device (no memory), the model that the config describes
+now and the one that the trimmed config would describe, and compares them block by block. So it learns, without a table
+of names, which attributes number a layer (they are renumbered) and refuses a model in which anything else would change.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .layer_map import LayerMap
+from .stack import Stack, find_stack
+
+Scalar = int | float | bool | str | None
+Renumbering = dict[tuple[str, str], tuple[Scalar, Scalar]]  # (module, attribute) -> (value now, value after)
+
+
+@dataclass(frozen=True)
+class PlannedDrop:
+    """A drop that has passed the guard. `apply` cannot fail halfway: it only deletes and assigns.
+
+    Attributes:
+        model: The unwrapped model.
+        layer_map: The map after the drop.
+    """
+
+    model: PreTrainedModel
+    layer_map: LayerMap
+    stack: Stack
+    positions: frozenset[int]
+    config_values: dict[str, Any]
+    renumbering: Renumbering
+
+    def apply(self) -> LayerMap:
+        """Drop the layers, in place. The model, its container of blocks and its configs stay the same objects."""
+        for config in _configs_of(self.model, self.stack):
+            _set_values(config, self.config_values)
+        for position in sorted(self.positions, reverse=True):
+            del self.stack.blocks[position]
+        modules = dict(self.model.named_modules())
+        for (name, attribute), (before, after) in self.renumbering.items():
+            if getattr(modules[name], attribute, None) == before:  # a value that the user changed stays
+                setattr(modules[name], attribute, after)
+        self.model.config.trim = self.layer_map.to_dict()
+        return self.layer_map
+
+
+def plan_drop(
+    model: nn.Module,
+    layers: Sequence[int],
+    unit: str = "block",
+    step: int | None = None,
+    importance: str | None = None,
+    scores: Sequence[float] | None = None,
+) -> PlannedDrop:
+    """Check a drop without changing anything; see `drop_layers`. `step`, `importance`, `scores` go into the history.
+
+    Raises:
+        ValueError: As `drop_layers`.
+    """
+    if unit != "block":
+        raise ValueError(f"Expected unit='block', got {unit!r}. Other units cannot be dropped yet.")
+    stack = find_stack(model)
+    layer_map = LayerMap.from_config(model.config).drop(layers, step=step, importance=importance, scores=scores)
+    kept = [position for position in range(len(stack)) if position not in set(layers)]
+    values = _trimmed_values(stack.config, kept)
+    renumbering = _guard(model, stack, kept, values)
+    return PlannedDrop(model, layer_map, stack, frozenset(layers), values, renumbering)
+
+
+def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block") -> LayerMap:
+    """Drop layers of an unwrapped model, in place.
+
+    Args:
+        model: A transformers model that no engine has wrapped; for one that is, use `drop_prepared_layers`.
+        layers: Positions in the model as it is now, from 0.
+        unit: "block", a whole layer.
+
+    Returns:
+        The kept-layer map, in the numbering of the base model. It also stands in `model.config.trim`.
+
+    Raises:
+        ValueError: If a layer is out of range, repeated, or all are named; if the architecture has no single stack of
+            blocks; or if the trimmed config would describe another model than the trimmed one. Nothing has changed then.
+    """
+    return plan_drop(model, layers, unit).apply()
+
+
+def _trimmed_values(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """What changes in the config: the depth, and every list with one entry per layer."""
+    depth = config.num_hidden_layers
+    values: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    depth_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == depth and not name.startswith("_") and name != depth_name:
+            values[name] = type(value)(value[position] for position in kept)
+    return values
+
+
+def _set_values(config: PreTrainedConfig, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(config, name, value)
+
+
+def _configs_of(model: PreTrainedModel, stack: Stack) -> list[PreTrainedConfig]:
+    """Every config object in the model that describes the stack: submodules may hold copies."""
+    found: dict[int, PreTrainedConfig] = {id(stack.config): stack.config}
+    depth = stack.config.num_hidden_layers
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if type(config) is type(stack.config) and config.num_hidden_layers == depth:
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _guard(model: PreTrainedModel, stack: Stack, kept: Sequence[int], values: dict[str, Any]) -> Renumbering:
+    """Compare the model that the config describes with the one that the trimmed config would describe."""
+    full = _rebuild(model, {})
+    try:
+        trimmed = _rebuild(model, values)
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"Expected {type(model).__name__} to be built from its trimmed config, got {type(error).__name__}: {error}. "
+            "This architecture cannot say in its config that these layers are gone. Nothing was changed."
+        ) from error
+    inner_name = find_stack(full).name
+    renumbering: Renumbering = {}
+    for name, (of_full, of_trimmed) in _pairs(full, trimmed, inner_name, kept).items():
+        block = _block_number(name, inner_name)
+        if of_full is None or of_trimmed is None or type(of_full) is not type(of_trimmed):
+            _refuse(model, name, "another kind of module", _kind(of_full), _kind(of_trimmed))
+        shapes = [_shapes(module) for module in (of_full, of_trimmed)]
+        if shapes[0] != shapes[1]:
+            _refuse(model, name, "other parameters", *shapes)
+        before, after = _scalars(of_full), _scalars(of_trimmed)
+        for attribute in sorted(before.keys() | after.keys()):
+            old, new = before.get(attribute), after.get(attribute)
+            if old == new:
+                continue
+            numbers_a_layer = block is not None and (old, new) == (kept[block], block)
+            counts_layers = block is None and (old, new) == (len(stack), len(kept))
+            if not (numbers_a_layer or counts_layers) or isinstance(old, bool):
+                _refuse(model, f"{name}.{attribute}" if name else attribute, "another value", old, new)
+            renumbering[(name.replace(inner_name, stack.name, 1) if block is not None else name, attribute)] = (old, new)
+    return renumbering
+
+
+def _rebuild(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
+    config = copy.deepcopy(model.config)
+    _set_values(config.get_text_config(decoder=True), values)
+    # Through a dict and back, as a load from config.json would: derived values are derived again.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(max(verbosity, logging.WARNING))  # building a model tells its whole config at INFO
+    try:
+        config = type(config).from_dict(config.to_dict(), attn_implementation=model.config._attn_implementation)
+        with torch.device("meta"):
+            return type(model)(config)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _pairs(
+    full: nn.Module, trimmed: nn.Module, stack_name: str, kept: Sequence[int]
+) -> dict[str, tuple[nn.Module | None, nn.Module | None]]:
+    """Modules that must be alike, by their name in the trimmed model."""
+    position = {str(old): str(new) for new, old in enumerate(kept)}
+    prefix = f"{stack_name}."
+    by_name: dict[str, nn.Module] = {}
+    for name, module in full.named_modules():
+        if name.startswith(prefix):
+            number, dot, rest = name.removeprefix(prefix).partition(".")
+            if number not in position:
+                continue  # dropped
+            name = f"{prefix}{position[number]}{dot}{rest}"
+        by_name[name] = module
+    other = dict(trimmed.named_modules())
+    return {name: (by_name.get(name), other.get(name)) for name in by_name.keys() | other.keys()}
+
+
+def _block_number(name: str, stack_name: str) -> int | None:
+    prefix = f"{stack_name}."
+    return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return {name: tuple(tensor.shape) for name, tensor in tensors}
+
+
+def _scalars(module: nn.Module) -> dict[str, Any]:
+    """A module's own plain attributes: numbers, texts, flags, lists of them, and functions by their names."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if isinstance(value, Scalar):
+            found[name] = value
+        elif isinstance(value, list | tuple) and all(isinstance(item, Scalar) for item in value):
+            found[name] = list(value)
+        elif callable(value) and hasattr(value, "__qualname__"):
+            found[name] = value.__qualname__
+    return found
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "none" if module is None else type(module).__name__
+
+
+def _refuse(model: nn.Module, where: str, what: str, old: object, new: object) -> None:
+    raise ValueError(
+        f"Expected the layers that stay in {type(model).__name__} to be the same under the trimmed config, got {what} "
+        f"at {where or 'the model'}: {old} now, {new} after. Drop other layers; this architecture ties that to a "
+        "layer's place. Nothing was changed."
+    )

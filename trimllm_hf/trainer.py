@@ -1,0 +1,130 @@
+"""`TrimTrainer`: the Trainer that trims. Calibration set, resume, and the best model at its own depth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .auto import regrow_like, trim_like
+from .calibration import set_aside
+from .callback import TrimCallback, unwrapped
+from .config import TrimConfig
+from .engines.host import BestModelHost
+from .importance import needs_data
+from .layer_map import TRAINER_STATE, LayerMap
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+logger = logging.get_logger("transformers.trimllm_hf")
+
+
+class TrimTrainerMixin(BestModelHost, _Base):
+    """Trimming for any subclass of Trainer: `class MyTrainer(TrimTrainerMixin, SFTTrainer): pass`.
+
+    Over a plain Trainer with `TrimCallback` it adds: calibration examples are taken out of the training set;
+    `train(resume_from_checkpoint=…)` of a Trainer made with the full-depth model gives the model the checkpoint's layers
+    first, and passes over checkpoints that a kill left half written; `load_best_model_at_end` loads a best checkpoint of
+    another depth with the layers that belong to it.
+
+    Args:
+        trim: How far to trim, which layers, and when.
+        calibration_dataset: Examples to score layers by, processed like the training set. Without it,
+            `trim.calibration_size` examples of the training set are set aside (of a streaming one: the first).
+        *args, **kwargs: As for the Trainer.
+
+    Raises:
+        ValueError: If `trim` is missing, a TrimCallback is passed as well, or the training set is too small.
+    """
+
+    def __init__(
+        self, *args: Any, trim: TrimConfig | None = None, calibration_dataset: Any = None, **kwargs: Any
+    ) -> None:
+        if not isinstance(trim, TrimConfig):
+            raise ValueError(f"Expected trim=TrimConfig(…), got {trim!r}. For training without trimming use Trainer.")
+        self._resume_from: str | None = None
+        super().__init__(*args, **kwargs)
+        if any(isinstance(callback, TrimCallback) for callback in self.callback_handler.callbacks):
+            raise ValueError("Expected one TrimCallback, got one in callbacks as well. TrimTrainer adds it: pass trim=.")
+        if calibration_dataset is None and self.train_dataset is not None and needs_data(trim.importance):
+            calibration_dataset, self.train_dataset = set_aside(
+                self.train_dataset, trim.calibration_size, trim.calibration_seed
+            )
+        self.calibration_dataset = calibration_dataset
+        callback = TrimCallback(trim, trainer=self, calibration_dataset=calibration_dataset)
+        self.add_callback(callback)
+        callback.on_init_end(self.args, self.state, self.control, model=self.model)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as the Trainer does; on resume the model gets the checkpoint's layers first.
+
+        Raises:
+            ValueError: If there is no complete checkpoint to resume from, or the model cannot get its layers.
+        """
+        if resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+            self._resume_from = str(resume_from_checkpoint)
+            if self.model_init is None:
+                trim_like(unwrapped(self), self._resume_from)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._resume_from = None
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make the model by `model_init`, with the layers of the checkpoint that is being resumed from."""
+        model = super().call_model_init(trial)
+        if self._resume_from is not None:
+            trim_like(model, self._resume_from)
+        return model
+
+    def before_best_model(self, checkpoint: str) -> None:
+        """Give the model the depth of the best checkpoint, which the Trainer is about to load."""
+        best = LayerMap.from_checkpoint(checkpoint)
+        callback = next(held for held in self.callback_handler.callbacks if isinstance(held, TrimCallback))
+        if best is None or callback.layer_map is None or best.kept_layers == callback.layer_map.kept_layers:
+            return
+        logger.warning(
+            f"The best checkpoint, {checkpoint}, keeps {best.num_layers} layers and not the {callback.layer_map.num_layers} "
+            "that training ended with: the model gets its layers back. To end with the trimmed model, set "
+            "load_best_model_at_end=False."
+        )
+        callback.regrow(lambda: regrow_like(unwrapped(self), checkpoint))
+        self.optimizer = self.lr_scheduler = None  # made for the other layers; a later train() makes them anew
+
+
+class TrimTrainer(TrimTrainerMixin, Trainer):
+    """`Trainer` that drops layers while it trains; see `TrimTrainerMixin`."""
+
+
+def last_complete_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint folder whose save was finished: trainer_state.json is written last.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    numbered = [
+        (int(number), folder)
+        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (number := folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal()
+    ]
+    for _, folder in sorted(numbered, reverse=True):
+        try:
+            json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            logger.warning(f"Passing over {folder}, which a save left unfinished ({error}).")
+            continue
+        return str(folder)
+    raise ValueError(
+        f"Expected a complete checkpoint in {output_dir!r}, got {len(numbered)} unfinished ones. Train from the start "
+        "(resume_from_checkpoint=False) or name a checkpoint elsewhere."
+    )
