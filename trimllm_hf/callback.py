@@ -233,7 +233,8 @@ def find_trainer(callback: TrainerCallback) -> Trainer:
     found = [
         candidate
         for candidate in gc.get_objects()
-        if isinstance(candidate, Trainer) and any(held is callback for held in candidate.callback_handler.callbacks)
+        if issubclass(type(candidate), Trainer)  # isinstance would wake lazy proxies
+        and any(held is callback for held in candidate.callback_handler.callbacks)
     ]
     if len(found) != 1:
         raise ValueError(
