@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from .calibration import Batch, calibration_batches, draw
+from .calibration import Batch, calibration_batches, draw, own_randomness
 from .config import TrimConfig
 from .engines import Engine, attach
 from .importance import needs_data, score_layers
@@ -102,11 +102,11 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self.plan:
             self._check_plan(model, target)
             self._batches = self._calibration_batches(args, kwargs["train_dataloader"])
-        self._drop_what_is_due(state)
+        self._drop_what_is_due(state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Drop what is due after this optimizer step."""
-        self._drop_what_is_due(state)
+        self._drop_what_is_due(state, control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let go of the calibration batches and of the engine's references."""
@@ -166,12 +166,14 @@ class TrimCallback(TrainerCallback, ExportableState):
             self._engine.world_size,
         )
 
-    def _drop_what_is_due(self, state: TrainerState) -> None:
+    def _drop_what_is_due(self, state: TrainerState, control: TrainerControl) -> None:
         assert self.layer_map is not None and self.start_num_layers is not None
         dropped = self.start_num_layers - self.layer_map.num_layers
         due = layers_due(self.plan, state.global_step, dropped)
+        should_log = control.should_log
         for _ in range(due):
             self._drop_one(state)
+        control.should_log = should_log  # logging a drop clears it, and this step's loss would go unlogged
 
     def _drop_one(self, state: TrainerState) -> None:
         """Score, choose, drop: one layer, by scores of the model as it is now."""
@@ -196,7 +198,8 @@ class TrimCallback(TrainerCallback, ExportableState):
             importance=self.config.importance,
             scores=[scores[position].item()],
         )
-        self.layer_map = self._engine.edit(drop.apply)
+        with own_randomness(self.config.calibration_seed):  # an engine may draw when it is built anew
+            self.layer_map = self._engine.edit(drop.apply, drop.leaving)
         del drop
         (gone,) = self.layer_map.history[-1].dropped
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -210,8 +213,8 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def regrow(self, edit: Callable[[], LayerMap]) -> None:
         """Run an edit that gives the model other layers, and take up the map that it returns."""
-        assert self._engine is not None
-        self.layer_map = self._engine.edit(edit)
+        assert self._engine is not None and self.trainer is not None
+        self.layer_map = self._engine.edit(edit, list(find_stack(unwrapped(self.trainer)).blocks.parameters()))
 
     def _plain_map(self) -> dict[str, Any]:
         assert isinstance(self.layer_map, LayerMap)
@@ -234,7 +237,7 @@ def find_trainer(callback: TrainerCallback) -> Trainer:
         candidate
         for candidate in gc.get_objects()
         if issubclass(type(candidate), Trainer)  # isinstance would wake lazy proxies
-        and any(held is callback for held in candidate.callback_handler.callbacks)
+        and any(held is callback for held in getattr(getattr(candidate, "callback_handler", None), "callbacks", ()))
     ]
     if len(found) != 1:
         raise ValueError(

@@ -40,6 +40,19 @@ class PlannedDrop:
     config_values: dict[str, Any]
     renumbering: Renumbering
 
+    @property
+    def leaving(self) -> list[nn.Parameter]:
+        """The parameters that no module but the dropped ones holds."""
+        dropped = [self.stack.blocks[position] for position in self.positions]
+        inside = {module for block in dropped for module in block.modules()}
+        staying = {
+            id(parameter)
+            for module in self.model.modules()
+            if module not in inside
+            for parameter in module.parameters(recurse=False)
+        }
+        return [p for block in dropped for p in block.parameters() if id(p) not in staying]
+
     def apply(self) -> LayerMap:
         """Drop the layers, in place. The model, its container of blocks and its configs stay the same objects."""
         for config in _configs_of(self.model, self.stack):

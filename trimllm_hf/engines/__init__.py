@@ -7,7 +7,7 @@ changes objects in place: every reference that a Trainer, an Accelerator or a us
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -30,8 +30,8 @@ class Engine(Protocol):
     def agree(self, total: torch.Tensor) -> torch.Tensor:
         """The sum of `total` over all processes, the same on each of them."""
 
-    def edit(self, edit: Callable[[], T]) -> T:
-        """Run `edit`, which takes modules out of the unwrapped model, and mend optimizer and wrapper.
+    def edit(self, edit: Callable[[], T], leaving: Sequence[nn.Parameter]) -> T:
+        """Run `edit`, which takes modules with the parameters `leaving` out of the unwrapped model, and mend the rest.
 
         Parameters that stay keep their optimizer state, bit by bit; those that went are held by nothing here.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .local import departed, forget, refuse_hidden_parameters
+from .local import forget, refuse_hidden_parameters
 
 T = TypeVar("T")
 
@@ -40,12 +40,10 @@ class DDPEngine:
         dist.all_reduce(total, group=self.wrapper.process_group)
         return total
 
-    def edit(self, edit: Callable[[], T]) -> T:
+    def edit(self, edit: Callable[[], T], leaving: Sequence[nn.Parameter]) -> T:
         """Run `edit`, mend the optimizer, and give the wrapper new gradient buckets."""
-        before = list(self.wrapper.module.parameters())
         result = edit()
-        forget(self.optimizer, departed(before, self.wrapper.module))
-        del before
+        forget(self.optimizer, leaving)
         self._rebuild_buckets()
         return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -26,26 +26,20 @@ class LocalEngine:
         """One process agrees with itself."""
         return total
 
-    def edit(self, edit: Callable[[], T]) -> T:
-        """Run `edit` and take the parameters that left the model out of the optimizer."""
-        before = list(self.model.parameters())
+    def edit(self, edit: Callable[[], T], leaving: Sequence[nn.Parameter]) -> T:
+        """Run `edit` and take the parameters that leave the model out of the optimizer."""
         result = edit()
-        forget(self.optimizer, departed(before, self.model))
+        forget(self.optimizer, leaving)
         return result
 
 
-def departed(before: Iterable[nn.Parameter], model: nn.Module) -> set[int]:
-    """Ids of the parameters in `before` that the model no longer has. Valid while `before` keeps them alive."""
-    now = {id(parameter) for parameter in model.parameters()}
-    return {id(parameter) for parameter in before} - now
-
-
-def forget(optimizer: Any, gone: set[int]) -> None:
+def forget(optimizer: Any, leaving: Sequence[nn.Parameter]) -> None:
     """Take parameters out of an optimizer's groups and state, in place.
 
     A group that ends up empty stays: schedulers, and the optimizer that a resumed run builds, count groups.
     """
     optimizer = torch_optimizer(optimizer)
+    gone = {id(parameter) for parameter in leaving}
     for group in optimizer.param_groups:
         stay = [i for i, parameter in enumerate(group["params"]) if id(parameter) not in gone]
         for key in ("param_names", "params"):  # torch keeps names beside parameters that were given with names
