@@ -1,0 +1,46 @@
+# Every target sets up what it needs. PYTHON=python3.12 picks another interpreter; CONSTRAINTS= leaves the pins out.
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+# --must-run: a run that selects nothing, or skips all that it selects, fails.
+PYTEST := $(BIN)/python -m pytest --must-run
+
+.DEFAULT_GOAL := help
+.PHONY: help venv venv-deepspeed demo test test-all lint format
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
+
+venv: .venv/.installed  ## make .venv with the package, editable, and what the tests and the demo need
+
+venv-deepspeed: .venv/.deepspeed  ## add DeepSpeed to .venv
+
+.venv/.installed: setup.cfg pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	$(PIP) -e '.[dev,plot]'
+	touch $@
+
+.venv/.deepspeed: .venv/.installed
+	$(PIP) -e '.[deepspeed]'
+	touch $@
+
+demo: venv  ## trim a small model on a synthetic medical task, without network, in under 3 minutes
+	$(BIN)/python recipes/medical.py --demo
+
+test: venv  ## the tests of one process, then those of several
+	$(PYTEST) -m "not distributed and not deepspeed and not slow and not hub"
+	$(PYTEST) -m "distributed and not deepspeed and not slow and not hub"
+
+test-all: test venv-deepspeed  ## all of the above, then the slow tests and DeepSpeed's
+	$(PYTEST) -m "(slow or deepspeed) and not hub"
+
+lint: venv  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy trimllm_hf
+
+format: venv  ## let ruff fix and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

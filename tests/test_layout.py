@@ -1,0 +1,148 @@
+"""The layout: a file imports only from lower floors, one room names the engines, and no file grows out of sight.
+
+There is no list of exceptions. Where a rule stands in the way, a room is missing or a thing is in the wrong one.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "trimllm_hf"
+
+# The floor of each room, a room being a file or a folder of the package.
+FLOORS = {
+    "config": 0,
+    "layer_map": 0,
+    "stack": 0,
+    "engines": 0,
+    "surgery": 1,
+    "importance": 1,
+    "schedule": 1,
+    "auto": 2,
+    "callback": 2,
+    "publish": 3,
+    "trainer": 4,
+    "cli": 5,
+    "__init__": 6,
+}
+
+ENGINE_NAMES = re.compile(r"deepspeed|DistributedDataParallel|fully_shard|FSDPModule")
+MAX_LINES = 300
+# `import trimllm_hf` works without them.
+OPTIONAL = ("datasets", "evaluate", "deepspeed", "matplotlib", "peft", "trl")
+
+
+def room_of(module: str) -> str:
+    """The room of a dotted name: `trimllm_hf.engines.ddp` is in `engines`, `trimllm_hf` itself is `__init__`."""
+    return [*module.split("."), "__init__"][1]
+
+
+def imported_rooms(file: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """Line and room of each import from the package itself, also inside functions and `if TYPE_CHECKING`."""
+    package = list(file.relative_to(root).parent.parts)
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join(base + ([node.module] if node.module else []))
+            modules = [module]
+            if module == PACKAGE:  # `from trimllm_hf import surgery` is the room, `… import TrimConfig` is __init__
+                modules = [f"{module}.{alias.name}" if alias.name in FLOORS else module for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            if module.split(".")[0] == PACKAGE:
+                yield node.lineno, room_of(module)
+
+
+def floor_errors(root: Path) -> list[str]:
+    errors = []
+    for file in sorted((root / PACKAGE).rglob("*.py")):
+        name = file.relative_to(root)
+        room = room_of(".".join(name.with_suffix("").parts))
+        if room not in FLOORS:
+            errors.append(f"{name}: no floor for {room!r}; give it one in FLOORS in tests/test_layout.py")
+            continue
+        for line, target in imported_rooms(file, root):
+            if target != room and FLOORS.get(target, -1) >= FLOORS[room]:
+                errors.append(
+                    f"{name}:{line}: {room} (floor {FLOORS[room]}) imports {target} (floor {FLOORS[target]}); "
+                    "a file imports only from lower floors, or from its own room"
+                )
+    return errors
+
+
+def engine_errors(root: Path) -> list[str]:
+    return [
+        f"{file.relative_to(root)}:{number}: names an engine; only {PACKAGE}/engines does: {line.strip()}"
+        for file in sorted((root / PACKAGE).rglob("*.py"))
+        if file.relative_to(root / PACKAGE).parts[0] != "engines"
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        if ENGINE_NAMES.search(line)
+    ]
+
+
+def length_errors(root: Path) -> list[str]:
+    files = [file for folder in (PACKAGE, "recipes") for file in sorted((root / folder).rglob("*")) if file.is_file()]
+    lengths = {file.relative_to(root): file.read_bytes().count(b"\n") for file in files if file.suffix != ".pyc"}
+    return [f"{file}: {n} lines; over {MAX_LINES}, a room is missing" for file, n in lengths.items() if n > MAX_LINES]
+
+
+@pytest.mark.parametrize("check", [floor_errors, engine_errors, length_errors])
+def test_layout(check) -> None:
+    assert not (errors := check(ROOT)), "\n" + "\n".join(errors)
+
+
+def test_imports_without_the_optional_packages() -> None:
+    code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); import {PACKAGE}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("check", "file", "source", "error"),
+    [
+        (
+            floor_errors,
+            "surgery.py",
+            "import trimllm_hf.trainer",
+            r"surgery.py:1: surgery .* imports trainer \(floor 4\)",
+        ),
+        (floor_errors, "surgery.py", "from .importance.scan import scan", "imports importance"),
+        (floor_errors, "surgery.py", "from trimllm_hf import TrimConfig", "imports __init__"),
+        (floor_errors, "engines/ddp.py", "def f():\n    from .. import surgery", "ddp.py:2: engines .* surgery"),
+        (floor_errors, "engines/ddp.py", "from ..layer_map import LayerMap", "imports layer_map"),
+        (floor_errors, "attic/__init__.py", "", "no floor for 'attic'; give it one in FLOORS"),
+        (engine_errors, "callback.py", "if args.deepspeed: ...", "callback.py:1: names an engine"),
+        (length_errors, "callback.py", "\n" * 301, "callback.py: 301 lines"),
+    ],
+)
+def test_the_checks_see_what_is_wrong(tmp_path: Path, check, file: str, source: str, error: str) -> None:
+    path = tmp_path / PACKAGE / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    errors = check(tmp_path)
+    assert len(errors) == 1
+    assert re.search(error, errors[0])
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("__init__.py", "from .cli import app\nfrom .engines.ddp import DDP"),
+        ("surgery.py", "import torch\nfrom .layer_map import LayerMap\nfrom trimllm_hf import stack"),
+        ("importance/scan.py", "from . import register\nfrom .rules import last\nfrom trimllm_hf.stack import blocks"),
+    ],
+)
+def test_the_floors_allow_what_is_right(tmp_path: Path, file: str, source: str) -> None:
+    path = tmp_path / PACKAGE / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    assert floor_errors(tmp_path) == []
