@@ -1,25 +1,25 @@
 """Decoding speed of a half-depth model beside its base, and what share of the byte bound that is.
 
-    python benchmarks/latency.py                                   # CPU: 12 -> 6 and 24 -> 12 blocks, about 4 minutes
-    python benchmarks/latency.py --shapes llama-2-7b llama-3.1-8b --dtype bfloat16 --device cuda      # a 40 GB GPU or more
+    python benchmarks/latency.py        # CPU: 12 -> 6 and 24 -> 12 blocks; 5 GB of memory
+    python benchmarks/latency.py --shapes llama-2-7b llama-3.1-8b --dtype bfloat16 --device cuda
     python benchmarks/latency.py --shapes llama-2-7b --dtype bfloat16 --device cuda --cache static --compile
 
-Random weights: latency depends on their shapes alone. The base's blocks are dropped at even distances. One JSON file per
-shape goes to --out; the table goes to the terminal.
+Random weights: latency depends on their shapes alone. Every second block is dropped. One JSON file per shape goes to
+--out; the table goes to the terminal.
 
-`cpu-12` and `cpu-24` are Llamas of which one weight matrix does not fit the processor's cache, so that decoding waits for
-memory, as it does on every device with a real model.
+`cpu-12` and `cpu-24` are Llamas whose weights do not fit the processor's cache, so that decoding waits for memory, as
+it does on every device with a real model.
 """
 
 import argparse
+import copy
 import gc
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trimllm_hf import drop_layers
-from trimllm_hf.publish.latency import measure_latency
+from trimllm_hf import drop_layers, measure_latency
 
 LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
 LLAMA_31_8B = {
@@ -56,7 +56,8 @@ def main() -> None:
         dtype = getattr(torch, args.dtype)
         with torch.device(args.device):
             base = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            trimmed = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            # a config of its own: from_config keeps the object it is given, and a drop changes it
+            trimmed = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
         drop_layers(trimmed, list(range(1, config.num_hidden_layers, 2)))
         gc.collect()
         report = measure_latency(
@@ -76,9 +77,8 @@ def main() -> None:
             f"{env['device_name']}, {env['threads']} threads, {report.base_sizes.weight_bytes / 1e9:.2f} -> "
             f"{report.sizes.weight_bytes / 1e9:.2f} GB, torch {env['torch']}, transformers {env['transformers']}"
         )
-        print(
-            f"{'':>8} {'batch':>5} {'base':>14} {'trimmed':>14} {'ratio':>6} {'interval':>14} {'bound':>6} {'share':>6}"
-        )
+        heads = f"{'base':>14} {'trimmed':>14} {'ratio':>6} {'interval':>14} {'bound':>6} {'share':>6}"
+        print(f"{'':>8} {'batch':>5} {heads}")
         for speedup in report.speedups:
             at = [run.batch_size for run in report.runs].index(speedup.batch_size)
             of_base, of_trimmed = report.base_runs[at], report.runs[at]

@@ -202,3 +202,13 @@ def test_refusals(settings: dict, message: str) -> None:
 def test_a_base_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match=r"same dtype, got torch.bfloat16 and torch.float32"):
         measure_latency(llama(), llama().bfloat16(), **FAST)
+
+
+def test_a_base_that_shares_its_config_with_the_trimmed_model_is_refused() -> None:
+    """Its forward pass runs as many blocks as the config says: half of them, and the speed-up would be 1."""
+    base = llama()
+    trimmed = AutoModelForCausalLM.from_config(base.config)
+    drop_layers(trimmed, [1, 2, 4])
+    assert len(base.model.layers) == 6 and base.config.num_hidden_layers == 3
+    with pytest.raises(ValueError, match="Expected one list of 3 blocks"):
+        measure_latency(trimmed, base, **FAST)

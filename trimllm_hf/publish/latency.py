@@ -16,6 +16,7 @@ import transformers
 from torch.utils.benchmark.utils.timer import timer  # waits for the accelerator before it reads the clock
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from ..stack import find_stack
 from .latency_report import LatencyReport, Run, Speedup, Spread, median_interval
 from .sizes import byte_bound, evaluating, sizes_of
 
@@ -50,7 +51,8 @@ def measure_latency(
         compile: Let `generate()` compile the decoding step; needs cache="static" and an accelerator.
 
     Raises:
-        ValueError: On settings that cannot be measured, or a base on another device or of another dtype.
+        ValueError: On settings that cannot be measured, a model whose blocks are not those of its config (as when two
+            models share one config object and one is trimmed), or a base on another device or of another dtype.
     """
     _check(model, base, batch_sizes, prompt_tokens, new_tokens, repeats, warmup, cache, compile)
     models = [model] if base is None else [base, model]
@@ -254,6 +256,9 @@ def _check(
     cache: str,
     compile: bool,
 ) -> None:
+    for each in (model, base):
+        if each is not None:
+            find_stack(each)  # refuses a model that has other blocks than its config says: it would run only some
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"Expected batch_sizes of at least 1, at least one of them, got {list(batch_sizes)}.")
     for name, value, least in (
