@@ -5,18 +5,22 @@ from .callback import TrimCallback
 from .config import TrimConfig
 from .importance import register_importance, score_layers
 from .layer_map import LayerMap
+from .publish.latency import measure_latency
+from .publish.latency_report import LatencyReport
 from .surgery import drop_layers
 from .trainer import TrimTrainer, TrimTrainerMixin
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "LatencyReport",
     "LayerMap",
     "TrimCallback",
     "TrimConfig",
     "TrimTrainer",
     "TrimTrainerMixin",
     "drop_layers",
+    "measure_latency",
     "register_importance",
     "score_layers",
     "trim_like",

@@ -1,0 +1,1 @@
+"""A finished model into the world: measured latency, the card with its pictures, the push."""
