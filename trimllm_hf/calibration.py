@@ -81,6 +81,23 @@ def calibration_batches(
     return [collate(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
 
 
+def num_rows(batch: Batch) -> int:
+    """Number of examples in a batch."""
+    return len(_inputs(batch))
+
+
+def num_tokens(batch: Batch) -> int:
+    """Number of tokens in a batch, padding included."""
+    return _inputs(batch).shape[:2].numel()
+
+
+def _inputs(batch: Batch) -> torch.Tensor:
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(batch.get(name), torch.Tensor):
+            return batch[name]
+    raise ValueError(f"Expected calibration batches with input_ids or inputs_embeds, got only {sorted(batch)}.")
+
+
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
     """Run a block with generators of its own: what training draws afterwards is what it would have drawn without."""

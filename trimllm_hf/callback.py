@@ -188,6 +188,8 @@ class TrimCallback(TrainerCallback, ExportableState):
             self.config.unit,
             agree=self._engine.agree,
             seed=self.config.calibration_seed + depth,
+            memory_gb=self.config.scan_memory_gb,
+            progress=state.is_local_process_zero and not self.trainer.args.disable_tqdm,
         )
         position = least_important(scores, self.config.protect_first, self.config.protect_last)
         drop = plan_drop(

@@ -54,6 +54,11 @@ class TrimConfig:
         default=0, metadata={"help": "Seed for drawing the calibration examples and for the score 'random'."}
     )
 
+    scan_memory_gb: float | None = field(
+        default=None,
+        metadata={"help": "Memory for a scan beside a forward pass, in 10^9 bytes. Default: half of what is free."},
+    )
+
     def __post_init__(self) -> None:
         self.drop_every = str(self.drop_every)
         if (self.target_layers is None) == (self.target_ratio is None):
@@ -80,6 +85,8 @@ class TrimConfig:
         _at_least("protect_first", self.protect_first, 0)
         _at_least("protect_last", self.protect_last, 0)
         _at_least("calibration_size", self.calibration_size, 1)
+        if self.scan_memory_gb is not None and not self.scan_memory_gb > 0:
+            raise ValueError(f"Expected scan_memory_gb above 0, or None, got {self.scan_memory_gb}.")
 
     def resolve_target(self, base_num_layers: int, num_layers: int) -> int:
         """The number of layers to end with, for a model that has `num_layers` now and had `base_num_layers` once.

@@ -7,17 +7,18 @@ number of tokens, so that processes with shares of different size agree on the m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
 from ..calibration import Batch, own_randomness
+from .agreement import Agree, least_and_most
 from .rules import last, random
-from .scan import sensitivity
+from .scan import Measure, ScanSettings, scan, sensitivity, token_loss
 from .statistics import block_influence
+from .sweep import Whole
 
 Importance = Callable[[nn.Module, Sequence[Batch], str], tuple[torch.Tensor, float]]
 
@@ -28,6 +29,7 @@ _REGISTRY: dict[str, Importance] = {
     "random": random,
 }
 _WITHOUT_DATA = {"last", "random"}
+_MEASURES: dict[str, Measure] = {"sensitivity": token_loss}  # what a scan of that name measures
 
 
 def register_importance(name: str, function: Importance) -> None:
@@ -54,7 +56,9 @@ def get_importance(name: str) -> Importance:
         ValueError: If there is none; lists those that there are.
     """
     if name not in _REGISTRY:
-        raise ValueError(f"Expected an importance among {sorted(_REGISTRY)}, got {name!r}. Add it: register_importance.")
+        raise ValueError(
+            f"Expected an importance among {sorted(_REGISTRY)}, got {name!r}. Add it: register_importance."
+        )
     return _REGISTRY[name]
 
 
@@ -74,8 +78,11 @@ def score_layers(
     importance: str = "sensitivity",
     unit: str = "block",
     *,
-    agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    agree: Agree | None = None,
     seed: int = 0,
+    memory_gb: float | None = None,
+    whole: Whole | None = None,
+    progress: bool = False,
 ) -> torch.Tensor:
     """Score every layer of a model on calibration batches.
 
@@ -86,6 +93,10 @@ def score_layers(
         unit: "block".
         agree: Sums a tensor over all processes; None in one process.
         seed: For scores that draw. Global random state is left as it was.
+        memory_gb: For a scan: memory for its candidates, in 10^9 bytes, beside that of a forward pass. None: half of
+            what is free.
+        whole: For a scan: makes a context in which a block's parameters are whole, where an engine has sharded them.
+        progress: For a scan: whether to show a bar with the candidates scored.
 
     Returns:
         Scores of shape (layers,), float64 on the CPU, the same on every process. Higher = more important.
@@ -93,27 +104,65 @@ def score_layers(
     Raises:
         ValueError: If the name is unknown, there is nothing to score on, or a score is not a number.
     """
-    function = get_importance(importance)
+    get_importance(importance)
     device = next(model.parameters()).device
-    with own_randomness(seed), _evaluating(model), torch.no_grad():
-        totals, count = function(model, [send_to_device(batch, device) for batch in batches], unit)
-    both = torch.cat([totals.double().cpu(), torch.tensor([count], dtype=torch.float64)]).to(_reducible(device))
-    if agree is not None:
-        both = agree(both)
-    both = both.cpu()
-    if both[-1] <= 0:
+    agreed = _on_device(agree, device)
+    batches = list(batches)
+    passes = 1
+    if needs_data(importance):
+        fewest, passes = least_and_most(agreed, len(batches))
+        if fewest == 0:
+            raise ValueError(
+                f"Expected calibration batches on every process to score by {importance!r}, got none on at least one. "
+                "Give at least as many calibration examples as there are processes."
+            )
+    settings = ScanSettings(memory_gb, agreed, whole or (lambda block: nullcontext()), progress)
+    # a process with a smaller share goes through its last batch again, for nothing: forward passes of a sharded model
+    # are a matter of all processes
+    padded = [send_to_device(batch, device) for batch in batches + batches[-1:] * (passes - len(batches))]
+    sums: torch.Tensor | None = None
+    wrong: list[str] = []
+    with own_randomness(seed), _evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for number, (totals, count) in enumerate(_by_batch(importance, model, padded, unit, settings)):
+            both = torch.cat([totals.double().cpu(), torch.tensor([count], dtype=torch.float64)])
+            if number < max(1, len(batches)):
+                sums = both if sums is None else sums + both
+                bad = (~torch.isfinite(totals)).nonzero().flatten().tolist()
+                wrong += [f"layers {bad} in batch {number}"] if bad else []
+    assert sums is not None  # there is one pass at least
+    sums = agreed(sums)
+    if sums[-1] <= 0:
         raise ValueError(
             f"Expected calibration batches with tokens to score by {importance!r}, got {len(batches)} batches without "
             "any. Give examples whose labels are not all -100."
         )
-    scores = both[:-1] / both[-1]
+    scores = sums[:-1] / sums[-1]
     if not torch.isfinite(scores).all():
-        wrong = [position for position, score in enumerate(scores.tolist()) if not torch.isfinite(torch.tensor(score))]
         raise ValueError(
-            f"Expected finite scores, got {scores[wrong[0]].item()} by {importance!r} for the layers {wrong}. The loss "
-            "has diverged, or the calibration set holds an example that the model cannot score."
+            f"Expected finite scores by {importance!r}, got {scores.tolist()}: not finite for "
+            f"{'; '.join(wrong) or 'batches of another process'}. The loss has diverged, or the calibration set holds an "
+            "example that the model cannot score."
         )
     return scores
+
+
+def _by_batch(
+    name: str, model: nn.Module, batches: Sequence[Batch], unit: str, settings: ScanSettings
+) -> Iterator[tuple[torch.Tensor, float]]:
+    """The score's totals and count, batch after batch."""
+    if name in _MEASURES:
+        return scan(model, batches, _MEASURES[name], settings)
+    function = get_importance(name)
+    if not needs_data(name):
+        return iter([function(model, [], unit)])
+    return (function(model, [batch], unit) for batch in batches)
+
+
+def _on_device(agree: Agree | None, device: torch.device) -> Agree:
+    """Sums over the processes on the device that their backend takes; tensors come from the CPU and go back to it."""
+    if agree is None:
+        return lambda total: total
+    return lambda total: agree(total.to(device if device.type == "cuda" else "cpu")).cpu()
 
 
 @contextmanager
@@ -126,7 +175,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _reducible(device: torch.device) -> Any:
-    return device if device.type == "cuda" else torch.device("cpu")

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..calibration import Batch
 from ..stack import find_stack
-from .scan import block_input
+from .sweep import block_input
 
 
 def block_influence(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:

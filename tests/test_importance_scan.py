@@ -1,0 +1,158 @@
+"""The one-sweep scan gives the scores of the plain loop, within its memory, and leaves no trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from importance_models import ARCHITECTURES, by_dropping, loss_per_token, make_batches, make_model
+from transformers.utils import logging
+
+from trimllm_hf import TrimConfig, score_layers
+
+STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
+END = "<|endoftext|>"
+
+
+@pytest.fixture(autouse=True)
+def only_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No scan falls back on one by one unseen."""
+
+    def refuse(message: str, *args: object) -> None:
+        raise AssertionError(message)
+
+    monkeypatch.setattr(logging.get_logger("transformers.trimllm_hf"), "warning_once", refuse)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_equals_dropping_each_layer_in_turn(name: str) -> None:
+    model = make_model(name)
+    batches = make_batches(model)
+    scores = score_layers(model, batches)
+    expected = by_dropping(model, batches)
+    assert len(set(expected.tolist())) == len(expected)  # a model whose layers all score the same would show nothing
+    torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-6)
+
+
+def rows_run(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], **settings: float) -> list[list[int]]:
+    """For each block the number of rows in every call of its inside."""
+    calls: list[list[int]] = []
+    for block in model.model.layers:
+        seen: list[int] = []
+        block.mlp.register_forward_hook(lambda _, args, output, seen=seen: seen.append(len(args[0])))
+        calls.append(seen)
+    score_layers(model, batches, **settings)
+    return calls
+
+
+def test_a_block_runs_once_a_batch_on_all_candidates() -> None:
+    model = make_model("LlamaForCausalLM")
+    batches = make_batches(model, ((2, 9), (2, 8), (2, 7)))
+    calls = rows_run(model, batches)
+    # the first batch's first candidate is scored the plain way as well, in one more forward pass, to check the sweep
+    assert calls == [[2] + 3 * [2 * (1 + position)] for position in range(5)]
+
+
+@pytest.mark.parametrize("budget", [1e-9, 2e-5, 5e-5, 1e-4])
+def test_less_memory_means_smaller_steps_and_the_same_scores(budget: float) -> None:
+    model = make_model("LlamaForCausalLM")
+    batches = make_batches(model)
+    torch.testing.assert_close(
+        score_layers(model, batches, memory_gb=budget), by_dropping(model, batches), rtol=1e-6, atol=1e-6
+    )
+    most = max(max(seen) for seen in rows_run(model, batches, memory_gb=budget))
+    assert most < max(max(seen) for seen in rows_run(make_model("LlamaForCausalLM"), batches))
+
+
+def test_nothing_is_left_behind() -> None:
+    model = make_model("MixtralForCausalLM")
+    model.train()
+    model.model.layers[1].eval()
+    hooked: list[int] = []
+    model.model.layers[2].register_forward_hook(lambda *_: hooked.append(1))
+    batches = make_batches(model)
+    before = [dict(vars(module)) for module in model.modules()], model.config.to_dict(), torch.get_rng_state()
+    modes = [module.training for module in model.modules()]
+    score_layers(model, batches)
+    after = [dict(vars(module)) for module in model.modules()], model.config.to_dict(), torch.get_rng_state()
+    assert [attributes.keys() for attributes in before[0]] == [attributes.keys() for attributes in after[0]]
+    assert before[1] == after[1]
+    assert torch.equal(before[2], after[2])
+    assert modes == [module.training for module in model.modules()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    hooked.clear()
+    model(**batches[0])
+    assert hooked == [1]
+
+
+def test_a_model_that_mixes_rows_is_scored_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("LlamaForCausalLM")
+    batches = make_batches(model, ((2, 9), (2, 8)))
+    inside = model.model.layers[3].mlp.forward
+    monkeypatch.setattr(model.model.layers[3].mlp, "forward", lambda x: inside(x) + 5 * len(x) * x.roll(1, dims=-1))
+    told: list[str] = []
+    monkeypatch.setattr(logging.get_logger("transformers.trimllm_hf"), "warning_once", told.append)
+    scores = score_layers(model, batches)
+    assert told
+    plain = []
+    for block in model.model.layers:
+        handle = block.register_forward_hook(lambda _, args, output: args[0])
+        with torch.no_grad():
+            plain.append(loss_per_token(model.eval(), batches))
+        handle.remove()
+    torch.testing.assert_close(scores, torch.tensor(plain, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+def test_stories_rank_as_measured_block_by_block() -> None:
+    if not STORIES.is_dir():
+        pytest.skip("needs ../shared/models/stories260K, which a copy of the project does not have")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(STORIES)
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    text = next((STORIES.parents[1] / "data" / "tinystories").glob("*.txt")).read_text(encoding="utf-8")
+    stories = ["<s>" + story.strip() for story in text.split(END)[:8]]
+    rows = [ids[:512] for ids in tokenizer(stories, add_special_tokens=False).input_ids]
+    batches = [{"input_ids": torch.tensor([row]), "labels": torch.tensor([row])} for row in rows]
+    scores = score_layers(model, batches)
+    # perplexity over 100 stories without block 2: 9.0; without 3 and 4: 10.3 and 10.6; without 1: 15; without 0: 120
+    assert scores.argsort().tolist()[0] == 2
+    assert set(scores.argsort().tolist()[1:3]) == {3, 4}
+    assert scores.argsort().tolist()[3:] == [1, 0]
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan")])
+def test_a_scan_without_memory_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="scan_memory_gb above 0"):
+        TrimConfig(target_layers=2, scan_memory_gb=value)
+
+
+def test_a_score_that_is_not_a_number_names_layers_and_batch() -> None:
+    model = make_model("LlamaForCausalLM")
+    batches = make_batches(model)
+    ids = batches[1]["input_ids"]
+    model.model.embed_tokens.weight.data[60] = float("nan")
+    for batch in batches:
+        batch["input_ids"] = batch["input_ids"].clamp(max=59)
+    batches[1]["input_ids"] = torch.full_like(ids, 60)
+    with pytest.raises(ValueError, match=r"layers \[0, 1, 2, 3, 4\] in batch 1\."):
+        score_layers(model, batches)
+
+
+def test_calibration_without_labels_is_refused() -> None:
+    model = make_model("LlamaForCausalLM")
+    (batch,) = make_batches(model, ((2, 9),))
+    del batch["labels"]
+    with pytest.raises(ValueError, match="Expected calibration batches with labels, got only"):
+        score_layers(model, [batch])
+
+
+def test_no_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least as many calibration examples as there are processes"):
+        score_layers(make_model("LlamaForCausalLM"), [])
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"\['block_influence', 'last', 'random', 'sensitivity'\], got 'guess'"):
+        score_layers(make_model("LlamaForCausalLM"), [], importance="guess")

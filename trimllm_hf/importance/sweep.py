@@ -1,0 +1,292 @@
+"""Leave-one-out in one pass: every block runs once a batch, on the rows of all candidates at once.
+
+At block i its input becomes a new candidate, "i skipped", which from there on is carried beside the model's own rows. So
+the weights are read (under ZeRO-3 or FSDP: gathered) once a batch, and the arithmetic is half of a forward pass for each
+candidate. What follows the last block is the model's own code, run once for each candidate with the blocks passed over.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]  # comes with accelerate
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ..calibration import Batch, num_rows
+
+Forward = Callable[..., Any]
+Whole = Callable[[nn.Module], AbstractContextManager[Any]]
+# What a block may be called with besides tensors. Anything else (a cache, a block mask) may hide one entry per row.
+PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
+# Row counts of sequences that share a row: repeating rows does not repeat the sequences.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+CPU_TOKENS = 1024  # tokens a call on the CPU: enough to use the cores, few enough to stay in the cache
+
+
+@dataclass
+class Sweep:
+    """The hidden states that one batch's sweep carries: the model's own rows, then those of each candidate.
+
+    Attributes:
+        model: The unwrapped model, in evaluation mode, without gradients and without a cache.
+        blocks: Its blocks.
+        whole: Makes a context in which a block's parameters are whole, so that several calls need one gather.
+        budget: Bytes that the candidates may take beside what a forward pass takes.
+        fits: Whether the blocks could be run on several candidates at once. If not, nothing was carried.
+        tolerance: Mean difference by which rounding alone may change the logits, as a share of their mean size.
+    """
+
+    model: nn.Module
+    blocks: Sequence[nn.Module]
+    whole: Whole
+    budget: float
+    fits: bool = True
+    tolerance: float = 1e-3
+    _rests: list[tuple[Any, ...] | None] = field(default_factory=list)  # what a block returns behind its hidden states
+    _chunks: list[torch.Tensor] = field(default_factory=list)  # the rows, as many together as one call takes
+    _per_chunk: int = 1  # candidates a call
+    # shapes of each block's arguments, for twice the rows
+    _shapes: list[list[torch.Size | None]] = field(default_factory=list)
+
+    def learn(self, run: Callable[[], Any]) -> Any:
+        """Learn the form of what each block returns from a forward pass of the model; returns what `run` does."""
+        self._rests = [None] * len(self.blocks)
+
+        def learning(position: int, forward: Forward) -> Forward:
+            def learn(*args: Any, **kwargs: Any) -> Any:
+                hidden = block_input(args, kwargs)
+                if hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
+                    self.tolerance = 0.05
+                output = forward(*args, **kwargs)
+                if isinstance(output, tuple):  # tensors in it, like attention weights, are not passed on to any block
+                    self._rests[position] = tuple(None if _tensors(item) else item for item in output[1:])
+                return output
+
+            return learn
+
+        with replaced_forwards(self.blocks, learning):
+            return run()
+
+    def run(self, batch: Batch, candidates: Sequence[int]) -> Any:
+        """Carry the candidates, positions of blocks to skip, along in one forward pass; returns its own output."""
+        self._chunks, rows = [], num_rows(batch)
+        self.fits = True
+        self._see_shapes(batch)
+        last: torch.Tensor | None = None
+
+        def carrying(position: int, forward: Forward) -> Forward:
+            def carry(*args: Any, **kwargs: Any) -> Any:
+                nonlocal last
+                hidden = block_input(args, kwargs)
+                leaves, spec = tree_flatten((args, kwargs))
+                flows = last is None or hidden is last or torch.equal(hidden, last.to(hidden.dtype))
+                self.fits = self.fits and flows and self._can_widen(position, leaves, hidden, rows)
+                if not self.fits:
+                    return forward(*args, **kwargs)
+                rest: tuple[Any, ...] | None = None
+                if position == 0:
+                    self._chunks = [hidden]
+                with self.whole(self.blocks[position]), measured(self.blocks[position], position == 0) as workspace:
+                    for number, chunk in enumerate(self._chunks):
+                        times = len(chunk) // rows
+                        wide = [
+                            chunk.to(hidden.dtype)
+                            if leaf is hidden
+                            else _repeated(leaf, times)
+                            if isinstance(leaf, torch.Tensor) and leaf.shape != self._shapes[position][i]
+                            else leaf
+                            for i, leaf in enumerate(leaves)
+                        ]
+                        wide_args, wide_kwargs = tree_unflatten(wide, spec)
+                        output = forward(*wide_args, **wide_kwargs)
+                        self._chunks[number] = block_output(output)
+                        rest = output[1:] if number == 0 and isinstance(output, tuple) else rest
+                if position == 0:
+                    self._per_chunk = self._affordable(hidden, sum(workspace), len(candidates))
+                if position in candidates:
+                    self._add(hidden, rows)
+                last = self._chunks[0][:rows]
+                return last if rest is None else (last, *rest)
+
+            return carry
+
+        with replaced_forwards(self.blocks, carrying):
+            return self.model(**batch)
+
+    def outputs(self, batch: Batch, candidates: Sequence[int]) -> Generator[tuple[int, Any], None, None]:
+        """Each carried candidate and the model's output on the batch without it."""
+        rows = num_rows(batch)
+        states = [state for chunk in self._chunks for state in chunk.split(rows)][1:]
+        self._chunks = []
+        current: torch.Tensor
+
+        def passing(position: int, forward: Forward) -> Forward:
+            at_end = position == len(self.blocks) - 1
+            return lambda *args, **kwargs: self._formed(position, current if at_end else block_input(args, kwargs))
+
+        with without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
+            for candidate, current in zip(candidates, states, strict=True):
+                yield candidate, self.model(**batch)
+
+    def _see_shapes(self, batch: Batch) -> None:
+        """The shapes of every block's arguments for the batch taken twice: what differs from once is one entry per row.
+
+        The blocks are passed over, so it costs what stands around them. A rule by size would be wrong wherever a
+        number of heads or of tokens happens to be that of the rows.
+        """
+        self._shapes = [[] for _ in self.blocks]
+        rows = num_rows(batch)
+
+        def passing(position: int, forward: Forward) -> Forward:
+            def note(*args: Any, **kwargs: Any) -> Any:
+                leaves = tree_leaves((args, kwargs))
+                self._shapes[position] = [leaf.shape if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+                return self._formed(position, block_input(args, kwargs))
+
+            return note
+
+        def twice(value: Any) -> Any:
+            has_rows = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
+            return torch.cat([value, value]) if has_rows else value
+
+        with without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
+            self.model(**{name: twice(value) for name, value in batch.items()})
+
+    def _can_widen(self, position: int, leaves: list[Any], hidden: torch.Tensor, rows: int) -> bool:
+        shapes = self._shapes[position]
+        if len(hidden) != rows or len(leaves) != len(shapes):
+            return False
+        for leaf, wide in zip(leaves, shapes, strict=True):
+            if not isinstance(leaf, torch.Tensor):
+                if wide is not None or not isinstance(leaf, PLAIN):
+                    return False
+            elif leaf.shape != wide and (wide is None or wide != (2 * len(leaf), *leaf.shape[1:])):
+                return False
+        return True
+
+    def _affordable(self, hidden: torch.Tensor, workspace: int, num_candidates: int) -> int:
+        """How many candidates to run at a time."""
+        left = self.budget - (num_candidates + 1) * size_of(hidden)
+        by_memory = int(left // max(1, workspace + 2 * size_of(hidden)))
+        if hidden.device.type == "cpu":
+            by_memory = min(by_memory, CPU_TOKENS // max(1, hidden.shape[:-1].numel()))
+        return max(1, by_memory)
+
+    def _add(self, state: torch.Tensor, rows: int) -> None:
+        if len(self._chunks[-1]) // rows < self._per_chunk:
+            self._chunks[-1] = torch.cat([self._chunks[-1], state])
+        else:
+            self._chunks.append(state)
+
+    def _formed(self, position: int, hidden: torch.Tensor) -> Any:
+        rest = self._rests[position]
+        return hidden if rest is None else (hidden, *rest)
+
+
+@contextmanager
+def skipped(block: nn.Module) -> Iterator[None]:
+    """Make a block hand its input on. It still runs, so that its output's form is right in every architecture."""
+
+    def give_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden_states = block_input(args, kwargs)
+        return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+    handle = block.register_forward_hook(give_input, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replaced_forwards(blocks: Sequence[nn.Module], make: Callable[[int, Forward], Forward]) -> Iterator[None]:
+    """Give each block another `forward`. What hangs on the block itself (attributes, hooks) stays in force."""
+    had = [vars(block).get("forward") for block in blocks]  # a wrapper's own forward, if there is one
+    try:
+        for position, block in enumerate(blocks):
+            block.forward = make(position, block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, had, strict=True):
+            if forward is not None:
+                block.forward = forward
+            else:
+                vars(block).pop("forward", None)
+
+
+@contextmanager
+def without_hooks(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Take the hooks off the blocks: what gathers a block's parameters before its forward need not gather them."""
+    names = ("_forward_pre_hooks", "_forward_hooks")
+    had = [{name: vars(block)[name] for name in names} for block in blocks]
+    try:
+        for block in blocks:
+            vars(block).update({name: OrderedDict() for name in names})
+        yield
+    finally:
+        for block, hooks in zip(blocks, had, strict=True):
+            vars(block).update(hooks)
+
+
+@contextmanager
+def measured(block: nn.Module, on: bool) -> Iterator[list[int]]:
+    """Sizes in bytes of what the modules in a block return: an upper estimate of what one call needs."""
+    sizes: list[int] = []
+    modules = list(block.modules()) if on else []
+    handles = [
+        module.register_forward_hook(lambda _, args, output: sizes.append(sum(map(size_of, _tensors(output)))))
+        for module in modules
+    ]
+    try:
+        yield sizes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states that a block was called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def block_output(output: Any) -> torch.Tensor:
+    """The hidden states that a block returned."""
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def can_sweep(model: nn.Module, batch: Batch) -> bool:
+    """Whether a batch's rows are independent of one another in the attention, so that more rows can stand beside them."""
+    if any(name in batch for name in PACKED):
+        return False
+    flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
+    return not (flash and "position_ids" in batch)  # flash attention finds packed sequences in a single row only
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on a device now, in bytes."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return int(psutil.virtual_memory().available)
+
+
+def size_of(tensor: torch.Tensor) -> int:
+    """A tensor's size in bytes."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _repeated(tensor: torch.Tensor, times: int) -> torch.Tensor:
+    if len(tensor) == 1:
+        return tensor.expand(times, *tensor.shape[1:])
+    return tensor.repeat(times, *[1] * (tensor.dim() - 1)) if times > 1 else tensor
