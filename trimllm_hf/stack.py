@@ -1,7 +1,8 @@
-"""Finds a model's stack of blocks, without a table of model names."""
+"""Finds a model's stack of blocks, and a block's attention and MLP, without a table of model names."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
@@ -67,3 +68,39 @@ def find_stack(model: nn.Module) -> Stack:
         )
     name, blocks = found[0]
     return Stack(name, blocks, config.get_text_config(decoder=True))
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """The two halves of a block. Each is one module, or several that work together (OPT's `fc1` and `fc2`).
+
+    Attributes:
+        attention: What mixes tokens (attention, or a state-space or convolution layer in its place), by its name in the
+            block; in the order in which the block defines them.
+        mlp: What works on each token alone (an MLP or a mixture of experts), by its name in the block.
+    """
+
+    attention: dict[str, nn.Module]
+    mlp: dict[str, nn.Module]
+
+
+# By the names of a block's own children: transformers' architectures agree on these, not on class names.
+_ATTENTION = re.compile(r"(self_|linear_)?(attn|attention)|mamba|temporal_block|conv|mlstm_layer")
+_MLP = re.compile(r"(shared_)?(mlp|moe|ffn|feed_forward)|block_sparse_moe|mlp_block|intermediate|output|fc[12]")
+
+
+def find_sublayers(block: nn.Module) -> Sublayers:
+    """A block's attention and its MLP, without a table of model names.
+
+    Raises:
+        ValueError: If the block is not made of an attention and an MLP.
+    """
+    children = [(name, child) for name, child in block.named_children() if any(True for _ in child.parameters())]
+    attention = {name: child for name, child in children if _ATTENTION.fullmatch(name)}
+    mlp = {name: child for name, child in children if _MLP.fullmatch(name)}
+    if not attention or not mlp:
+        raise ValueError(
+            f"Expected a block made of an attention and an MLP, got {type(block).__name__} with the parts "
+            f"{[name for name, _ in children]}. Use unit='block' for this architecture."
+        )
+    return Sublayers(attention, mlp)
