@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .layer_map import num_hidden_layers
+from .layer_map import depth_name, num_hidden_layers
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,25 @@ class Stack:
         name: Dotted path of the `ModuleList` in the model, e.g. "model.layers".
         blocks: The `ModuleList` itself.
         config: The config that holds the depth: the model's own, or its text part.
+        depth_name: The config's field that counts the blocks, "num_hidden_layers" in most.
     """
 
     name: str
     blocks: nn.ModuleList
     config: PreTrainedConfig
+    depth_name: str = "num_hidden_layers"
 
     def __len__(self) -> int:
         return len(self.blocks)
 
 
 def find_stack(model: nn.Module) -> Stack:
-    """The stack of blocks that a model's `num_hidden_layers` counts.
+    """The stack of blocks that a model's config counts.
 
     It is the `ModuleList` of that length whose items are `GradientCheckpointingLayer`s or are named in the model's
-    `_no_split_modules`: the two marks by which transformers itself knows a block.
+    `_no_split_modules`: the two marks by which transformers itself knows a block. A few old architectures bear neither:
+    there it is the only list of that length whose items are of one class. Of a multimodal model's lists it is the one in
+    the module that holds the text part's config.
 
     Raises:
         ValueError: If the model is no transformers model, or has no such list, or more than one.
@@ -50,24 +54,38 @@ def find_stack(model: nn.Module) -> Stack:
             f"Expected a model with one stack of blocks, got the encoder-decoder {type(model).__name__}, which cannot "
             "be trimmed yet."
         )
+    text_config = config.get_text_config(decoder=True)
     depth = num_hidden_layers(config)
     no_split = set(getattr(model, "_no_split_modules", None) or ())
+    lists = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
     found = [
         (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == depth
-        and all(isinstance(b, GradientCheckpointingLayer) or type(b).__name__ in no_split for b in module)
-    ]
+        for name, module in lists
+        if all(isinstance(b, GradientCheckpointingLayer) or type(b).__name__ in no_split for b in module)
+    ] or [(name, module) for name, module in lists if len({type(block) for block in module}) == 1]
+    if len(found) > 1:
+        found = [(name, module) for name, module in found if _owner_config(model, name) is type(text_config)]
     if len(found) != 1:
-        lists = [f"{n} ({len(m)})" for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+        all_lists = [f"{n} ({len(m)})" for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
         raise ValueError(
             f"Expected one list of {depth} blocks in {type(model).__name__} (its config's depth), got "
-            f"{[name for name, _ in found] or 'none'} among the module lists {lists}. This architecture cannot be "
+            f"{[name for name, _ in found] or 'none'} among the module lists {all_lists}. This architecture cannot be "
             "trimmed, or its config does not describe it."
         )
     name, blocks = found[0]
-    return Stack(name, blocks, config.get_text_config(decoder=True))
+    return Stack(name, blocks, text_config, depth_name(config))
+
+
+def _owner_config(model: nn.Module, name: str) -> type:
+    """The class of the config of the nearest module around `name` that has one."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+        if config is not None:
+            return type(config)
+    return type(None)
 
 
 @dataclass(frozen=True)

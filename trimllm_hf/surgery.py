@@ -7,7 +7,12 @@ of names, which attributes number a layer (they are renumbered) and refuses a mo
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
+import re
+import textwrap
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .depth_config import readings
 from .layer_map import LayerMap
 from .stack import Stack, find_stack
 
@@ -72,9 +78,17 @@ def plan_drop(
     stack = find_stack(model)
     layer_map = LayerMap.from_config(model.config).drop(layers, step=step, importance=importance, scores=scores)
     kept = [position for position in range(len(stack)) if position not in set(layers)]
-    values = _trimmed_values(stack.config, kept)
-    renumbering = _guard(model, stack, kept, values)
-    return PlannedDrop(model, layer_map, stack, frozenset(layers), values, renumbering)
+    refusal: ValueError | None = None
+    full = _rebuild(model, {})
+    for values in readings(stack.config, stack.depth_name, kept):
+        try:
+            renumbering = _guard(model, stack, kept, values, full)
+        except ValueError as error:
+            refusal = refusal or error  # of the likeliest reading
+            continue
+        return PlannedDrop(model, layer_map, stack, frozenset(layers), values, renumbering)
+    assert refusal is not None
+    raise refusal
 
 
 def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block") -> LayerMap:
@@ -95,17 +109,6 @@ def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block") ->
     return plan_drop(model, layers, unit).apply()
 
 
-def _trimmed_values(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """What changes in the config: the depth, and every list with one entry per layer."""
-    depth = config.num_hidden_layers
-    values: dict[str, Any] = {"num_hidden_layers": len(kept)}
-    depth_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    for name, value in vars(config).items():
-        if isinstance(value, list | tuple) and len(value) == depth and not name.startswith("_") and name != depth_name:
-            values[name] = type(value)(value[position] for position in kept)
-    return values
-
-
 def _set_values(config: PreTrainedConfig, values: dict[str, Any]) -> None:
     for name, value in values.items():
         setattr(config, name, value)
@@ -114,20 +117,21 @@ def _set_values(config: PreTrainedConfig, values: dict[str, Any]) -> None:
 def _configs_of(model: PreTrainedModel, stack: Stack) -> list[PreTrainedConfig]:
     """Every config object in the model that describes the stack: submodules may hold copies."""
     found: dict[int, PreTrainedConfig] = {id(stack.config): stack.config}
-    depth = stack.config.num_hidden_layers
+    depth = getattr(stack.config, stack.depth_name)
     for module in model.modules():
         config = getattr(module, "config", None)
-        if type(config) is type(stack.config) and config.num_hidden_layers == depth:
+        if type(config) is type(stack.config) and getattr(config, stack.depth_name) == depth:
             found[id(config)] = config
     return list(found.values())
 
 
-def _guard(model: PreTrainedModel, stack: Stack, kept: Sequence[int], values: dict[str, Any]) -> Renumbering:
+def _guard(
+    model: PreTrainedModel, stack: Stack, kept: Sequence[int], values: dict[str, Any], full: nn.Module
+) -> Renumbering:
     """Compare the model that the config describes with the one that the trimmed config would describe."""
-    full = _rebuild(model, {})
     try:
         trimmed = _rebuild(model, values)
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except Exception as error:  # a config that cannot be built shows it in as many ways as there are architectures
         raise ValueError(
             f"Expected {type(model).__name__} to be built from its trimmed config, got {type(error).__name__}: {error}. "
             "This architecture cannot say in its config that these layers are gone. Nothing was changed."
@@ -147,11 +151,37 @@ def _guard(model: PreTrainedModel, stack: Stack, kept: Sequence[int], values: di
             if old == new:
                 continue
             numbers_a_layer = block is not None and (old, new) == (kept[block], block)
-            counts_layers = block is None and (old, new) == (len(stack), len(kept))
-            if not (numbers_a_layer or counts_layers) or isinstance(old, bool):
+            names_a_layer = isinstance(old, int) and new == bisect_left(kept, old) and _NUMBER.fullmatch(attribute)
+            counts_layers = (old, new) == (len(stack), len(kept)) and (block is None or not _in_forward(of_full, attribute))
+            if not (numbers_a_layer or names_a_layer or counts_layers) or isinstance(old, bool):
                 _refuse(model, f"{name}.{attribute}" if name else attribute, "another value", old, new)
             renumbering[(name.replace(inner_name, stack.name, 1) if block is not None else name, attribute)] = (old, new)
     return renumbering
+
+
+_NUMBER = re.compile(r".*layer.*(idx|index|id|number)")
+
+
+def _in_forward(module: nn.Module, attribute: str) -> bool:
+    """Whether a module's forward, or a method that it calls, may read an attribute: what only `__init__` reads has
+    become a weight or a buffer, which stays what it was."""
+    methods = {}
+    for base in reversed(type(module).__mro__):
+        if base.__module__.startswith("torch.nn") or base is object:
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        methods.update({node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)})
+    to_read, read = ["forward"], set()
+    while to_read:
+        name = to_read.pop()
+        if name in read or name not in methods:
+            continue
+        read.add(name)
+        used = {node.attr for node in ast.walk(methods[name]) if isinstance(node, ast.Attribute)}
+        if attribute in used:
+            return True
+        to_read += used
+    return False
 
 
 def _rebuild(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
