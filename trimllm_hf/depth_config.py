@@ -38,7 +38,8 @@ def readings(config: PreTrainedConfig, depth_name: str, kept: Sequence[int]) -> 
         kept: Positions of the layers that stay, ascending.
     """
     depth = getattr(config, depth_name)
-    fixed: dict[str, Any] = {depth_name: len(kept)}
+    # where the depth is the length of a list, the list says it all
+    fixed: dict[str, Any] = {depth_name: len(kept)} if depth_name in vars(config) else {}
     choices: dict[str, list[Any]] = {}
     for name, value in vars(config).items():
         if name.startswith("_") or name == depth_name:

@@ -15,6 +15,7 @@ import textwrap
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isclose
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class PlannedDrop:
             del self.stack.blocks[position]
         modules = dict(self.model.named_modules())
         for (name, attribute), (before, after) in self.renumbering.items():
-            if getattr(modules[name], attribute, None) == before:  # a value that the user changed stays
+            now = getattr(modules[name], attribute, None)
+            if (list(now) if isinstance(now, tuple) else now) == before:  # a value that the user changed stays
                 setattr(modules[name], attribute, after)
         self.model.config.trim = self.layer_map.to_dict()
         return self.layer_map
@@ -78,6 +80,7 @@ def plan_drop(
     stack = find_stack(model)
     layer_map = LayerMap.from_config(model.config).drop(layers, step=step, importance=importance, scores=scores)
     kept = [position for position in range(len(stack)) if position not in set(layers)]
+    _keep_an_attention(stack, kept)
     refusal: ValueError | None = None
     full = _rebuild(model, {})
     for values in readings(stack.config, stack.depth_name, kept):
@@ -107,6 +110,22 @@ def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block") ->
             blocks; or if the trimmed config would describe another model than the trimmed one. Nothing has changed then.
     """
     return plan_drop(model, layers, unit).apply()
+
+
+_WITHOUT_CACHE = {"linear_attention", "conv", "moe", "recurrent", "mamba"}
+
+
+def _keep_an_attention(stack: Stack, kept: Sequence[int]) -> None:
+    """A hybrid model reads the length of its cache from its attention layers: without any it cannot generate."""
+    types = getattr(stack.config, "layer_types", None)
+    if not isinstance(types, list | tuple) or len(types) != len(stack):
+        return
+    with_cache = [position for position in range(len(stack)) if types[position] not in _WITHOUT_CACHE]
+    if with_cache and not set(with_cache) & set(kept):
+        raise ValueError(
+            f"Expected at least one of the attention layers {with_cache} to stay, got all of them to drop. The model could "
+            "not generate with a cache without one. Nothing was changed."
+        )
 
 
 def _set_values(config: PreTrainedConfig, values: dict[str, Any]) -> None:
@@ -148,17 +167,30 @@ def _guard(
         before, after = _scalars(of_full), _scalars(of_trimmed)
         for attribute in sorted(before.keys() | after.keys()):
             old, new = before.get(attribute), after.get(attribute)
-            if old == new:
+            if old == new or (isinstance(old, float) and isinstance(new, float) and isclose(old, new, rel_tol=1e-12)):
                 continue
-            numbers_a_layer = block is not None and (old, new) == (kept[block], block)
-            names_a_layer = isinstance(old, int) and new == bisect_left(kept, old) and _NUMBER.fullmatch(attribute)
-            counts_layers = (old, new) == (len(stack), len(kept)) and (block is None or not _in_forward(of_full, attribute))
-            if not (numbers_a_layer or names_a_layer or counts_layers) or isinstance(old, bool):
+            if isinstance(old, bool) or not _is_place(attribute, old, new, block, kept, len(stack), of_full):
                 _refuse(model, f"{name}.{attribute}" if name else attribute, "another value", old, new)
             renumbering[(name.replace(inner_name, stack.name, 1) if block is not None else name, attribute)] = (old, new)
     return renumbering
 
 
+def _is_place(
+    attribute: str, old: Any, new: Any, block: int | None, kept: Sequence[int], depth: int, module: nn.Module
+) -> bool:
+    """Whether an attribute says where layers are, and changes as their places do."""
+    if isinstance(old, list):
+        one_per_layer = len(old) == depth and new == [old[position] for position in kept]
+        return one_per_layer or (_INDICES.fullmatch(attribute) and new == [kept.index(i) for i in old if i in kept])
+    if block is not None and (old, new) == (kept[block], block):
+        return True
+    if isinstance(old, int) and isinstance(new, int) and _NUMBER.fullmatch(attribute):
+        two_a_block = block is not None and old - new == 2 * (kept[block] - block)  # LongCat has two attentions a block
+        return new == bisect_left(kept, old) or two_a_block
+    return (old, new) == (depth, len(kept)) and (block is None or not _in_forward(module, attribute))
+
+
+_INDICES = re.compile(r".*layer.*")
 _NUMBER = re.compile(r".*layer.*(idx|index|id|number)")
 
 
@@ -191,7 +223,10 @@ def _rebuild(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(max(verbosity, logging.WARNING))  # building a model tells its whole config at INFO
     try:
-        config = type(config).from_dict(config.to_dict(), attn_implementation=model.config._attn_implementation)
+        attention = {"": model.config._attn_implementation}
+        for name in config.sub_configs:
+            attention[name] = getattr(getattr(config, name), "_attn_implementation", None)
+        config = type(config).from_dict(config.to_dict(), attn_implementation=attention)
         with torch.device("meta"):
             return type(model)(config)
     finally:

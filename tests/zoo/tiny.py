@@ -27,6 +27,8 @@ RULES: list[tuple[str, int]] = [
     (r"num_experts_per_tok(en)?|moe_top_?k|experts_top_k|num_selected_experts|moe_k|top_k_experts|num_experts_per_token", 2),
     (r"n_group|topk_group|num_expert_group|n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
     (r"q_lora_rank|kv_lora_rank|.*lora_rank|.*_lora_rank|time_step_rank|dt_rank", 8),
+    (r"rotary_dim", 4),
+    (r"linear_(key|value)_head_dim", 8),
     (r"qk_nope_head_dim|qk_rope_head_dim|v_head_dim|.*head_dim|kv_channels|attention_head_dim|index_head_dim|global_head_dim|head_size|d_kv", 8),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|seq_length|.*max_position_embeddings|max_source_positions|max_target_positions", 128),
     (r"(.*_)?sliding_window(_size)?|attention_window_size|window_size|local_attention|attention_chunk_size|chunk_size|mamba_chunk_size", 16),
@@ -70,9 +72,13 @@ def tiny_values(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
         elif small is not None and name == "head_dim":
             values[name] = small
     for key, spec in config_class.sub_configs_defaults.items():
-        sub_class = spec.config_class if issubclass_safe(spec.config_class) else CONFIG_MAPPING.get(spec.model_type)
+        sub_class = spec.config_class
+        if not issubclass_safe(sub_class):
+            sub_class = CONFIG_MAPPING[spec.model_type] if spec.model_type in CONFIG_MAPPING else None
         if sub_class is not None:
             values[key] = {"model_type": sub_class.model_type, **tiny_values(sub_class)}
+    if "kv_lora_rank" in values and "num_key_value_heads" in values:
+        values["num_key_value_heads"] = values.get("num_attention_heads", 4)  # latent attention has a key for each head
     values.update(EXCEPTIONS.get(config_class.model_type, {}))
     return values
 
@@ -81,7 +87,50 @@ def issubclass_safe(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, PreTrainedConfig)
 
 
-EXCEPTIONS: dict[str, dict[str, Any]] = {}
+_HALF = ["sliding_attention", "full_attention"] * (DEPTH // 2)
+_LINEAR = ["linear_attention", "linear_attention", "full_attention"] * (DEPTH // 3)
+_SHARING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
+_SMALL_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+# Where the rule cannot know: values that have to fit together, and defaults that leave out what the released models set.
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "axk1": {"num_key_value_heads": 4},
+    "bamba": {"attn_layer_indices": [2, 5], **_MAMBA},
+    "codegen": {"rotary_dim": 4},
+    "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [3]},
+    "cohere_compass_text": {"num_key_value_heads": 2, "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "num_key_value_heads": 4, "first_k_dense_replace": 2},
+    "deepseek_v3": {"num_key_value_heads": 4},
+    "dory": {"n_input_layers": 2, "n_output_layers": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 2},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "gemma3n_text": {"layer_types": _SHARING, "num_kv_shared_layers": 2, "intermediate_size": 64, "activation_sparsity_pattern": [0.0] * DEPTH},
+    "gemma4_text": {"layer_types": _SHARING, "num_kv_shared_layers": 2, "global_head_dim": 8},
+    "gemma4_unified_text": {"layer_types": _SHARING, "global_head_dim": 8},
+    "gpt_neo": {"num_layers": DEPTH, "attention_types": [[["global", "local"], DEPTH // 2]], "window_size": 16},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {"layer_types": _LINEAR, "shared_intermediate_size": 64, **_MAMBA},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
+    "llama4_text": {"interleave_moe_layer_step": 2},
+    "longcat_flash": {"zero_expert_num": 2, "moe_topk": 2, "num_key_value_heads": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "mllama_text_model": {"cross_attention_layers": [1, 4]},
+    "moshi": {"audio_vocab_size": 99},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe", "mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2},
+    "phi4_multimodal_audio": {"hidden_size": 32, "nemo_conv_channels": 32, "ext_pw_out_channel": 32, "num_blocks": 2},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2, "ple_embed_dim": 8, "ngram_vocab_size_base": 50, "split_ngram_parts": 2, "make_ngram_vocab_size_divisible_by": 2, "hc_lowrank": 4},
+    "qwen3_moe": {"decoder_sparse_step": 2, "mlp_only_layers": [1]},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "hidden_size": 32, "num_attention_heads": 4, "num_buckets": 4},
+    "siglip_vision_model": _SMALL_VISION,
+    "xlstm": {"num_blocks": DEPTH, "num_heads": 4, "chunk_size": 16},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"], "num_key_value_heads": 4, "attention_head_dim": 16, "attention_hidden_size": 64},
+    "zamba2": {"layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"], "num_attention_heads": 4, "n_mamba_heads": 8},
+}
 
 
 class TooBig(Exception):
