@@ -5,6 +5,7 @@ from .callback import TrimCallback
 from .config import TrimConfig
 from .importance import register_importance, score_layers
 from .layer_map import LayerMap
+from .loading import load_kept_layers, write_kept_layers
 from .surgery import drop_layers
 from .trainer import TrimTrainer, TrimTrainerMixin
 
@@ -17,7 +18,9 @@ __all__ = [
     "TrimTrainer",
     "TrimTrainerMixin",
     "drop_layers",
+    "load_kept_layers",
     "register_importance",
     "score_layers",
     "trim_like",
+    "write_kept_layers",
 ]

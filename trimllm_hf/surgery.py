@@ -182,6 +182,11 @@ def _is_place(
     if isinstance(old, list):
         one_per_layer = len(old) == depth and new == [old[position] for position in kept]
         return one_per_layer or (_INDICES.fullmatch(attribute) and new == [kept.index(i) for i in old if i in kept])
+    if attribute.endswith("tied_weights_keys"):  # transformers' own tables, by the names of the layers
+        return True
+    if isinstance(old, dict):  # Zamba 2: the number of a layer -> its number among the layers with attention
+        stay = [layer for layer in old if layer in kept]
+        return new == {kept.index(layer): number for number, layer in enumerate(stay)}
     if block is not None and (old, new) == (kept[block], block):
         return True
     if isinstance(old, int) and isinstance(new, int) and _NUMBER.fullmatch(attribute):
@@ -269,6 +274,8 @@ def _scalars(module: nn.Module) -> dict[str, Any]:
             found[name] = value
         elif isinstance(value, list | tuple) and all(isinstance(item, Scalar) for item in value):
             found[name] = list(value)
+        elif isinstance(value, dict) and all(isinstance(item, Scalar) for item in (*value, *value.values())):
+            found[name] = dict(value)
         elif callable(value) and hasattr(value, "__qualname__"):
             found[name] = value.__qualname__
     return found
