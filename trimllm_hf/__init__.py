@@ -5,6 +5,7 @@ from .callback import TrimCallback
 from .config import TrimConfig
 from .importance import register_importance, score_layers
 from .layer_map import LayerMap
+from .loading import load_kept_layers, write_kept_layers
 from .publish.latency import measure_latency
 from .publish.latency_report import LatencyReport
 from .surgery import drop_layers
@@ -20,8 +21,10 @@ __all__ = [
     "TrimTrainer",
     "TrimTrainerMixin",
     "drop_layers",
+    "load_kept_layers",
     "measure_latency",
     "register_importance",
     "score_layers",
     "trim_like",
+    "write_kept_layers",
 ]

@@ -229,10 +229,24 @@ def num_hidden_layers(config: PreTrainedConfig) -> int:
     Raises:
         ValueError: If the config has no whole-number depth.
     """
-    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    depth = getattr(config.get_text_config(decoder=True), depth_name(config), None)
     if not _is_count(depth) or depth < 1:
         raise ValueError(f"Expected a config with num_hidden_layers, got {type(config).__name__} with {_shown(depth)}.")
     return depth
+
+
+def depth_name(config: PreTrainedConfig) -> str:
+    """The config's field for the depth. The decoder of an encoder-decoder's config, alone in a model, has its own."""
+    text_config = config.get_text_config(decoder=True)
+    mapped = text_config.attribute_map.get("num_hidden_layers")
+    if not config.is_encoder_decoder and (getattr(config, "is_decoder", False) or mapped == "encoder_layers"):
+        for name in ("decoder_layers", "num_decoder_layers"):
+            if hasattr(text_config, name):
+                return name
+    name = text_config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    if name not in vars(text_config) and "num_layers" in vars(text_config):
+        return "num_layers"  # LongCat: num_hidden_layers counts its attentions, two a block
+    return name
 
 
 def _map_in(file: Path, *path: str) -> LayerMap | None:

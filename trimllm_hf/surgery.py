@@ -7,9 +7,15 @@ of names, which attributes number a layer (they are renumbered) and refuses a mo
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
+import re
+import textwrap
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isclose
 from typing import Any
 
 import torch
@@ -17,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .depth_config import readings
 from .layer_map import LayerMap
 from .stack import Stack, find_stack
 
@@ -61,7 +68,8 @@ class PlannedDrop:
             del self.stack.blocks[position]
         modules = dict(self.model.named_modules())
         for (name, attribute), (before, after) in self.renumbering.items():
-            if getattr(modules[name], attribute, None) == before:  # a value that the user changed stays
+            now = getattr(modules[name], attribute, None)
+            if (list(now) if isinstance(now, tuple) else now) == before:  # a value that the user changed stays
                 setattr(modules[name], attribute, after)
         self.model.config.trim = self.layer_map.to_dict()
         return self.layer_map
@@ -85,9 +93,18 @@ def plan_drop(
     stack = find_stack(model)
     layer_map = LayerMap.from_config(model.config).drop(layers, step=step, importance=importance, scores=scores)
     kept = [position for position in range(len(stack)) if position not in set(layers)]
-    values = _trimmed_values(stack.config, kept)
-    renumbering = _guard(model, stack, kept, values)
-    return PlannedDrop(model, layer_map, stack, frozenset(layers), values, renumbering)
+    _keep_an_attention(stack, kept)
+    refusal: ValueError | None = None
+    full = _rebuild(model, {})
+    for values in readings(stack.config, stack.depth_name, kept):
+        try:
+            renumbering = _guard(model, stack, kept, values, full)
+        except ValueError as error:
+            refusal = refusal or error  # of the likeliest reading
+            continue
+        return PlannedDrop(model, layer_map, stack, frozenset(layers), values, renumbering)
+    assert refusal is not None
+    raise refusal
 
 
 def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block") -> LayerMap:
@@ -108,15 +125,20 @@ def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block") ->
     return plan_drop(model, layers, unit).apply()
 
 
-def _trimmed_values(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """What changes in the config: the depth, and every list with one entry per layer."""
-    depth = config.num_hidden_layers
-    values: dict[str, Any] = {"num_hidden_layers": len(kept)}
-    depth_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    for name, value in vars(config).items():
-        if isinstance(value, list | tuple) and len(value) == depth and not name.startswith("_") and name != depth_name:
-            values[name] = type(value)(value[position] for position in kept)
-    return values
+_WITHOUT_CACHE = {"linear_attention", "conv", "moe", "recurrent", "mamba"}
+
+
+def _keep_an_attention(stack: Stack, kept: Sequence[int]) -> None:
+    """A hybrid model reads the length of its cache from its attention layers: without any it cannot generate."""
+    types = getattr(stack.config, "layer_types", None)
+    if not isinstance(types, list | tuple) or len(types) != len(stack):
+        return
+    with_cache = [position for position in range(len(stack)) if types[position] not in _WITHOUT_CACHE]
+    if with_cache and not set(with_cache) & set(kept):
+        raise ValueError(
+            f"Expected at least one of the attention layers {with_cache} to stay, got all of them to drop. The model could "
+            "not generate with a cache without one. Nothing was changed."
+        )
 
 
 def _set_values(config: PreTrainedConfig, values: dict[str, Any]) -> None:
@@ -127,20 +149,21 @@ def _set_values(config: PreTrainedConfig, values: dict[str, Any]) -> None:
 def _configs_of(model: PreTrainedModel, stack: Stack) -> list[PreTrainedConfig]:
     """Every config object in the model that describes the stack: submodules may hold copies."""
     found: dict[int, PreTrainedConfig] = {id(stack.config): stack.config}
-    depth = stack.config.num_hidden_layers
+    depth = getattr(stack.config, stack.depth_name)
     for module in model.modules():
         config = getattr(module, "config", None)
-        if type(config) is type(stack.config) and config.num_hidden_layers == depth:
+        if type(config) is type(stack.config) and getattr(config, stack.depth_name) == depth:
             found[id(config)] = config
     return list(found.values())
 
 
-def _guard(model: PreTrainedModel, stack: Stack, kept: Sequence[int], values: dict[str, Any]) -> Renumbering:
+def _guard(
+    model: PreTrainedModel, stack: Stack, kept: Sequence[int], values: dict[str, Any], full: nn.Module
+) -> Renumbering:
     """Compare the model that the config describes with the one that the trimmed config would describe."""
-    full = _rebuild(model, {})
     try:
         trimmed = _rebuild(model, values)
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except Exception as error:  # a config that cannot be built shows it in as many ways as there are architectures
         raise ValueError(
             f"Expected {type(model).__name__} to be built from its trimmed config, got {type(error).__name__}: {error}. "
             "This architecture cannot say in its config that these layers are gone. Nothing was changed."
@@ -157,14 +180,58 @@ def _guard(model: PreTrainedModel, stack: Stack, kept: Sequence[int], values: di
         before, after = _scalars(of_full), _scalars(of_trimmed)
         for attribute in sorted(before.keys() | after.keys()):
             old, new = before.get(attribute), after.get(attribute)
-            if old == new:
+            if old == new or (isinstance(old, float) and isinstance(new, float) and isclose(old, new, rel_tol=1e-12)):
                 continue
-            numbers_a_layer = block is not None and (old, new) == (kept[block], block)
-            counts_layers = block is None and (old, new) == (len(stack), len(kept))
-            if not (numbers_a_layer or counts_layers) or isinstance(old, bool):
+            if isinstance(old, bool) or not _is_place(attribute, old, new, block, kept, len(stack), of_full):
                 _refuse(model, f"{name}.{attribute}" if name else attribute, "another value", old, new)
             renumbering[(name.replace(inner_name, stack.name, 1) if block is not None else name, attribute)] = (old, new)
     return renumbering
+
+
+def _is_place(
+    attribute: str, old: Any, new: Any, block: int | None, kept: Sequence[int], depth: int, module: nn.Module
+) -> bool:
+    """Whether an attribute says where layers are, and changes as their places do."""
+    if isinstance(old, list):
+        one_per_layer = len(old) == depth and new == [old[position] for position in kept]
+        return one_per_layer or (_INDICES.fullmatch(attribute) and new == [kept.index(i) for i in old if i in kept])
+    if attribute.endswith("tied_weights_keys"):  # transformers' own tables, by the names of the layers
+        return True
+    if isinstance(old, dict):  # Zamba 2: the number of a layer -> its number among the layers with attention
+        stay = [layer for layer in old if layer in kept]
+        return new == {kept.index(layer): number for number, layer in enumerate(stay)}
+    if block is not None and (old, new) == (kept[block], block):
+        return True
+    if isinstance(old, int) and isinstance(new, int) and _NUMBER.fullmatch(attribute):
+        two_a_block = block is not None and old - new == 2 * (kept[block] - block)  # LongCat has two attentions a block
+        return new == bisect_left(kept, old) or two_a_block
+    return (old, new) == (depth, len(kept)) and (block is None or not _in_forward(module, attribute))
+
+
+_INDICES = re.compile(r".*layer.*")
+_NUMBER = re.compile(r".*layer.*(idx|index|id|number)")
+
+
+def _in_forward(module: nn.Module, attribute: str) -> bool:
+    """Whether a module's forward, or a method that it calls, may read an attribute: what only `__init__` reads has
+    become a weight or a buffer, which stays what it was."""
+    methods = {}
+    for base in reversed(type(module).__mro__):
+        if base.__module__.startswith("torch.nn") or base is object:
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        methods.update({node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)})
+    to_read, read = ["forward"], set()
+    while to_read:
+        name = to_read.pop()
+        if name in read or name not in methods:
+            continue
+        read.add(name)
+        used = {node.attr for node in ast.walk(methods[name]) if isinstance(node, ast.Attribute)}
+        if attribute in used:
+            return True
+        to_read += used
+    return False
 
 
 def _rebuild(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
@@ -174,7 +241,10 @@ def _rebuild(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(max(verbosity, logging.WARNING))  # building a model tells its whole config at INFO
     try:
-        config = type(config).from_dict(config.to_dict(), attn_implementation=model.config._attn_implementation)
+        attention = {"": model.config._attn_implementation}
+        for name in config.sub_configs:
+            attention[name] = getattr(getattr(config, name), "_attn_implementation", None)
+        config = type(config).from_dict(config.to_dict(), attn_implementation=attention)
         with torch.device("meta"):
             return type(model)(config)
     finally:
@@ -217,6 +287,8 @@ def _scalars(module: nn.Module) -> dict[str, Any]:
             found[name] = value
         elif isinstance(value, list | tuple) and all(isinstance(item, Scalar) for item in value):
             found[name] = list(value)
+        elif isinstance(value, dict) and all(isinstance(item, Scalar) for item in (*value, *value.values())):
+            found[name] = dict(value)
         elif callable(value) and hasattr(value, "__qualname__"):
             found[name] = value.__qualname__
     return found

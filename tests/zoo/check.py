@@ -1,0 +1,204 @@
+"""One model type through a drop: is what comes out exactly the model without those blocks?"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tiny import TooBig, tiny_model
+from torch import nn
+
+from trimllm_hf import drop_layers
+from trimllm_hf.stack import find_stack
+
+NEW_TOKENS = 5
+PAIRS = [(1, 4), (2, 4), (1, 3), (3, 5), (0, 2), (2, 5), (0, 5)]  # two blocks that are not adjacent, of six
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one model type. `status`: exact, refused, wrong, crash, or unbuilt; `detail` says why."""
+
+    model_type: str
+    status: str
+    detail: str = ""
+    class_name: str = ""
+
+
+def check_blocks(auto_class: Any, model_type: str, pairs: Sequence[tuple[int, ...]] = PAIRS) -> Outcome:
+    """Drop two blocks, compare with hooks that skip them, save, reload, generate; or be refused without a trace."""
+    try:
+        model = tiny_model(auto_class, model_type)
+        inputs = inputs_for(model)
+        with torch.no_grad():
+            logits_of(model, inputs)
+    except TooBig as error:
+        return Outcome(model_type, "unbuilt", str(error))
+    except Exception as error:
+        return Outcome(model_type, "unbuilt", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}")
+    name = type(model).__name__
+    refusals = []
+    idle = "too shallow"
+    for pair in pairs:
+        model = tiny_model(auto_class, model_type)
+        try:
+            blocks = find_stack(model).blocks
+        except ValueError as error:
+            return Outcome(model_type, "refused", _short(error), name)
+        if max(pair) >= len(blocks):
+            continue
+        try:
+            with torch.no_grad(), skipping([blocks[i] for i in pair]):
+                expected = logits_of(model, inputs)
+            full = logits_of(model, inputs)
+        except Exception as error:
+            return Outcome(model_type, "crash", f"reference: {type(error).__name__}: {error}", name)
+        if torch.allclose(full, expected, atol=1e-4):
+            idle = f"{list(pair)}: the blocks change nothing"
+            continue  # Mllama's cross-attention without an image
+        cached = cache_agrees(model, inputs)
+        before = snapshot(model)
+        try:
+            drop_layers(model, list(pair))
+        except ValueError as error:
+            if (trace := difference(before, snapshot(model))) is not None:
+                return Outcome(model_type, "wrong", f"refused, but changed {trace}", name)
+            refusals.append(f"{list(pair)}: {_short(error)}")
+            continue
+        except Exception as error:
+            return Outcome(model_type, "crash", f"{type(error).__name__}: {error}", name)
+        problem = compare(auto_class, model, inputs, expected, cached)
+        if problem is not None:
+            return Outcome(model_type, "wrong", f"{list(pair)}: {problem}", name)
+        return Outcome(model_type, "exact", "" if not refusals else f"not for {refusals[0]}", name)
+    return Outcome(model_type, "refused", refusals[0], name) if refusals else Outcome(model_type, "crash", idle, name)
+
+
+def compare(auto_class: Any, model: nn.Module, inputs: Any, expected: torch.Tensor, cached: bool | None) -> str | None:
+    """What is wrong with a trimmed model, or None."""
+    try:
+        with torch.no_grad():
+            got = logits_of(model, inputs)
+        if (error := distance(got, expected)) > 1e-4:
+            return f"logits are off by {error:.2g}"
+        if cached and not cache_agrees(model, inputs):
+            return "cached generate() differs from uncached"
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            reload_by = auto_class if type(model.config) in auto_class._model_mapping else type(model)
+            again, info = reload_by.from_pretrained(folder, output_loading_info=True)
+            again.eval()
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[what]:
+                return f"{what} on reload: {sorted(map(str, info[what]))[:3]}"
+        with torch.no_grad():
+            got = logits_of(again, inputs)
+        if (error := distance(got, expected)) > 1e-4:
+            return f"logits are off by {error:.2g} after a reload"
+        if cached and not cache_agrees(again, inputs):
+            return "cached generate() differs from uncached after a reload"
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return None
+
+
+def inputs_for(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Two rows of token ids."""
+    torch.manual_seed(1)
+    return {"input_ids": torch.randint(5, 90, (2, 12))}
+
+
+def logits_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    torch.manual_seed(2)  # for the few that draw in evaluation mode
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest value; of unlike shapes, or not numbers: infinite."""
+    if got.shape != expected.shape or not torch.isfinite(got).all():
+        return float("inf")
+    return ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+
+
+def cache_agrees(model: nn.Module, inputs: dict[str, torch.Tensor]) -> bool | None:
+    """Whether greedy generation gives the same with and without a cache; None where the model cannot generate."""
+    if not getattr(model, "can_generate", bool)():
+        return None
+    out = []
+    for use_cache in (True, False):
+        torch.manual_seed(2)
+        try:
+            with torch.no_grad():
+                out.append(
+                    model.generate(
+                        **inputs, use_cache=use_cache, do_sample=False, max_new_tokens=NEW_TOKENS,
+                        min_new_tokens=NEW_TOKENS, output_logits=True, return_dict_in_generate=True,
+                    )
+                )
+        except Exception:
+            return None
+    if out[0].sequences.shape != out[1].sequences.shape:
+        return False
+    return bool((out[0].sequences == out[1].sequences).all()) and all(
+        distance(a, b) < 1e-3 for a, b in zip(out[0].logits, out[1].logits, strict=True)
+    )
+
+
+@contextmanager
+def skipping(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """The independent reference: each block runs, and its hidden states are thrown away for its input."""
+
+    def give_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if hasattr(output, "_replace"):  # Reformer, with its two streams
+            return output._replace(attn_output=kwargs["prev_attn_output"], hidden_states=hidden_states)
+        if not isinstance(output, tuple | list):
+            return hidden_states
+        carried = list(output)
+        for i, (given, made) in enumerate(zip(args, output, strict=False)):  # Zaya hands on a state of its routers as well
+            if isinstance(given, torch.Tensor) and isinstance(made, torch.Tensor) and given.shape == made.shape:
+                carried[i] = given
+        return type(output)([hidden_states, *carried[1:]])
+
+    with ExitStack() as stack:
+        for block in blocks:
+            handle = block.register_forward_hook(give_input, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def snapshot(model: nn.Module) -> Any:
+    """All that a drop might change: tensors, modules, their plain attributes, and every config."""
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain = {}
+    configs = {}
+    for name, module in model.named_modules():
+        plain[name] = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | bool | None)}
+        if hasattr(module, "config") and hasattr(module.config, "to_dict"):
+            configs[name] = copy.deepcopy(module.config.to_dict())
+    return tensors, plain, configs
+
+
+def difference(before: Any, after: Any) -> str | None:
+    """Where two snapshots differ, or None."""
+    if before[0].keys() != after[0].keys():
+        return "the state's keys"
+    for name, tensor in before[0].items():
+        if not torch.equal(tensor, after[0][name]):
+            return f"the tensor {name}"
+    for what in (1, 2):
+        for name in before[what].keys() | after[what].keys():
+            if before[what].get(name) != after[what].get(name):
+                return f"attributes or config of {name or 'the model'}"
+    return None
+
+
+def _short(error: Exception) -> str:
+    return str(error).replace("\n", " ")[:300]
+
