@@ -42,9 +42,12 @@ def main() -> None:
         for way in ("kept", "all"):
             drop_from_page_cache(Path(base))
             command = [sys.executable, __file__, "--way", way, "--base", base, "--blocks", str(arguments.blocks)]
-            rows[way] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            rows[way] = json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            )
     needed = rows["kept"]["bytes"]
-    print(f"{len(kept)} of {arguments.blocks} blocks kept, {needed / 1e6:.1f} MB of tensors; {platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    print(f"{len(kept)} of {arguments.blocks} blocks kept, {needed / 1e6:.1f} MB of tensors; {machine}")
     print(f"{'':32}{'load_kept_layers':>18}{'load all, drop':>18}")
     for name, label in (("read", "read from disk / kept bytes"), ("peak", "peak memory / kept bytes")):
         print(f"{label:32}{rows['kept'][name] / needed:18.3f}{rows['all'][name] / needed:18.3f}")
@@ -56,7 +59,11 @@ def make(base: str, blocks: int, width: int, shard: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=8000, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=blocks, num_attention_heads=8
+        vocab_size=8000,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=blocks,
+        num_attention_heads=8,
     )
     LlamaForCausalLM(config).save_pretrained(base, max_shard_size=shard)
 

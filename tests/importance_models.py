@@ -67,9 +67,7 @@ def make_model(name: str, seed: int = 0, **settings: Any) -> Any:
     return model
 
 
-def make_batches(
-    model: nn.Module, sizes: tuple[tuple[int, int], ...] = ((3, 9), (1, 7), (4, 4)), seed: int = 1
-) -> Any:
+def make_batches(model: nn.Module, sizes: tuple[tuple[int, int], ...] = ((3, 9), (1, 7), (4, 4)), seed: int = 1) -> Any:
     """Batches of (rows, tokens), each row of another length; the last has as many rows as tokens and as heads."""
     generator = torch.Generator().manual_seed(seed)
     batches = []

@@ -143,9 +143,7 @@ def test_static_cache_and_end_of_sequence_do_not_stop_it() -> None:
 
 
 def test_an_encoder_is_timed_per_batch() -> None:
-    config = BertConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=64
-    )
+    config = BertConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=64)
     base = AutoModelForSequenceClassification.from_config(config)
     trimmed = copy.deepcopy(base)
     drop_layers(trimmed, [1, 2])

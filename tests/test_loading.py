@@ -121,7 +121,7 @@ def test_pickled_weights_only_on_request(tmp_path: Path) -> None:
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pickled weights.*use_safetensors=False"):
+    with pytest.raises(ValueError, match=r"pickled weights.*use_safetensors=False"):
         load_kept_layers(tmp_path, KEPT)
     loaded = load_kept_layers(tmp_path, KEPT, use_safetensors=False)
     drop_layers(model, [1, 4])

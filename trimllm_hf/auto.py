@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from .layer_map import LayerMap
@@ -12,7 +11,7 @@ from .stack import find_stack
 from .surgery import drop_layers
 
 
-def trim_like(model: nn.Module, checkpoint: str | Path) -> LayerMap:
+def trim_like(model: PreTrainedModel, checkpoint: str | Path) -> LayerMap:
     """Drop from a model what a checkpoint's kept-layer map says, in place.
 
     What a script calls before its Trainer is made, to resume a trimmed run with a plain `Trainer` and `TrimCallback`:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -83,20 +83,22 @@ class TrimCallback(TrainerCallback, ExportableState):
         if kwargs["model"] is not None:
             self._watch(kwargs["model"])
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check everything that can be checked, make the plan, and drop what is due before the first step."""
         self.trainer = trainer = self.trainer or find_trainer(self)
         model = unwrapped(trainer)
         self._watch(model)
-        saved = state.stateful_callbacks.get(type(self).__name__) or self.state()
-        state.stateful_callbacks[type(self).__name__] = saved  # a checkpoint that was saved without this callback
+        stateful: Any = state.stateful_callbacks  # a dict by class name, whatever its annotation says
+        saved = stateful.setdefault(type(self).__name__, self.state())  # a checkpoint may be from before this callback
         self._restore(saved["attributes"], model, state)
         assert self.layer_map is not None and self.start_num_layers is not None
         target = self.config.resolve_target(self.layer_map.base_num_layers, self.layer_map.num_layers)
         self.plan = plan_drops(
-            self.config, self.start_num_layers, target, state.max_steps, _steps_per_epoch(args, kwargs["train_dataloader"])
+            self.config,
+            self.start_num_layers,
+            target,
+            state.max_steps,
+            _steps_per_epoch(args, kwargs["train_dataloader"]),
         )
         self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
         if self.plan:
@@ -112,7 +114,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         """Let go of the calibration batches and of the engine's references."""
         self._batches = self._engine = None
 
-    def _restore(self, attributes: dict[str, Any], model: nn.Module, state: TrainerState) -> None:
+    def _restore(self, attributes: dict[str, Any], model: PreTrainedModel, state: TrainerState) -> None:
         """Take up the run that the checkpoint holds; a run that starts now begins with the model's own map."""
         of_model = LayerMap.from_config(model.config)
         plain = attributes["layer_map"]
@@ -130,7 +132,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             refuse_other_depths(model)
             self._watched = weakref.ref(model)
 
-    def _check_plan(self, model: nn.Module, target: int) -> None:
+    def _check_plan(self, model: PreTrainedModel, target: int) -> None:
         """Refuse now what the guard would refuse at the first drop."""
         depth = len(find_stack(model))
         if depth > target:
@@ -147,7 +149,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "anew. Set restore_callback_states_from_checkpoint=False; TrimCallback restores its state by itself."
             )
         if examples is None:
-            dataset = self.trainer.train_dataset
+            dataset: Any = self.trainer.train_dataset
             logger.warning(
                 f"TrimCallback scores layers on {self.config.calibration_size} examples of the training set, which are "
                 "trained on as well. Use TrimTrainer, which sets them aside, or pass calibration_dataset."
@@ -249,9 +251,9 @@ def find_trainer(callback: TrainerCallback) -> Trainer:
     return found[0]
 
 
-def unwrapped(trainer: Trainer) -> nn.Module:
+def unwrapped(trainer: Trainer) -> PreTrainedModel:
     """The Trainer's model without any engine's wrapper."""
-    model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
     return model
 
 

@@ -41,9 +41,7 @@ class TrimConfig:
             "heals), 'once' (everything before the first step), 'epoch', or a number of optimizer steps."
         },
     )
-    layers_per_drop: int = field(
-        default=1, metadata={"help": "Layers dropped at a time, re-scored after each one of them."}
-    )
+    layers_per_drop: int = field(default=1, metadata={"help": "Layers dropped at a time, re-scored after each one of them."})
     protect_first: int = field(default=1, metadata={"help": "Layers at the input side that are never dropped."})
     protect_last: int = field(default=1, metadata={"help": "Layers at the output side that are never dropped."})
     calibration_size: int = field(

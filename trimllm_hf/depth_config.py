@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from itertools import combinations, islice, product
+from itertools import combinations, islice, pairwise, product
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -99,7 +99,9 @@ def _list_options(name: str, value: list[Any] | tuple[Any, ...], depth: int, kep
         return [renumbered, *([cut] if cut is not None else []), from_one]
     if cut is not None:
         return [cut]
-    if _ascending_indices([item - 1 if isinstance(item, int) else item for item in value], depth) and _INDICES.fullmatch(name):
+    if _ascending_indices([item - 1 if isinstance(item, int) else item for item in value], depth) and _INDICES.fullmatch(
+        name
+    ):
         return [form(new + 1 for new, old in enumerate(kept) if old + 1 in value)]
     if all(isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[1], int) for item in value):
         spread = [kind for kinds, times in value for _ in range(times) for kind in kinds]  # GPT-Neo's attention_types
@@ -113,7 +115,7 @@ def _list_options(name: str, value: list[Any] | tuple[Any, ...], depth: int, kep
 def _ascending_indices(value: Sequence[Any], depth: int) -> bool:
     if not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < depth for item in value):
         return False
-    ascending = all(a < b for a, b in zip(value, value[1:], strict=False))
+    ascending = all(a < b for a, b in pairwise(value))
     return ascending and (len(value) != depth or max(value) > 1)  # flags, one per layer, are 0 and 1
 
 
@@ -131,24 +133,23 @@ def _put_exception_lists(config: PreTrainedConfig, depth: int, kept: Sequence[in
     spec = getattr(config, "_heterogeneity_spec", None)
     if spec is not None:
         overrides = spec.per_layer_overrides
-        values["per_layer_config"] = {
-            new: copy.deepcopy(overrides[old]) for new, old in enumerate(kept) if old in overrides
-        }
+        values["per_layer_config"] = {new: copy.deepcopy(overrides[old]) for new, old in enumerate(kept) if old in overrides}
     first, last = getattr(config, "n_input_layers", None), getattr(config, "n_output_layers", None)
     if isinstance(first, int) and isinstance(last, int) and hasattr(config, "n_recurrent_layers"):
         values["n_recurrent_layers"] = sum(first <= position < depth - last for position in kept)
 
 
-def _patterns(
-    config: PreTrainedConfig, depth_name: str, likeliest: dict[str, Any], kept: Sequence[int]
-) -> dict[str, Any]:
+def _patterns(config: PreTrainedConfig, depth_name: str, likeliest: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     """Periods (with their offsets) under which the lists that the config derives come out as cut; {} if there are none."""
     wanted = {
         name: [value[position] for position in kept] for name, value in _derived(config, getattr(config, depth_name)).items()
     }
     fields = {name: value for name, value in vars(config).items() if isinstance(value, int) and not isinstance(value, bool)}
     groups = [
-        [name, *(other for other in fields if _OFFSET.fullmatch(other) and other.startswith(name.removesuffix("period")))]
+        [
+            name,
+            *(other for other in fields if _OFFSET.fullmatch(other) and other.startswith(name.removesuffix("period"))),
+        ]
         for name in fields
         if _PERIOD.fullmatch(name) and fields[name] > 0
     ]
@@ -161,9 +162,7 @@ def _patterns(
     return found if found and wanted and not _mismatches(config, depth_name, likeliest | found, wanted) else {}
 
 
-def _mismatches(
-    config: PreTrainedConfig, depth_name: str, values: dict[str, Any], wanted: dict[str, list[Any]]
-) -> int:
+def _mismatches(config: PreTrainedConfig, depth_name: str, values: dict[str, Any], wanted: dict[str, list[Any]]) -> int:
     changed = copy.copy(config)
     for name, value in values.items():
         if name != "per_layer_config":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import PreTrainedConfig
 
@@ -55,7 +56,7 @@ class LayerMap:
         kept = self.kept_layers
         if not isinstance(kept, tuple) or not kept or not all(_is_count(layer) for layer in kept):
             raise ValueError(f"Expected kept_layers to be whole numbers, at least one, got {_shown(kept)}.")
-        if any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(kept)):
             raise ValueError(f"Expected kept_layers in ascending order without repeats, got {_shown(kept)}.")
         if kept[-1] >= self.base_num_layers:
             raise ValueError(
@@ -277,11 +278,11 @@ def _record_from_dict(plain: Any) -> DropRecord:
     )
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_list_of(value: Any, test: Any) -> bool:
+def _is_list_of(value: Any, test: Any) -> TypeGuard[list[Any]]:
     return isinstance(value, list | tuple) and all(test(item) for item in value)
 
 

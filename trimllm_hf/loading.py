@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
-from transformers.utils import (
+from transformers.utils import (  # type: ignore[attr-defined]  # its types re-export none of them
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -146,7 +146,7 @@ def _plan(base: str | Path, kept_layers: Sequence[int], auto_class: Any, argumen
     LayerMap(depth, tuple(kept_layers))  # raises on what is no list of layers
     if getattr(config, "trim", None) is not None and LayerMap.from_config(config).unit != "block":
         raise ValueError("Expected a base of whole blocks, got one trimmed by sublayers. Load it with from_pretrained.")
-    files, names = _headers(base, arguments)
+    _, names = _headers(base, arguments)
     prefix = _layer_prefix([name for held in names.values() for name in held], stack.name, depth)
     place = {old: new for new, old in enumerate(kept_layers)}
     renamed: dict[str, dict[str, str]] = {}
@@ -192,7 +192,8 @@ def _read_into(tensor: torch.Tensor, file: io.RawIOBase, offset: int, size: int)
     Raises:
         ValueError: If the file ends too soon, or its header contradicts itself.
     """
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    bytes_of: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    view = memoryview(bytes_of) if tensor.numel() else memoryview(b"")
     file.seek(offset)
     done = 0
     while done < len(view) and (read := file.readinto(view[done:])):

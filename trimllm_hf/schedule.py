@@ -12,9 +12,7 @@ LAST_DROP = 0.25  # share of the steps at which "auto" drops last: late drops lo
 Plan = dict[int, int]  # optimizer step (0: before the first) -> layers to drop when it is done
 
 
-def plan_drops(
-    config: TrimConfig, num_layers: int, target: int, max_steps: int, steps_per_epoch: int | None = None
-) -> Plan:
+def plan_drops(config: TrimConfig, num_layers: int, target: int, max_steps: int, steps_per_epoch: int | None = None) -> Plan:
     """After which optimizer steps to drop how many layers.
 
     Args:

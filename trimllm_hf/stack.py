@@ -58,7 +58,9 @@ def find_stack(model: nn.Module) -> Stack:
     depth = num_hidden_layers(config)
     no_split = set(getattr(model, "_no_split_modules", None) or ())
     lists = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
     found = [
         (name, module)

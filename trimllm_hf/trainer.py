@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -45,9 +44,7 @@ class TrimTrainerMixin(BestModelHost, _Base):
         ValueError: If `trim` is missing, a TrimCallback is passed as well, or the training set is too small.
     """
 
-    def __init__(
-        self, *args: Any, trim: TrimConfig | None = None, calibration_dataset: Any = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, trim: TrimConfig | None = None, calibration_dataset: Any = None, **kwargs: Any) -> None:
         if not isinstance(trim, TrimConfig):
             raise ValueError(f"Expected trim=TrimConfig(…), got {trim!r}. For training without trimming use Trainer.")
         self._resume_from: str | None = None
@@ -80,9 +77,9 @@ class TrimTrainerMixin(BestModelHost, _Base):
         finally:
             self._resume_from = None
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
+    def call_model_init(self, trial: Any = None) -> Any:
         """Make the model by `model_init`, with the layers of the checkpoint that is being resumed from."""
-        model = super().call_model_init(trial)
+        model: Any = super().call_model_init(trial)
         if self._resume_from is not None:
             trim_like(model, self._resume_from)
         return model

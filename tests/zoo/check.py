@@ -137,8 +137,13 @@ def cache_agrees(model: nn.Module, inputs: dict[str, torch.Tensor]) -> bool | No
             with torch.no_grad():
                 out.append(
                     model.generate(
-                        **inputs, use_cache=use_cache, do_sample=False, max_new_tokens=NEW_TOKENS,
-                        min_new_tokens=NEW_TOKENS, output_logits=True, return_dict_in_generate=True,
+                        **inputs,
+                        use_cache=use_cache,
+                        do_sample=False,
+                        max_new_tokens=NEW_TOKENS,
+                        min_new_tokens=NEW_TOKENS,
+                        output_logits=True,
+                        return_dict_in_generate=True,
                     )
                 )
         except Exception:
@@ -201,4 +206,3 @@ def difference(before: Any, after: Any) -> str | None:
 
 def _short(error: Exception) -> str:
     return str(error).replace("\n", " ")[:300]
-

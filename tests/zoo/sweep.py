@@ -26,7 +26,9 @@ class TooSlow(BaseException):
     """A type took longer than it may; not an Exception, so that no check takes it for a finding."""
 
 
-def run(types: Iterable[str], check: Callable[[Any, str], Outcome] = check_blocks, auto: Any = AutoModelForCausalLM) -> list[Outcome]:
+def run(
+    types: Iterable[str], check: Callable[[Any, str], Outcome] = check_blocks, auto: Any = AutoModelForCausalLM
+) -> list[Outcome]:
     """Check types one after the other, each within its time."""
 
     def alarm(*_: Any) -> None:
@@ -61,9 +63,8 @@ def table(blocks: list[Outcome], sublayers: list[Outcome]) -> str:
         half = halves.get(outcome.model_type)
         remark = outcome.detail or (half.detail if half is not None and half.status != "exact" else "")
         remark = remark.replace("|", "/").replace("\n", " ")
-        rows.append(
-            f"| `{outcome.model_type}` | {outcome.class_name} | {outcome.status} | {half.status if half else ''} | {remark[:200]} |"
-        )
+        cells = [f"`{outcome.model_type}`", outcome.class_name, outcome.status, half.status if half else "", remark[:200]]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([f"Blocks: {counts(blocks)}. Sublayers: {counts(sublayers)}.", "", *rows, ""])
 
 

@@ -19,22 +19,49 @@ WIDTH = 32
 RULES: list[tuple[str, int]] = [
     (r"(.*_)?vocab_size(_per_layer_input)?|vocab_size_.*|n_tokens|n_words", VOCABULARY),
     (r"num_nextn_predict_layers|num_mtp_layers|mtp_num_hidden_layers|mtp_num_layers", 0),
-    (r"(num_)?encoder_layers|decoder_layers|num_decoder_layers|n_layers?|num_layers|num_hidden_layers|.*_num_hidden_layers", DEPTH),
+    (
+        r"(num_)?encoder_layers|decoder_layers|num_decoder_layers|n_layers?|num_layers|num_hidden_layers|.*_num_hidden_layers",
+        DEPTH,
+    ),
     (r"num_kv_shared_layers", 2),
-    (r"(global_|swa_)?num_key_value_heads|num_kv_heads|n_kv_heads|multi_query_group_num|num_global_key_value_heads|.*_num_key_value_heads", 2),
-    (r"(.*_)?num_heads|(.*_)?n_heads?|(.*_)?num_attention_heads|encoder_attention_heads|decoder_attention_heads|.*_n_heads", 4),
+    (
+        r"(global_|swa_)?num_key_value_heads|num_kv_heads|n_kv_heads|multi_query_group_num|num_global_key_value_heads|.*_num_key_value_heads",
+        2,
+    ),
+    (
+        r"(.*_)?num_heads|(.*_)?n_heads?|(.*_)?num_attention_heads|encoder_attention_heads|decoder_attention_heads|.*_n_heads",
+        4,
+    ),
     (r"n_routed_experts|num_experts|num_local_experts|moe_num_experts|n_experts|.*num_experts", 4),
-    (r"num_experts_per_tok(en)?|moe_top_?k|experts_top_k|num_selected_experts|moe_k|top_k_experts|num_experts_per_token", 2),
+    (
+        r"num_experts_per_tok(en)?|moe_top_?k|experts_top_k|num_selected_experts|moe_k|top_k_experts|num_experts_per_token",
+        2,
+    ),
     (r"n_group|topk_group|num_expert_group|n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
     (r"q_lora_rank|kv_lora_rank|.*lora_rank|.*_lora_rank|time_step_rank|dt_rank", 8),
     (r"rotary_dim", 4),
     (r"linear_(key|value)_head_dim", 8),
-    (r"qk_nope_head_dim|qk_rope_head_dim|v_head_dim|.*head_dim|kv_channels|attention_head_dim|index_head_dim|global_head_dim|head_size|d_kv", 8),
-    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|seq_length|.*max_position_embeddings|max_source_positions|max_target_positions", 128),
-    (r"(.*_)?sliding_window(_size)?|attention_window_size|window_size|local_attention|attention_chunk_size|chunk_size|mamba_chunk_size", 16),
-    (r"(.*_)?intermediate_size|intermediate_dim|ffn_dim|(en|de)coder_ffn_dim|d_ff|n_inner|ffn_hidden_size|inner_dim|.*ffn.*_size|.*_intermediate_size|.*intermediate_size.*|dim_ff", 64),
+    (
+        r"qk_nope_head_dim|qk_rope_head_dim|v_head_dim|.*head_dim|kv_channels|attention_head_dim|index_head_dim|global_head_dim|head_size|d_kv",
+        8,
+    ),
+    (
+        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|seq_length|.*max_position_embeddings|max_source_positions|max_target_positions",
+        128,
+    ),
+    (
+        r"(.*_)?sliding_window(_size)?|attention_window_size|window_size|local_attention|attention_chunk_size|chunk_size|mamba_chunk_size",
+        16,
+    ),
+    (
+        r"(.*_)?intermediate_size|intermediate_dim|ffn_dim|(en|de)coder_ffn_dim|d_ff|n_inner|ffn_hidden_size|inner_dim|.*ffn.*_size|.*_intermediate_size|.*intermediate_size.*|dim_ff",
+        64,
+    ),
     (r"hidden_size_per_layer_input", 8),
-    (r"(.*_)?hidden_size|d_model|n_embd|emb_dim|embed_dim|embedding_size|dim|dim_model|lru_width|word_embed_proj_dim|.*attention_dim|rotary_dim_total|attention_hidden_size|model_dim", WIDTH),
+    (
+        r"(.*_)?hidden_size|d_model|n_embd|emb_dim|embed_dim|embedding_size|dim|dim_model|lru_width|word_embed_proj_dim|.*attention_dim|rotary_dim_total|attention_hidden_size|model_dim",
+        WIDTH,
+    ),
     (r"mamba_d_state|state_size|ssm_state_size|mamba_state_dim", 8),
     (r"laurel_rank", 8),
 ]
@@ -89,7 +116,14 @@ def issubclass_safe(value: Any) -> bool:
 
 _HALF = ["sliding_attention", "full_attention"] * (DEPTH // 2)
 _LINEAR = ["linear_attention", "linear_attention", "full_attention"] * (DEPTH // 3)
-_SHARING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+_SHARING = [
+    "sliding_attention",
+    "full_attention",
+    "sliding_attention",
+    "full_attention",
+    "sliding_attention",
+    "full_attention",
+]
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
 _SMALL_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -99,15 +133,28 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [2, 5], **_MAMBA},
     "codegen": {"rotary_dim": 4},
     "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [3]},
-    "cohere_compass_text": {"num_key_value_heads": 2, "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
+    "cohere_compass_text": {
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2, "num_key_value_heads": 4, "first_k_dense_replace": 2},
     "deepseek_v3": {"num_key_value_heads": 4},
     "dory": {"n_input_layers": 2, "n_output_layers": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 2},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "gemma3n_text": {"layer_types": _SHARING, "num_kv_shared_layers": 2, "intermediate_size": 64, "activation_sparsity_pattern": [0.0] * DEPTH},
+    "gemma3n_text": {
+        "layer_types": _SHARING,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": 64,
+        "activation_sparsity_pattern": [0.0] * DEPTH,
+    },
     "gemma4_text": {"layer_types": _SHARING, "num_kv_shared_layers": 2, "global_head_dim": 8},
     "gemma4_unified_text": {"layer_types": _SHARING, "global_head_dim": 8},
     "gpt_neo": {"num_layers": DEPTH, "attention_types": [[["global", "local"], DEPTH // 2]], "window_size": 16},
@@ -120,16 +167,47 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mllama_text_model": {"cross_attention_layers": [1, 4]},
     "moshi": {"audio_vocab_size": 99},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
-    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe", "mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "moe", "attention", "moe", "mamba", "attention"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+    },
     "phi4_multimodal_audio": {"hidden_size": 32, "nemo_conv_channels": 32, "ext_pw_out_channel": 32, "num_blocks": 2},
-    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2, "ple_embed_dim": 8, "ngram_vocab_size_base": 50, "split_ngram_parts": 2, "make_ngram_vocab_size_divisible_by": 2, "hc_lowrank": 4},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        "ple_embed_dim": 8,
+        "ngram_vocab_size_base": 50,
+        "split_ngram_parts": 2,
+        "make_ngram_vocab_size_divisible_by": 2,
+        "hc_lowrank": 4,
+    },
     "qwen3_moe": {"decoder_sparse_step": 2, "mlp_only_layers": [1]},
-    "reformer": {"is_decoder": True, "axial_pos_embds": False, "hidden_size": 32, "num_attention_heads": 4, "num_buckets": 4},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds": False,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_buckets": 4,
+    },
     "siglip_vision_model": _SMALL_VISION,
     "xlstm": {"num_blocks": DEPTH, "num_heads": 4, "chunk_size": 16},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"], "num_key_value_heads": 4, "attention_head_dim": 16, "attention_hidden_size": 64},
-    "zamba2": {"layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"], "num_attention_heads": 4, "n_mamba_heads": 8},
+    "zamba": {
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"],
+        "num_key_value_heads": 4,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+    },
+    "zamba2": {
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"],
+        "num_attention_heads": 4,
+        "n_mamba_heads": 8,
+    },
 }
 
 

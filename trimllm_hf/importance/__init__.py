@@ -56,9 +56,7 @@ def get_importance(name: str) -> Importance:
         ValueError: If there is none; lists those that there are.
     """
     if name not in _REGISTRY:
-        raise ValueError(
-            f"Expected an importance among {sorted(_REGISTRY)}, got {name!r}. Add it: register_importance."
-        )
+        raise ValueError(f"Expected an importance among {sorted(_REGISTRY)}, got {name!r}. Add it: register_importance.")
     return _REGISTRY[name]
 
 

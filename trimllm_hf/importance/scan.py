@@ -82,9 +82,7 @@ class _Scanner:
     What it decides, it decides with the other processes: each of them makes the same forward passes.
     """
 
-    def __init__(
-        self, model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch], settings: ScanSettings
-    ) -> None:
+    def __init__(self, model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch], settings: ScanSettings) -> None:
         self.model, self.blocks, self.settings = model, blocks, settings
         self.one_by_one = self._any(not all(can_sweep(model, batch) for batch in batches))
         budget = settings.memory_gb * 1e9 if settings.memory_gb else free_bytes(next(model.parameters()).device) / 2

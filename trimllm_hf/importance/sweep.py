@@ -131,7 +131,7 @@ class Sweep:
             return lambda *args, **kwargs: self._formed(position, current if at_end else block_input(args, kwargs))
 
         with without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
-            for candidate, current in zip(candidates, states, strict=True):
+            for candidate, current in zip(candidates, states, strict=True):  # noqa: B007  # `passing` reads it
                 yield candidate, self.model(**batch)
 
     def _see_shapes(self, batch: Batch) -> None:

@@ -155,7 +155,5 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def _run_from_dict(plain: dict[str, Any]) -> Run:
-    spreads = {
-        name: plain[name] and Spread(**plain[name]) for name in ("prefill_ms", "decode_ms_per_token", "forward_ms")
-    }
+    spreads = {name: plain[name] and Spread(**plain[name]) for name in ("prefill_ms", "decode_ms_per_token", "forward_ms")}
     return Run(**{**plain, **spreads})
