@@ -78,7 +78,7 @@ def test_dtype_and_device_map_reach_from_pretrained(tmp_path: Path) -> None:
     base_model().save_pretrained(tmp_path)
     loaded = load_kept_layers(tmp_path, KEPT, dtype=torch.bfloat16, device_map={"": "cpu"})
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
-    assert loaded.hf_device_map == {"": "cpu"} or loaded.device.type == "cpu"
+    assert loaded.device.type == "cpu"
 
 
 def test_another_head_by_auto_class(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     """Drops the least important layers of the model while it is fine-tuned.
 
     `Trainer(callbacks=[TrimCallback(TrimConfig(target_layers=16))])` is all that a script needs, in one process and under
-    DistributedDataParallel, with `Trainer` and its subclasses. The kept-layer map goes into `model.config.trim`, the
+    data-parallel training (DDP), with `Trainer` and its subclasses. The kept-layer map goes into `model.config.trim`, the
     checkpoints' trainer_state.json, and the logs (`trim/num_layers`, `trim/parameters`, `trim/score`).
 
     Args:
