@@ -169,9 +169,7 @@ def test_bad_layers_are_refused_and_nothing_changes(layers: list[int], said: str
 def test_an_architecture_that_depends_on_the_place_is_refused() -> None:
     from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
-    config = DiffLlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4
-    )
+    config = DiffLlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4)
     model = DiffLlamaForCausalLM(config)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"lambda_init.*Nothing was changed"):

@@ -40,7 +40,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of six layers with random weights, in evaluation mode."""
-    common = {} if family == "gpt2" else COMMON
+    derived = {"gpt2": COMMON, "falcon": ["head_dim"]}.get(family, [])
+    common = {name: value for name, value in COMMON.items() if name not in derived}
     config = AutoConfig.for_model(family, **{**common, "vocab_size": VOCABULARY, **FAMILIES[family], **changes})
     torch.manual_seed(seed)
     auto = AutoModelForSequenceClassification if family == "bert" else AutoModelForCausalLM
