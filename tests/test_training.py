@@ -1,4 +1,4 @@
-"""`TrimCallback` in an ordinary Trainer, one process: training goes on as if the smaller model had been trained all along."""
+"""Trimming in an ordinary Trainer, one process: it goes on as if the smaller model had been trained all along."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def reference(batches: list[dict[str, torch.Tensor]], history: list[dict[str, An
         )
         stay = [i for i in range(model.config.num_hidden_layers) if i != position]
         source = dict(model.named_parameters())
-        new_optimizer = torch.optim.AdamW(groups(fresh), lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+        new_optimizer = torch.optim.AdamW(groups(fresh), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, fused=True)
         for name, parameter in fresh.named_parameters():
             parts = name.split(".")
             if "layers" in parts:
@@ -110,7 +110,7 @@ def reference(batches: list[dict[str, torch.Tensor]], history: list[dict[str, An
     model: Any = tiny_model()
     model.train()
     kept = list(range(6))
-    optimizer = torch.optim.AdamW(groups(model), lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups(model), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, fused=True)
     seen = []
     for step in range(STEPS):
         for group in optimizer.param_groups:
@@ -331,7 +331,7 @@ def test_plain_trainer_resumes_a_model_trimmed_like_the_checkpoint(tmp_path: Pat
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "60KB"], ids=["one file", "sharded"])
 def test_plain_trainer_refuses_to_resume_onto_another_depth(max_shard_size: str, tmp_path: Path) -> None:
-    trainer, _ = train(tmp_path, save_strategy="steps", save_steps=4)
+    train(tmp_path, save_strategy="steps", save_steps=4)
     checkpoint = tmp_path / "checkpoint-8"
     if max_shard_size != "5GB":
         (checkpoint / "model.safetensors").unlink()
@@ -339,30 +339,37 @@ def test_plain_trainer_refuses_to_resume_onto_another_depth(max_shard_size: str,
             checkpoint, max_shard_size=max_shard_size
         )
     resumed = Trainer(tiny_model(), arguments(tmp_path), train_dataset=tiny_texts(), callbacks=[TrimCallback(config())])
-    with pytest.raises(ValueError, match="checkpoint of the model's 6 layers.*trim_like|doesn't match the size"):
+    with pytest.raises(ValueError, match=r"checkpoint of the model's 6 layers.*trim_like|doesn't match the size"):
         resumed.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_best_model_of_another_depth_is_loaded_with_its_layers(tmp_path: Path) -> None:
-    """The labels are noise: the evaluation loss is best before training, at full depth."""
-    trainer = trim_trainer(
-        tmp_path,
-        trim=config(drop_every="4"),
-        learning_rate=0.05,
-        eval_strategy="steps",
-        eval_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=False,
+    """The metric is the depth itself: the best checkpoint is from before the first drop."""
+    model = tiny_model()
+    trainer = TrimTrainer(
+        model,
+        arguments(
+            tmp_path,
+            save_strategy="steps",
+            save_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="depth",
+            greater_is_better=True,
+        ),
+        train_dataset=tiny_texts(),
         eval_dataset=tiny_texts(16, seed=9),
+        compute_metrics=lambda _: {"depth": model.config.num_hidden_layers},
+        trim=config(),
     )
-    model = trainer.model
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     best = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     assert trainer.model is model and model.config.num_hidden_layers == 6
     assert all(torch.equal(value, best.state_dict()[name]) for name, value in model.state_dict().items())
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+    then = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(then, abs=1e-6)
     trainer.save_model(str(tmp_path / "final"))
     again = LlamaForCausalLM.from_pretrained(tmp_path / "final")
     assert LayerMap.from_config(again.config).num_layers == 6

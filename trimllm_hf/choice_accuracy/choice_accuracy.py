@@ -33,7 +33,7 @@ Examples:
 class ChoiceAccuracy(evaluate.Metric):
     """Share of the questions whose right choice has the highest log-likelihood."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="",
@@ -43,7 +43,9 @@ class ChoiceAccuracy(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references, lengths=None):
+    def _compute(
+        self, predictions: list[list[float]], references: list[int], lengths: list[list[int]] | None = None
+    ) -> dict[str, float]:
         if not references:
             raise ValueError("Expected at least one question, got none.")
         if lengths is None:
