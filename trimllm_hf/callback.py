@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
@@ -206,7 +207,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             self.layer_map = self._engine.edit(drop.apply, drop.leaving)
         del drop
         (gone,) = self.layer_map.history[-1].dropped
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = get_model_param_count(model)
         logger.info(
             f"Step {state.global_step}: dropped layer {gone} of {self.layer_map.base_num_layers} "
             f"({self.config.importance} {scores[position]:.4f}); {depth - 1} layers, {parameters:,} parameters left."

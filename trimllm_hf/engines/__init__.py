@@ -54,6 +54,14 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine
         return LocalEngine(model, optimizer)
     if kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU):
         return DDPEngine(model, optimizer, accelerator.ddp_handler)
+    if kind == DistributedType.FSDP:
+        from .fsdp import FSDPEngine
+
+        return FSDPEngine(model, optimizer)
+    if kind == DistributedType.DEEPSPEED:
+        from .deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, optimizer)
     raise ValueError(
         f"Expected one process or DistributedDataParallel, got {kind.value}. Layers cannot be dropped under it yet: "
         "launch with torchrun or accelerate launch and no other plugin."

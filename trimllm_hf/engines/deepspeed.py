@@ -1,0 +1,173 @@
+"""DeepSpeed ZeRO-1, 2 and 3: the flat partitions are made anew, and the survivors' state is written back into them.
+
+The old engine is taken apart and a new one initialized around the same module with the same basic optimizer (the torch or
+DeepSpeed optimizer inside). The old engine object then gets the new one's attributes, and Accelerate's optimizer wrapper
+the new ZeRO optimizer, so that a Trainer's references stay valid.
+
+Each private name of DeepSpeed that is used here is checked by `tests/test_private_names.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .sharded_state import LocalState, SpreadState
+
+T = TypeVar("T")
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps", "_global_grad_norm", "lr_scheduler")
+
+
+class DeepSpeedEngine:
+    """A model in DeepSpeed's engine under ZeRO; see `engines.Engine`."""
+
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        refuse_unsupported(model)
+        self.wrapper: Any = model
+        self.optimizer = optimizer  # Accelerate's wrapper around the ZeRO optimizer
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def agree(self, total: torch.Tensor) -> torch.Tensor:
+        """Sum over the processes."""
+        total = total.clone()
+        dist.all_reduce(total)
+        return total
+
+    def edit(self, edit: Callable[[], T], leaving: Sequence[nn.Parameter]) -> T:
+        """Run `edit` and partition what stays anew; parameters, moments and steps read back bit by bit."""
+        import deepspeed
+
+        zero, basic = self.wrapper.optimizer, self.wrapper.optimizer.optimizer
+        gone = {id(parameter) for parameter in leaving}
+        groups = [[parameter for parameter in group if id(parameter) not in gone] for group in param_groups(zero)]
+        if not all(groups):
+            raise ValueError(
+                "Expected every parameter group of the optimizer to keep a parameter, got one whose parameters would "
+                "all be dropped, which DeepSpeed cannot hold. Put a layer that stays into the group, or merge groups."
+            )
+        stage = self.wrapper.zero_optimization_stage()
+        state = (LocalState if stage == 3 else SpreadState)(zero, groups)
+        modules = list(self.wrapper.module.modules())
+        result = edit()
+
+        counters = {name: getattr(self.wrapper, name) for name in _COUNTERS if hasattr(self.wrapper, name)}
+        scaler = getattr(zero, "loss_scaler", None)
+        for hook in (self.wrapper.module_forward_pre_hook, self.wrapper.module_forward_post_hook):
+            hook.remove()
+        self.wrapper.destroy()
+        basic.state.clear()
+        for group, parameters in zip(basic.param_groups, groups, strict=True):
+            group["params"] = parameters
+        module, config = self.wrapper.module, _without_scheduler(self.wrapper.config)
+        _forget_functions(modules)
+        staying = set(self.wrapper.module.modules())
+        _release(leaving, [module for module in modules if module not in staying])
+        _forget_partitions([parameter for group in groups for parameter in group])
+        self.wrapper.__dict__ = {}
+        self.optimizer.optimizer = None
+        del zero, groups
+        new = deepspeed.initialize(model=module, optimizer=basic, config=config)[0]
+
+        if scaler is not None:
+            new.optimizer.loss_scaler = scaler
+        new.__dict__.update(counters)
+        state.write(new.optimizer)
+        # One dictionary for both objects: hooks that are bound to the new one act on what the old one's holders see.
+        self.wrapper.__dict__ = new.__dict__
+        self.optimizer.optimizer = new.optimizer
+        gc.collect()  # DeepSpeed's parameters hold themselves, through the methods that it binds to them
+        return result
+
+
+def refuse_unsupported(engine: Any) -> None:
+    """Refuse what is not ZeRO-1, 2 or 3 in its plain form.
+
+    Raises:
+        ValueError: Naming the setting.
+    """
+    import deepspeed
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    if not isinstance(engine, deepspeed.DeepSpeedEngine):
+        raise ValueError(
+            f"Expected the model as accelerator.prepare returned it (a DeepSpeed engine), got {type(engine).__name__}. "
+            "Pass the wrapped model."
+        )
+    zero = engine._config.zero_config
+    offloads = [zero.offload_optimizer, zero.offload_param]
+    refused = {
+        "pipeline parallelism": isinstance(engine, PipelineEngine),
+        "ZeRO stage 0": engine.zero_optimization_stage() == 0,
+        "offload to NVMe": any(offload is not None and offload.device == "nvme" for offload in offloads),
+        "ZeRO++ (zero_hpz_partition_size)": zero.zero_hpz_partition_size > 1,
+        "ZeRO++ (zero_quantized_weights)": bool(zero.zero_quantized_weights),
+        "ZeRO++ (zero_quantized_gradients)": bool(zero.zero_quantized_gradients),
+        "tensor parallelism": engine.autotp_size() > 1,
+        "sequence parallelism": getattr(engine, "sequence_parallel_size", 1) > 1,
+        "DeepCompile": engine.is_deepcompile_enabled(),
+        "mixture-of-experts groups": engine.has_moe_layers,
+    }
+    for name, found in refused.items():
+        if found:
+            raise ValueError(
+                f"Expected plain ZeRO-1, 2 or 3, got {name} in the DeepSpeed config. Layers cannot be dropped under it: "
+                "use ZeRO-1, 2 or 3, with offload to the CPU if memory is short."
+            )
+
+
+def param_groups(zero: Any) -> list[list[nn.Parameter]]:
+    """The model's trainable parameters, by group of the basic optimizer and in its order."""
+    if hasattr(zero, "fp16_groups"):  # ZeRO-3 cuts each group into sub-groups
+        groups: list[list[nn.Parameter]] = [[] for _ in zero.optimizer.param_groups]
+        for sub_group, parameters in enumerate(zero.fp16_groups):
+            groups[zero.sub_group_to_group_id[sub_group]].extend(parameters)
+        return groups
+    found = zero.bit16_groups if hasattr(zero, "bit16_groups") else zero.bf16_groups
+    return [list(group) for group in found]
+
+
+def _release(leaving: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> None:
+    """Free the dropped parameters: their storage, and what holds the objects.
+
+    DeepSpeed binds methods to parameters, so that each holds itself, and ZeRO-3's autograd functions, which Python does
+    not collect, keep the dropped modules alive: they are left without parameters.
+    """
+    for module in modules:
+        for name in ("_parameters", "_original_parameters"):  # ZeRO-3 puts a dictionary of its own before torch's
+            module.__dict__.get(name, {}).clear()
+    for parameter in leaving:
+        for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
+            if tensor is not None:
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        parameter.grad = None
+        parameter.__dict__.clear()
+
+
+def _forget_functions(modules: Sequence[nn.Module]) -> None:
+    """Take ZeRO-3's autograd functions off the modules: they are bound to the old optimizer and would keep it alive."""
+    for module in modules:
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            module.__dict__.pop(name, None)
+
+
+def _forget_partitions(staying: Sequence[nn.Parameter]) -> None:
+    """Take the old partition's marks off the parameters; what makes one a ZeRO-3 parameter (`ds_…`) stays."""
+    for parameter in staying:
+        for name in ("_hp_mapping", "_hp_grad", "grad_accum", "_z3_optimizer", "_zero_optimizer"):
+            if hasattr(parameter, name):
+                delattr(parameter, name)
+
+
+def _without_scheduler(config: Any) -> dict[str, Any]:
+    """The config without a scheduler: the one that there is goes on counting."""
+    settings: dict[str, Any] = copy.deepcopy(config)
+    settings.pop("scheduler", None)
+    return settings

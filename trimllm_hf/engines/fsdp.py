@@ -1,0 +1,62 @@
+"""FSDP2 (`fully_shard`): the root forgets the shards' managers of the layers that left. Nothing is gathered.
+
+The private names of torch that are used here are checked by `tests/test_private_names.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from .local import forget, refuse_hidden_parameters
+
+T = TypeVar("T")
+
+
+class FSDPEngine:
+    """A model under FSDP2; see `engines.Engine`."""
+
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        if not isinstance(model, FSDPModule):
+            raise ValueError(
+                f"Expected a model under FSDP2 (fully_shard), got {type(model).__name__}: FSDP1 cannot lose layers while "
+                "it trains. Set fsdp_version: 2 in the accelerate config, or fsdp_config={'version': 2} in TrainingArguments."
+            )
+        refuse_hidden_parameters(optimizer)
+        self.model = model
+        self.optimizer = optimizer
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def agree(self, total: torch.Tensor) -> torch.Tensor:
+        """Sum over the processes."""
+        total = total.clone()
+        dist.all_reduce(total)
+        return total
+
+    def edit(self, edit: Callable[[], T], leaving: Sequence[nn.Parameter]) -> T:
+        """Run `edit`, mend the optimizer, and take what left out of the root's lists."""
+        before = _states(self.model)
+        result = edit()
+        forget(self.optimizer, leaving)
+        staying = _states(self.model)
+        gone = {id(state) for state in before} - {id(state) for state in staying}
+        root = self.model._get_fsdp_state()
+        if root._is_root:  # it is not known before the first forward pass, which makes the lists
+            root._state_ctx.all_states[:] = [s for s in root._state_ctx.all_states if id(s) not in gone]
+        for state in staying:
+            for name in ("_states_to_forward_prefetch", "_states_to_backward_prefetch"):
+                getattr(state, name)[:] = [s for s in getattr(state, name) if id(s) not in gone]
+        root._comm_ctx.post_forward_order.clear()
+        if root._is_root:
+            root._init_fqns()
+        return result
+
+
+def _states(model: nn.Module) -> list[Any]:
+    return [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
