@@ -6,6 +6,7 @@ from .config import TrimConfig
 from .importance import register_importance, score_layers
 from .layer_map import LayerMap
 from .loading import load_kept_layers, write_kept_layers
+from .prepared import drop_prepared_layers
 from .publish.latency import measure_latency
 from .publish.latency_report import LatencyReport
 from .surgery import drop_layers
@@ -21,6 +22,7 @@ __all__ = [
     "TrimTrainer",
     "TrimTrainerMixin",
     "drop_layers",
+    "drop_prepared_layers",
     "load_kept_layers",
     "measure_latency",
     "register_importance",

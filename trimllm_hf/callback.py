@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -18,11 +17,14 @@ from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from .calibration import Batch, calibration_batches, draw, own_randomness
+from .calibration import Batch, calibration_batches, draw
 from .config import TrimConfig
+from .depth_check import refuse_other_depths, wrong_depth
 from .engines import Engine, attach
+from .engines.host import find_trainer, unwrapped
 from .importance import needs_data, score_layers
 from .layer_map import LayerMap
+from .prepared import apply_drop
 from .schedule import Plan, layers_due, plan_drops
 from .stack import find_stack
 from .surgery import plan_drop
@@ -124,7 +126,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             return
         of_checkpoint = LayerMap.from_dict(plain) if isinstance(plain, dict) else plain
         if of_checkpoint.kept_layers != of_model.kept_layers:
-            raise ValueError(_wrong_depth(of_model.kept_layers, of_checkpoint.kept_layers))
+            raise ValueError(wrong_depth(of_model.kept_layers, of_checkpoint.kept_layers))
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
         model.config.trim = self._plain_map()
 
@@ -203,9 +205,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             importance=self.config.importance,
             scores=[scores[position].item()],
         )
-        with own_randomness(self.config.calibration_seed):  # an engine may draw when it is built anew
-            self.layer_map = self._engine.edit(drop.apply, drop.leaving)
-        del drop
+        self.layer_map = apply_drop(self._engine, drop)
         (gone,) = self.layer_map.history[-1].dropped
         parameters = get_model_param_count(model)
         logger.info(
@@ -219,7 +219,8 @@ class TrimCallback(TrainerCallback, ExportableState):
     def regrow(self, edit: Callable[[], LayerMap]) -> None:
         """Run an edit that gives the model other layers, and take up the map that it returns."""
         assert self._engine is not None and self.trainer is not None
-        self.layer_map = self._engine.edit(edit, list(find_stack(unwrapped(self.trainer)).blocks.parameters()))
+        blocks = find_stack(unwrapped(self.trainer)).blocks
+        self.layer_map = self._engine.edit(edit, lambda: list(blocks.parameters()))
 
     def _plain_map(self) -> dict[str, Any]:
         assert isinstance(self.layer_map, LayerMap)
@@ -230,62 +231,6 @@ def least_important(scores: torch.Tensor, protect_first: int, protect_last: int)
     """Position of the lowest score outside the protected ends; of equal ones, the deepest."""
     candidates = range(protect_first, len(scores) - protect_last)
     return min(candidates, key=lambda position: (scores[position].item(), -position))
-
-
-def find_trainer(callback: TrainerCallback) -> Trainer:
-    """The Trainer that a callback was given to: one walk over the live objects, 0.1 to 0.3 s, once a run.
-
-    Raises:
-        ValueError: If no Trainer, or more than one, holds the callback.
-    """
-    found = [
-        candidate
-        for candidate in gc.get_objects()
-        if issubclass(type(candidate), Trainer)  # isinstance would wake lazy proxies
-        and any(held is callback for held in getattr(getattr(candidate, "callback_handler", None), "callbacks", ()))
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"Expected {type(callback).__name__} to be held by one Trainer, got {len(found)}. Pass it to one Trainer, as "
-            "callbacks=[…], or name it: TrimCallback(config, trainer=trainer)."
-        )
-    return found[0]
-
-
-def unwrapped(trainer: Trainer) -> PreTrainedModel:
-    """The Trainer's model without any engine's wrapper."""
-    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
-    return model
-
-
-def refuse_other_depths(model: nn.Module) -> None:
-    """Make `model.load_state_dict` raise on weights with another number of blocks than the model has.
-
-    A Trainer loads checkpoints with strict=False: by index, with a warning, layers would end up in the wrong places.
-    """
-    stack = find_stack(model)
-
-    def check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        start = f"{prefix}{stack.name}."
-        numbers = sorted({int(name.removeprefix(start).split(".")[0]) for name in state_dict if name.startswith(start)})
-        if not numbers:
-            return
-        depth = len(stack.blocks)
-        rest = {f"{prefix}{name}" for name, _ in module.named_parameters() if not name.startswith(f"{stack.name}.")}
-        # one file of a sharded checkpoint holds a part of the blocks: only a number beyond the depth is wrong in it
-        whole = rest <= state_dict.keys()
-        if numbers[-1] >= depth or (whole and len(numbers) < depth):
-            raise ValueError(_wrong_depth(range(depth), numbers))
-
-    model.register_load_state_dict_pre_hook(check)
-
-
-def _wrong_depth(of_model: Sequence[int], of_checkpoint: Sequence[int]) -> str:
-    return (
-        f"Expected a checkpoint of the model's {len(of_model)} layers {list(of_model)}, got one with "
-        f"{len(of_checkpoint)}: {list(of_checkpoint)}. Use TrimTrainer, which gives the model the checkpoint's layers on "
-        "resume, or call trim_like(model, checkpoint) on the full-depth model before the Trainer is made."
-    )
 
 
 def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

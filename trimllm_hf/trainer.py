@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from .auto import regrow_like, trim_like
 from .calibration import set_aside
-from .callback import TrimCallback, unwrapped
+from .callback import TrimCallback
 from .config import TrimConfig
-from .engines.host import BestModelHost
+from .engines.host import BestModelHost, unwrapped
 from .importance import needs_data
 from .layer_map import TRAINER_STATE, LayerMap
 

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from .ddp import DDPEngine
-from .local import LocalEngine
+from .local import Leaving, LocalEngine
 
 T = TypeVar("T")
 
@@ -30,8 +30,10 @@ class Engine(Protocol):
     def agree(self, total: torch.Tensor) -> torch.Tensor:
         """The sum of `total` over all processes, the same on each of them."""
 
-    def edit(self, edit: Callable[[], T], leaving: Sequence[nn.Parameter]) -> T:
-        """Run `edit`, which takes modules with the parameters `leaving` out of the unwrapped model, and mend the rest.
+    def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
+        """Run `edit`, which takes modules out of the unwrapped model, and mend optimizer and wrapper.
+
+        `leaving` names the parameters that go with them; an engine asks when its parameters are as the optimizer has them.
 
         Parameters that stay keep their optimizer state, bit by bit; those that went are held by nothing here.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .local import forget, refuse_hidden_parameters
+from .local import Leaving, forget, refuse_hidden_parameters
 
 T = TypeVar("T")
 
@@ -40,10 +40,11 @@ class DDPEngine:
         dist.all_reduce(total, group=self.wrapper.process_group)
         return total
 
-    def edit(self, edit: Callable[[], T], leaving: Sequence[nn.Parameter]) -> T:
+    def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit`, mend the optimizer, and give the wrapper new gradient buckets."""
+        gone = leaving()
         result = edit()
-        forget(self.optimizer, leaving)
+        forget(self.optimizer, gone)
         self._rebuild_buckets()
         return result
 

@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO-1, 2 and 3: the flat partitions are made anew, and the survivors' state is written back into them.
 
-The old engine is taken apart and a new one initialized around the same module with the same basic optimizer (the torch or
-DeepSpeed optimizer inside). The old engine object then gets the new one's attributes, and Accelerate's optimizer wrapper
-the new ZeRO optimizer, so that a Trainer's references stay valid.
+The engine is taken apart and the same object initialized again, around the same module and with the same basic optimizer
+(the torch or DeepSpeed optimizer inside). Accelerate's optimizer wrapper gets the new ZeRO optimizer, so that all of a
+Trainer's references stay valid.
 
 Each private name of DeepSpeed that is used here is checked by `tests/test_private_names.py`.
 """
@@ -10,7 +10,6 @@ Each private name of DeepSpeed that is used here is checked by `tests/test_priva
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .local import Leaving
 from .sharded_state import LocalState, SpreadState
 
 T = TypeVar("T")
@@ -41,12 +41,13 @@ class DeepSpeedEngine:
         dist.all_reduce(total)
         return total
 
-    def edit(self, edit: Callable[[], T], leaving: Sequence[nn.Parameter]) -> T:
+    def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit` and partition what stays anew; parameters, moments and steps read back bit by bit."""
-        import deepspeed
+        from deepspeed.runtime.config import DeepSpeedConfig
 
         zero, basic = self.wrapper.optimizer, self.wrapper.optimizer.optimizer
-        gone = {id(parameter) for parameter in leaving}
+        dropped = leaving()
+        gone = {id(parameter) for parameter in dropped}
         groups = [[parameter for parameter in group if id(parameter) not in gone] for group in param_groups(zero)]
         if not all(groups):
             raise ValueError(
@@ -69,21 +70,23 @@ class DeepSpeedEngine:
         module, config = self.wrapper.module, _without_scheduler(self.wrapper.config)
         _forget_functions(modules)
         staying = set(self.wrapper.module.modules())
-        _release(leaving, [module for module in modules if module not in staying])
+        _release(dropped, [module for module in modules if module not in staying])
         _forget_partitions([parameter for group in groups for parameter in group])
-        self.wrapper.__dict__ = {}
         self.optimizer.optimizer = None
         del zero, groups
-        new = deepspeed.initialize(model=module, optimizer=basic, config=config)[0]
+        # The same object is initialized again, as deepspeed.initialize does with a new one: a second engine would be
+        # destroyed when Python collects it, and take the hooks and marks that both hold off the parameters.
+        self.wrapper.__dict__.clear()
+        self.wrapper.__init__(
+            args=None, model=module, optimizer=basic, config=config, config_class=DeepSpeedConfig(copy.deepcopy(config))
+        )
 
+        zero = self.wrapper.optimizer
         if scaler is not None:
-            new.optimizer.loss_scaler = scaler
-        new.__dict__.update(counters)
-        state.write(new.optimizer)
-        # One dictionary for both objects: hooks that are bound to the new one act on what the old one's holders see.
-        self.wrapper.__dict__ = new.__dict__
-        self.optimizer.optimizer = new.optimizer
-        gc.collect()  # DeepSpeed's parameters hold themselves, through the methods that it binds to them
+            zero.loss_scaler = scaler
+        self.wrapper.__dict__.update(counters)
+        state.write(zero)
+        self.optimizer.optimizer = zero
         return result
 
 

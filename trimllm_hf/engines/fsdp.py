@@ -5,7 +5,7 @@ The private names of torch that are used here are checked by `tests/test_private
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from .local import forget, refuse_hidden_parameters
+from .local import Leaving, forget, refuse_hidden_parameters
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class FSDPEngine:
         if not isinstance(model, FSDPModule):
             raise ValueError(
                 f"Expected a model under FSDP2 (fully_shard), got {type(model).__name__}: FSDP1 cannot lose layers while "
-                "it trains. Set fsdp_version: 2 in the accelerate config, or fsdp_config={'version': 2} in TrainingArguments."
+                "it trains. Set fsdp_version: 2 in the accelerate config, or in TrainingArguments' fsdp_config."
             )
         refuse_hidden_parameters(optimizer)
         self.model = model
@@ -39,11 +39,15 @@ class FSDPEngine:
         dist.all_reduce(total)
         return total
 
-    def edit(self, edit: Callable[[], T], leaving: Sequence[nn.Parameter]) -> T:
+    def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit`, mend the optimizer, and take what left out of the root's lists."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation leaves gathered parameters in place of those that the optimizer has
         before = _states(self.model)
+        dropped = leaving()
         result = edit()
-        forget(self.optimizer, leaving)
+        forget(self.optimizer, dropped)
         staying = _states(self.model)
         gone = {id(state) for state in before} - {id(state) for state in staying}
         root = self.model._get_fsdp_state()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 T = TypeVar("T")
+Leaving = Callable[[], list[nn.Parameter]]
 
 
 class LocalEngine:
@@ -26,10 +27,11 @@ class LocalEngine:
         """One process agrees with itself."""
         return total
 
-    def edit(self, edit: Callable[[], T], leaving: Sequence[nn.Parameter]) -> T:
+    def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit` and take the parameters that leave the model out of the optimizer."""
+        gone = leaving()
         result = edit()
-        forget(self.optimizer, leaving)
+        forget(self.optimizer, gone)
         return result
 
 

@@ -21,7 +21,7 @@ class LocalState:
         self.scalars, self.keys = _scalars_and_keys(zero)
         self.saved: dict[nn.Parameter, dict[str | None, torch.Tensor]] = {}
         for parameter in _all(groups):
-            shards = {WEIGHT: safe_get_local_fp32_param(parameter).to("cpu", copy=True)}
+            shards: dict[str | None, torch.Tensor] = {WEIGHT: safe_get_local_fp32_param(parameter).to("cpu", copy=True)}
             for key in self.keys:
                 shards[key] = safe_get_local_optimizer_state(parameter, key).to("cpu", copy=True)
             self.saved[parameter] = shards
@@ -42,8 +42,11 @@ class LocalState:
 
 
 class SpreadState:
-    """ZeRO-1 and 2: partitions cut across parameters, and the cuts move. Each parameter is assembled once, one at a time,
-    and kept by one process, so that each holds about its share; writing back broadcasts one at a time."""
+    """ZeRO-1 and 2: partitions cut across parameters, and the cuts move.
+
+    Each parameter is assembled once, one at a time, and kept by one process, so that each holds about its share; writing
+    back broadcasts one at a time.
+    """
 
     def __init__(self, zero: Any, groups: list[list[nn.Parameter]]) -> None:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -59,9 +62,7 @@ class SpreadState:
             mine: dict[str | None, torch.Tensor] = {}
             for key in (WEIGHT, *self.keys):
                 full = (
-                    safe_get_full_fp32_param(parameter)
-                    if key is WEIGHT
-                    else safe_get_full_optimizer_state(parameter, key)
+                    safe_get_full_fp32_param(parameter) if key is WEIGHT else safe_get_full_optimizer_state(parameter, key)
                 )
                 if self.keeper[parameter] == dist.get_rank():
                     mine[key] = full.to("cpu", copy=True)

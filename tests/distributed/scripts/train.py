@@ -1,6 +1,9 @@
-"""Trains a tiny model while it is trimmed, with stock Trainer, in as many processes as launched; writes what it saw.
+"""Trains a tiny model while it is trimmed, under an engine, in as many processes as launched; writes what it saw.
 
-python train.py FOLDER [--resume CHECKPOINT] [--save STEPS] [--bare N]: with --resume by TrimTrainer's own resume.
+python train.py FOLDER --engine {plain,fsdp2,zero1,zero2,zero2_offload,zero3} [--save STEPS] [--resume CHECKPOINT]
+
+Plain is one process, or DistributedDataParallel. With --save or --resume TrimTrainer trains, else stock Trainer with a
+TrimCallback. DeepSpeed and FSDP2 run on the CPU only by the detours below: `use_cpu` would silently mean DDP.
 """
 
 import argparse
@@ -9,99 +12,190 @@ import os
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+parser = argparse.ArgumentParser()
+parser.add_argument("folder")
+parser.add_argument("--engine", default="plain")
+parser.add_argument("--save", type=int)
+parser.add_argument("--resume")
+parser.add_argument("--calibration", type=int, default=9)  # not a multiple of two: shares differ
+parser.add_argument("--bf16", action="store_true")
+parser.add_argument("--config_optimizer", action="store_true", help="optimizer and scheduler of the DeepSpeed config")
+parser.add_argument("--sharded", action="store_true", help="FSDP2 saves sharded state")
+options = parser.parse_args()
+if options.engine.startswith("zero"):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+if options.engine == "fsdp2":
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ["FSDP_VERSION"] = "2"
+
+import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tiny import tiny_model, tiny_texts
+from tiny import tiny_model, tiny_texts  # noqa: E402
 
-from trimllm_hf import TrimCallback, TrimConfig, TrimTrainer
+from trimllm_hf import TrimCallback, TrimConfig, TrimTrainer  # noqa: E402
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
 
-class Watch(TrainerCallback):
-    """Dropped parameters that still live, and the survivors' moments on both sides of a drop."""
+def engine_arguments() -> dict[str, Any]:
+    """What TrainingArguments get for the engine."""
+    if options.engine == "plain":
+        return {"use_cpu": True, "ddp_backend": "gloo" if WORLD > 1 else None}
+    configured = {"accelerator_config": {"use_configured_state": True}}
+    if options.engine == "fsdp2":
+        state = PartialState(cpu=True)
+        state.device = torch.device("cpu")
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        fsdp = {
+            "fsdp_version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "reshard_after_forward": True,
+            "state_dict_type": "SHARDED_STATE_DICT" if options.sharded else "FULL_STATE_DICT",
+        }
+        return {"fsdp": True, "fsdp_config": fsdp, **configured}
+    PartialState(backend="gloo")
+    stage = int(options.engine[4])
+    zero: dict[str, Any] = {"stage": stage}
+    if "offload" in options.engine:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": "auto"},
+    }
+    if options.config_optimizer:
+        adamw = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+        config["optimizer"] = {"type": "AdamW", "params": adamw}
+        config["scheduler"] = {
+            "type": "WarmupDecayLR",
+            "params": {"warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": 2, "total_num_steps": "auto"},
+        }
+    return {"deepspeed": config, **configured}
+
+
+def fp32_and_state(parameter: torch.nn.Parameter, optimizer: Any) -> dict[str, torch.Tensor]:
+    """A parameter's fp32 copy and its optimizer state, as this process can read them by the engine's public means."""
+    if not options.engine.startswith("zero"):
+        state = optimizer.state[parameter]
+        tensors = {"weight": parameter.detach(), **state}
+        return {key: getattr(value, "_local_tensor", value).clone() for key, value in tensors.items()}
+    from deepspeed import utils
+
+    local = hasattr(parameter, "ds_id")
+    weight = utils.safe_get_local_fp32_param if local else utils.safe_get_full_fp32_param
+    state = utils.safe_get_local_optimizer_state if local else utils.safe_get_full_optimizer_state
+    found = {"weight": weight(parameter).clone()}
+    return found | {key: state(parameter, key).clone() for key in ("exp_avg", "exp_avg_sq")}
+
+
+def read_all(model: Any, optimizer: Any) -> dict[int, dict[str, torch.Tensor]]:
+    if options.engine == "fsdp2":
+        for module in model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()  # after an evaluation (the scan) some hold gathered parameters
+    zero = getattr(optimizer, "optimizer", optimizer)
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # DeepSpeed links the state of its first group only
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+    return {id(parameter): fp32_and_state(parameter, optimizer) for parameter in model.parameters()}
+
+
+class Before(TrainerCallback):
+    """Reads everything before TrimCallback's turn."""
 
     def __init__(self) -> None:
-        self.alive: list[int] = []
-        self.unchanged: list[bool] = []
-        self.before: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.seen: dict[int, dict[str, torch.Tensor]] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.refs = [weakref.ref(parameter) for parameter in model.parameters()]
 
-    def on_optimizer_step(self, args, state, control, optimizer=None, model=None, **kwargs):
-        self.before = {
-            id(parameter): (parameter.detach().clone(), *(value.clone() for value in optimizer.state[parameter].values()))
-            for parameter in model.parameters()
-        }
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.seen = read_all(model, optimizer) if state.global_step in (3, 6) else {}
+
+
+class After(TrainerCallback):
+    """Compares after it."""
+
+    def __init__(self, before: Before) -> None:
+        self.before = before
+        self.alive: list[int] = []
+        self.unchanged: list[bool] = []
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        parameters = list(model.parameters())
-        now = {id(parameter) for parameter in parameters}
-        if state.global_step in (3, 6):  # comes after TrimCallback
-            assert len(parameters) < len(self.before)
-            after = {id(p): (p.detach(), *optimizer.state[p].values()) for p in parameters}
-            self.unchanged.append(
-                all(torch.equal(a, b) for key in after for a, b in zip(after[key], self.before[key], strict=True))
-            )
-        self.before = {}
+        now = {id(parameter) for parameter in model.parameters()}
+        if state.global_step in (3, 6):
+            after = read_all(model, optimizer)
+            assert len(after) < len(self.before.seen)
+            pairs = [(self.before.seen[key][name], value) for key in after for name, value in after[key].items()]
+            self.unchanged.append(len(pairs) >= 3 * len(after) and all(torch.equal(a, b) for a, b in pairs))
+            self.before.seen = {}
         if state.global_step in (4, 7):
-            self.alive.append(sum(1 for ref in self.refs if ref() is not None and id(ref()) not in now))
+            self.alive.append(sum(1 for ref in self.before.refs if ref() is not None and id(ref()) not in now))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder")
-    parser.add_argument("--resume")
-    parser.add_argument("--save", type=int)
-    parser.add_argument("--calibration", type=int, default=9)  # not a multiple of two: shares differ
-    options = parser.parse_args()
+    model = tiny_model(tie_word_embeddings=True)  # before the arguments: under ZeRO-3 they make models be born in shards
     args = TrainingArguments(
         output_dir=options.folder,
         max_steps=12,
         per_device_train_batch_size=4 // WORLD,
         gradient_accumulation_steps=2,
         gradient_checkpointing=True,
+        bf16=options.bf16,
         learning_rate=1e-3,
+        weight_decay=0.1,
         max_grad_norm=0.5,
+        warmup_steps=2 if options.config_optimizer else 0,
         logging_steps=1,
         save_strategy="steps" if options.save else "no",
         save_steps=options.save or 500,
-        use_cpu=True,
-        ddp_backend="gloo" if WORLD > 1 else None,
         report_to=[],
         disable_tqdm=True,
+        **engine_arguments(),
     )
     trim = TrimConfig(target_layers=4, drop_every="3", calibration_size=options.calibration)
-    model = tiny_model(tie_word_embeddings=True)
-    watch = Watch()
+    before = Before()
+    after = After(before)
     if options.save or options.resume:
         trainer: Trainer = TrimTrainer(model, args, train_dataset=tiny_texts(), trim=trim)
     else:
-        trainer = Trainer(model, args, train_dataset=tiny_texts(), callbacks=[TrimCallback(trim), watch])
-    wrapped_before = []
+        trainer = Trainer(model, args, train_dataset=tiny_texts(), callbacks=[before, TrimCallback(trim), after])
+    held = []
 
     class Identity(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            wrapped_before.append(trainer.model_wrapped)
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            held[:] = [trainer.model_wrapped, trainer.model, optimizer, trainer.lr_scheduler]
 
     trainer.add_callback(Identity)
     trainer.train(resume_from_checkpoint=options.resume)
-    assert trainer.model_wrapped is wrapped_before[0] and trainer.model is model
+    now = [trainer.model_wrapped, trainer.model, trainer.optimizer, trainer.lr_scheduler]
+    assert all(a is b for a, b in zip(held, now, strict=True))
+    trainer.save_model(str(Path(options.folder) / "final"))
     result = {
         "distributed_type": trainer.accelerator.distributed_type.value,
+        "zero_stage": trainer.model_wrapped.zero_optimization_stage() if options.engine.startswith("zero") else None,
         "kept_layers": model.config.trim["kept_layers"],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "rates": [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry],
-        "alive": watch.alive,
-        "unchanged": watch.unchanged,
+        "alive": after.alive,
+        "unchanged": after.unchanged,
     }
-    rank = trainer.args.process_index
-    torch.save({**result, "weights": dict(model.state_dict())}, Path(options.folder) / f"rank{rank}.pt")
-    print(json.dumps(result))
+    (Path(options.folder) / f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))
+    trainer.accelerator.wait_for_everyone()
 
 
 main()

@@ -1,0 +1,108 @@
+"""Under every engine two processes train as one does, while layers are dropped twice; and resume as one does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.distributed
+
+SCRIPT = Path(__file__).parent / "scripts" / "train.py"
+TYPES = {"plain": "MULTI_CPU", "fsdp2": "FSDP", **dict.fromkeys(["zero1", "zero2", "zero2_offload", "zero3"], "DEEPSPEED")}
+ENGINES = [pytest.param(name, marks=pytest.mark.deepspeed if "zero" in name else ()) for name in TYPES]
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """What each process saw; a run is judged by its files, since ZeRO-3 may abort at exit, after everything is done."""
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def check_equal(folder: Path, engine: str, reference: Path, tolerance: float) -> None:
+    one = json.loads((reference / "rank0.json").read_text())
+    for rank in results(folder):
+        assert rank["distributed_type"] == TYPES[engine]
+        if "zero" in engine:
+            assert rank["zero_stage"] == int(engine[4])
+        assert rank["kept_layers"] == one["kept_layers"] and len(one["kept_layers"]) == 4
+        assert rank["rates"] == pytest.approx(one["rates"][-len(rank["rates"]) :], rel=1e-12)
+        assert rank["losses"] == pytest.approx(one["losses"][-len(rank["losses"]) :], abs=tolerance)
+    expected = weights(reference)
+    mine = weights(folder)
+    assert expected.keys() <= mine.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(mine[name], value, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    subprocess.run([sys.executable, SCRIPT, folder], check=True, timeout=240)
+    result = json.loads((folder / "rank0.json").read_text())
+    assert result["distributed_type"] == "NO" and len(result["losses"]) == 12
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_equal_one(engine: str, torchrun, one_process: Path, tmp_path: Path) -> None:
+    torchrun("train.py", str(tmp_path), "--engine", engine)
+    check_equal(tmp_path, engine, one_process, 1e-5)
+    for rank in results(tmp_path):
+        assert len(rank["losses"]) == 12
+        assert rank["alive"] == [0, 0]
+        assert rank["unchanged"] == [True, True]  # fp32 parameters and both moments, bit by bit
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert final.config.num_hidden_layers == 4
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_optimizer_and_scheduler_of_the_deepspeed_config(engine: str, torchrun, tmp_path: Path) -> None:
+    torchrun("train.py", str(tmp_path), "--engine", engine, "--config_optimizer")
+    for rank in results(tmp_path):
+        assert rank["unchanged"] == [True, True] and rank["alive"] == [0, 0]
+        assert len(set(rank["rates"])) >= 10 and rank["rates"][-1] < 2e-4  # decays on across the drops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bf16(engine: str, torchrun, tmp_path: Path) -> None:
+    torchrun("train.py", str(tmp_path), "--engine", engine, "--bf16")
+    for rank in results(tmp_path):
+        assert rank["distributed_type"] == TYPES[engine]
+        assert rank["unchanged"] == [True, True] and rank["alive"] == [0, 0]
+        assert all(0 < loss < 10 for loss in rank["losses"])
+
+
+@pytest.fixture(scope="module")
+def saved(torchrun, tmp_path_factory: pytest.TempPathFactory):
+    """An uninterrupted run of each engine that saved at each second step, made once."""
+    made: dict[str, Path] = {}
+
+    def of(engine: str) -> Path:
+        if engine not in made:
+            made[engine] = tmp_path_factory.mktemp(engine)
+            torchrun("train.py", str(made[engine]), "--engine", engine, "--save", "2", "--calibration", "8")
+        return made[engine]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 4, 8], ids=["before", "between", "after"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resume(engine: str, step: int, torchrun, saved, tmp_path: Path) -> None:
+    run = saved(engine)
+    checkpoint = str(run / f"checkpoint-{step}")
+    torchrun("train.py", str(tmp_path), "--engine", engine, "--resume", checkpoint, "--calibration", "8")
+    check_equal(tmp_path, engine, run, 1e-6)

@@ -1,0 +1,41 @@
+"""Weights of another depth are refused, where a Trainer would load them by index with a warning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .stack import find_stack
+
+
+def refuse_other_depths(model: nn.Module) -> None:
+    """Make `model.load_state_dict` raise on weights with another number of blocks than the model has.
+
+    A Trainer loads checkpoints with strict=False: by index, with a warning, layers would end up in the wrong places.
+    """
+    stack = find_stack(model)
+
+    def check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        start = f"{prefix}{stack.name}."
+        numbers = sorted({int(name.removeprefix(start).split(".")[0]) for name in state_dict if name.startswith(start)})
+        if not numbers:
+            return
+        depth = len(stack.blocks)
+        rest = {f"{prefix}{name}" for name, _ in module.named_parameters() if not name.startswith(f"{stack.name}.")}
+        # one file of a sharded checkpoint holds a part of the blocks: only a number beyond the depth is wrong in it
+        whole = rest <= state_dict.keys()
+        if numbers[-1] >= depth or (whole and len(numbers) < depth):
+            raise ValueError(wrong_depth(range(depth), numbers))
+
+    model.register_load_state_dict_pre_hook(check)
+
+
+def wrong_depth(of_model: Sequence[int], of_checkpoint: Sequence[int]) -> str:
+    """What to say when a checkpoint keeps other layers than the model."""
+    return (
+        f"Expected a checkpoint of the model's {len(of_model)} layers {list(of_model)}, got one with "
+        f"{len(of_checkpoint)}: {list(of_checkpoint)}. Use TrimTrainer, which gives the model the checkpoint's layers on "
+        "resume, or call trim_like(model, checkpoint) on the full-depth model before the Trainer is made."
+    )
