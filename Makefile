@@ -29,12 +29,12 @@ venv-deepspeed: .venv/.deepspeed  ## add DeepSpeed to .venv
 demo: venv  ## trim a small model on a synthetic medical task, without network, in under 3 minutes
 	$(BIN)/python recipes/medical.py --demo
 
-test: venv  ## the tests of one process, then those of several
+test: venv venv-deepspeed  ## the tests of one process, then those of several, each engine once
 	$(PYTEST) -m "not distributed and not deepspeed and not slow and not hub"
-	$(PYTEST) -m "distributed and not deepspeed and not slow and not hub"
+	$(PYTEST) -m "(distributed or deepspeed) and not slow and not hub"
 
-test-all: test venv-deepspeed  ## all of the above, then the slow tests and DeepSpeed's
-	$(PYTEST) -m "(slow or deepspeed) and not hub"
+test-all: test  ## all of the above, then the slow ones: resume under every engine, whole recipes, the whole zoo
+	$(PYTEST) -m "slow and not hub"
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .

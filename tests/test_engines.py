@@ -24,11 +24,61 @@ def test_one_process() -> None:
     assert isinstance(engine, LocalEngine) and (engine.rank, engine.world_size) == (0, 1)
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
-def test_what_is_not_supported_yet_is_refused(kind: DistributedType) -> None:
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (DistributedType.FSDP, "under FSDP2 .*got LlamaForCausalLM: FSDP1 cannot lose layers"),
+        (DistributedType.MEGATRON_LM, "FSDP2 or DeepSpeed ZeRO, got MEGATRON_LM"),
+        (DistributedType.XLA, "FSDP2 or DeepSpeed ZeRO, got XLA"),
+    ],
+)
+def test_other_kinds_are_refused(kind: DistributedType, said: str) -> None:
     model = tiny_model()
-    with pytest.raises(ValueError, match=f"Expected one process or DistributedDataParallel, got {kind.value}"):
+    with pytest.raises(ValueError, match=said):
         attach(prepared(kind), model, torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stage": 0}, "got ZeRO stage 0"),
+        ({"hpz": 2}, r"got ZeRO\+\+ \(zero_hpz_partition_size\)"),
+        ({"weights": True}, r"got ZeRO\+\+ \(zero_quantized_weights\)"),
+        ({"nvme": True}, "got offload to NVMe"),
+        ({"tp": 2}, "got tensor parallelism"),
+        ({}, None),
+    ],
+)
+def test_what_is_not_plain_zero_is_refused(changes: dict, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    from trimllm_hf.engines.deepspeed import refuse_unsupported
+
+    offload = SimpleNamespace(device="nvme") if changes.get("nvme") else None
+    zero = SimpleNamespace(
+        offload_optimizer=offload,
+        offload_param=None,
+        zero_hpz_partition_size=changes.get("hpz", 1),
+        zero_quantized_weights=changes.get("weights", False),
+        zero_quantized_gradients=False,
+    )
+    engine = deepspeed.DeepSpeedEngine.__new__(deepspeed.DeepSpeedEngine)
+    values = {
+        "_config": SimpleNamespace(zero_config=zero),
+        "zero_optimization_stage": lambda: changes.get("stage", 2),
+        "autotp_size": lambda: changes.get("tp", 0),
+        "is_deepcompile_enabled": lambda: False,
+        "has_moe_layers": False,
+    }
+    for name, value in values.items():
+        object.__setattr__(engine, name, value)
+    if said is None:
+        refuse_unsupported(engine)
+        return
+    with pytest.raises(ValueError, match=said):
+        refuse_unsupported(engine)
 
 
 def test_data_parallel_is_refused() -> None:

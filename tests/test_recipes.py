@@ -127,3 +127,18 @@ def test_medquad_with_a_real_small_model(shared: Path, tmp_path: Path) -> None:
     )
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["num_hidden_layers"] == 3 and config["trim"]["base_num_layers"] == 5
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_accelerate_reads_each_launch_file(name: str) -> None:
+    """It opens with its launch command, and every key in it is one that accelerate knows."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    file = RECIPES / "accelerate" / f"{name}.yaml"
+    first = file.read_text().splitlines()[0]
+    assert first.startswith(f"# accelerate launch --config_file recipes/accelerate/{name}.yaml recipes/medical.py")
+    config = load_config_from_file(str(file))
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert config.distributed_type == kinds.get(name, "DEEPSPEED")
+    if name.startswith("zero"):
+        assert config.deepspeed_config["zero_stage"] == int(name[-1])

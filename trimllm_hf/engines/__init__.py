@@ -7,7 +7,7 @@ changes objects in place: every reference that a Trainer, an Accelerator or a us
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -65,6 +65,6 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine
 
         return DeepSpeedEngine(model, optimizer)
     raise ValueError(
-        f"Expected one process or DistributedDataParallel, got {kind.value}. Layers cannot be dropped under it yet: "
-        "launch with torchrun or accelerate launch and no other plugin."
+        f"Expected one process, DistributedDataParallel, FSDP2 or DeepSpeed ZeRO, got {kind.value}. Layers cannot be "
+        "dropped under it: launch with one of those."
     )
