@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from .calibration import Batch, calibration_batches, draw
+from .calibration import Batch, calibration_batches, draw, own_randomness
 from .config import TrimConfig
 from .depth_check import refuse_other_depths, wrong_depth
 from .engines import Engine, attach
@@ -68,6 +68,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._engine: Engine | None = None
         self._watched: weakref.ref[nn.Module] | None = None
         self._batches: list[Batch] | None = None
+        self._stand_in: Batch | None = None  # for a process whose share of the calibration set is empty
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json holds: the settings, the map, and where the run began."""
@@ -162,14 +163,13 @@ class TrimCallback(TrainerCallback, ExportableState):
                 examples = [dataset[i] for i in draw(len(dataset), size, self.config.calibration_seed)]
             else:
                 examples = list(islice(iter(dataset), self.config.calibration_size))
-        return calibration_batches(
-            list(examples),
-            dataloader.collate_fn,
-            args.per_device_train_batch_size,
-            getattr(dataloader.dataset, "column_names", None),
-            self._engine.rank,
-            self._engine.world_size,
-        )
+        examples = list(examples)
+        collate, columns = dataloader.collate_fn, getattr(dataloader.dataset, "column_names", None)
+        with own_randomness(self.config.calibration_seed):  # a collator may draw
+            (self._stand_in,) = calibration_batches(examples[:1], collate, 1, columns)
+            return calibration_batches(
+                examples, collate, args.per_device_train_batch_size, columns, self._engine.rank, self._engine.world_size
+            )
 
     def _drop_what_is_due(self, state: TrainerState, control: TrainerControl) -> None:
         assert self.layer_map is not None and self.start_num_layers is not None
@@ -186,25 +186,32 @@ class TrimCallback(TrainerCallback, ExportableState):
         assert self.layer_map is not None
         model = unwrapped(self.trainer)
         depth = self.layer_map.num_layers
-        scores = score_layers(
-            model,
-            self._batches,
-            self.config.importance,
-            self.config.unit,
-            agree=self._engine.agree,
-            seed=self.config.calibration_seed + depth,
-            memory_gb=self.config.scan_memory_gb,
-            progress=state.is_local_process_zero and not self.trainer.args.disable_tqdm,
-        )
-        position = least_important(scores, self.config.protect_first, self.config.protect_last)
-        drop = plan_drop(
-            model,
-            [position],
-            self.config.unit,
-            step=state.global_step,
-            importance=self.config.importance,
-            scores=[scores[position].item()],
-        )
+        try:
+            scores = score_layers(
+                model,
+                self._batches,
+                self.config.importance,
+                self.config.unit,
+                agree=self._engine.agree,
+                seed=self.config.calibration_seed + depth,
+                memory_gb=self.config.scan_memory_gb,
+                sweep=self._engine.sweeps,
+                stand_in=self._stand_in,
+                progress=state.is_local_process_zero and not self.trainer.args.disable_tqdm,
+            )
+            position = least_important(scores, self.config.protect_first, self.config.protect_last)
+            drop = plan_drop(
+                model,
+                [position],
+                self.config.unit,
+                step=state.global_step,
+                importance=self.config.importance,
+                scores=[scores[position].item()],
+            )
+        except Exception as error:  # one process must not drop, or wait, alone
+            self._engine.fail(error)
+            raise
+        self._engine.agree(torch.zeros(1))  # nobody failed: all of them drop
         self.layer_map = apply_drop(self._engine, drop)
         (gone,) = self.layer_map.history[-1].dropped
         parameters = get_model_param_count(model)

@@ -26,9 +26,13 @@ class Engine(Protocol):
 
     rank: int
     world_size: int
+    sweeps: bool  # whether processes may call a block different numbers of times
 
     def agree(self, total: torch.Tensor) -> torch.Tensor:
-        """The sum of `total` over all processes, the same on each of them."""
+        """The sum of `total` over all processes, the same on each of them; or the error of one that has failed."""
+
+    def fail(self, error: Exception) -> None:
+        """Tell the processes that are at, or on their way to, `agree` that this one has failed."""
 
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit`, which takes modules out of the unwrapped model, and mend optimizer and wrapper.

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .agreement import Processes
 from .local import Leaving, forget, refuse_hidden_parameters
 
 T = TypeVar("T")
@@ -18,7 +17,7 @@ T = TypeVar("T")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 
 
-class DDPEngine:
+class DDPEngine(Processes):
     """A model in DistributedDataParallel; see `engines.Engine`."""
 
     def __init__(self, model: nn.Module, optimizer: Any, ddp_handler: Any = None) -> None:
@@ -31,14 +30,7 @@ class DDPEngine:
         self.wrapper = model
         self.optimizer = optimizer
         self.ddp_handler = ddp_handler
-        self.rank = dist.get_rank(model.process_group)
-        self.world_size = dist.get_world_size(model.process_group)
-
-    def agree(self, total: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes."""
-        total = total.clone()
-        dist.all_reduce(total, group=self.wrapper.process_group)
-        return total
+        super().__init__(model.process_group)
 
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit`, mend the optimizer, and give the wrapper new gradient buckets."""

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from .agreement import Processes
 from .local import Leaving
 from .sharded_state import LocalState, SpreadState
 
@@ -25,21 +25,17 @@ T = TypeVar("T")
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps", "_global_grad_norm", "lr_scheduler")
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Processes):
     """A model in DeepSpeed's engine under ZeRO; see `engines.Engine`."""
 
-    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+    sweeps: bool
+
+    def __init__(self, model: Any, optimizer: Any) -> None:
         refuse_unsupported(model)
         self.wrapper: Any = model
         self.optimizer = optimizer  # Accelerate's wrapper around the ZeRO optimizer
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-
-    def agree(self, total: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes."""
-        total = total.clone()
-        dist.all_reduce(total)
-        return total
+        super().__init__()
+        self.sweeps = self.wrapper.zero_optimization_stage() < 3  # there each call of a block's parts gathers
 
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit` and partition what stays anew; parameters, moments and steps read back bit by bit."""

@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from .agreement import Processes
 from .local import Leaving, forget, refuse_hidden_parameters
 
 T = TypeVar("T")
 
 
-class FSDPEngine:
+class FSDPEngine(Processes):
     """A model under FSDP2; see `engines.Engine`."""
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
@@ -30,14 +29,7 @@ class FSDPEngine:
         refuse_hidden_parameters(optimizer)
         self.model = model
         self.optimizer = optimizer
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-
-    def agree(self, total: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes."""
-        total = total.clone()
-        dist.all_reduce(total)
-        return total
+        super().__init__()
 
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit`, mend the optimizer, and take what left out of the root's lists."""

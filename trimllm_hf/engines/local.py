@@ -17,6 +17,7 @@ class LocalEngine:
 
     rank = 0
     world_size = 1
+    sweeps = True
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self.model = model
@@ -26,6 +27,9 @@ class LocalEngine:
     def agree(self, total: torch.Tensor) -> torch.Tensor:
         """One process agrees with itself."""
         return total
+
+    def fail(self, error: Exception) -> None:
+        """There is nobody to tell."""
 
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit` and take the parameters that leave the model out of the optimizer."""

@@ -7,18 +7,17 @@ number of tokens, so that processes with shares of different size agree on the m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
 from ..calibration import Batch, own_randomness
-from .agreement import Agree, least_and_most
+from .agreement import Agree, least_and_most, on_any
 from .rules import last, random
 from .scan import Measure, ScanSettings, scan, sensitivity, token_loss
 from .statistics import block_influence
-from .sweep import Whole
 
 Importance = Callable[[nn.Module, Sequence[Batch], str], tuple[torch.Tensor, float]]
 
@@ -79,7 +78,8 @@ def score_layers(
     agree: Agree | None = None,
     seed: int = 0,
     memory_gb: float | None = None,
-    whole: Whole | None = None,
+    sweep: bool = True,
+    stand_in: Batch | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
     """Score every layer of a model on calibration batches.
@@ -93,7 +93,9 @@ def score_layers(
         seed: For scores that draw. Global random state is left as it was.
         memory_gb: For a scan: memory for its candidates, in 10^9 bytes, beside that of a forward pass. None: half of
             what is free.
-        whole: For a scan: makes a context in which a block's parameters are whole, where an engine has sharded them.
+        sweep: For a scan: whether one pass may score several layers. False where each call of a block is a matter of all
+            processes (ZeRO-3), which may make different numbers of them in a sweep.
+        stand_in: A batch for the forward passes of a process whose share is empty; it does not count.
         progress: For a scan: whether to show a bar with the candidates scored.
 
     Returns:
@@ -108,23 +110,27 @@ def score_layers(
     batches = list(batches)
     passes = 1
     if needs_data(importance):
-        fewest, passes = least_and_most(agreed, len(batches))
-        if fewest == 0:
+        _, passes = least_and_most(agreed, len(batches))
+        idle = not batches and stand_in is None
+        if passes == 0 or on_any(agreed, idle):
             raise ValueError(
                 f"Expected calibration batches on every process to score by {importance!r}, got none on at least one. "
-                "Give at least as many calibration examples as there are processes."
+                "Give more calibration examples, or a stand_in."
             )
-    settings = ScanSettings(memory_gb, agreed, whole or (lambda block: nullcontext()), progress)
+    settings = ScanSettings(memory_gb, agreed, sweep, progress)
     # a process with a smaller share goes through its last batch again, for nothing: forward passes of a sharded model
     # are a matter of all processes
-    padded = [send_to_device(batch, device) for batch in batches + batches[-1:] * (passes - len(batches))]
+    spare = [batches[-1] if batches else stand_in] * (passes - len(batches))
+    padded = [send_to_device(batch, device) for batch in batches + spare]
     sums: torch.Tensor | None = None
     wrong: list[str] = []
     with own_randomness(seed), _evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for number, (totals, count) in enumerate(_by_batch(importance, model, padded, unit, settings)):
             both = torch.cat([totals.double().cpu(), torch.tensor([count], dtype=torch.float64)])
-            if number < max(1, len(batches)):
-                sums = both if sums is None else sums + both
+            if number >= len(batches) and needs_data(importance):
+                both = torch.zeros_like(both)  # a pass for the others' sake
+            sums = both if sums is None else sums + both
+            if number < len(batches):
                 bad = (~torch.isfinite(totals)).nonzero().flatten().tolist()
                 wrong += [f"layers {bad} in batch {number}"] if bad else []
     assert sums is not None  # there is one pass at least

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..calibration import Batch, num_tokens
 from ..stack import find_stack
 from .agreement import Agree, least_and_most, on_any
-from .sweep import Sweep, Whole, can_sweep, free_bytes, skipped
+from .sweep import Sweep, can_sweep, free_bytes, skipped
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -29,13 +29,13 @@ class ScanSettings:
     Attributes:
         memory_gb: Memory for the candidates beside that of a forward pass, in 10^9 bytes; None: half of what is free.
         agree: Sums a tensor over the processes.
-        whole: Makes a context in which a block's parameters are whole.
+        sweep: Whether one pass may score several layers; else each is scored by a pass of its own.
         progress: Whether to show a bar with the candidates scored.
     """
 
     memory_gb: float | None = None
     agree: Agree = lambda total: total
-    whole: Whole = lambda block: nullcontext()
+    sweep: bool = True
     progress: bool = False
 
 
@@ -84,13 +84,14 @@ class _Scanner:
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch], settings: ScanSettings) -> None:
         self.model, self.blocks, self.settings = model, blocks, settings
-        self.one_by_one = self._any(not all(can_sweep(model, batch) for batch in batches))
+        self.told = not settings.sweep
+        self.one_by_one = self.told or self._any(not all(can_sweep(model, batch) for batch in batches))
         budget = settings.memory_gb * 1e9 if settings.memory_gb else free_bytes(next(model.parameters()).device) / 2
         state = max(map(num_tokens, batches), default=1) * find_stack(model).config.hidden_size * 4
         # as many candidates a sweep as half of the budget holds; the other half is for the work on them
         held = max(1, min(len(blocks), int(budget / 2 // state) - 1))
         self.at_once, _ = least_and_most(settings.agree, held)
-        self.sweep = Sweep(model, blocks, settings.whole, budget)
+        self.sweep = Sweep(model, blocks, budget)
         self.checked = False
 
     def outputs(self, batch: Batch) -> Iterator[tuple[int, Any]]:
@@ -113,10 +114,11 @@ class _Scanner:
                     yield from outputs
                     continue
                 outputs.close()  # gives the blocks their own forward back
-            logger.warning_once(
-                f"{type(self.model).__name__} cannot be run on several candidates at once: scoring them one by one, which "
-                "takes about twice the time."
-            )
+            if not self.told:
+                logger.warning_once(
+                    f"{type(self.model).__name__} cannot be run on several candidates at once: scoring them one by one, "
+                    "which takes about twice the time."
+                )
             for position in group:
                 yield position, self._without(position, batch)
 

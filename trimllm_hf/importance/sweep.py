@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..calibration import Batch, num_rows
 
 Forward = Callable[..., Any]
-Whole = Callable[[nn.Module], AbstractContextManager[Any]]
 # What a block may be called with besides tensors. Anything else (a cache, a block mask) may hide one entry per row.
 PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 # Row counts of sequences that share a row: repeating rows does not repeat the sequences.
@@ -36,7 +35,6 @@ class Sweep:
     Attributes:
         model: The unwrapped model, in evaluation mode, without gradients and without a cache.
         blocks: Its blocks.
-        whole: Makes a context in which a block's parameters are whole, so that several calls need one gather.
         budget: Bytes that the candidates may take beside what a forward pass takes.
         fits: Whether the blocks could be run on several candidates at once. If not, nothing was carried.
         tolerance: Mean difference by which rounding alone may change the logits, as a share of their mean size.
@@ -44,7 +42,6 @@ class Sweep:
 
     model: nn.Module
     blocks: Sequence[nn.Module]
-    whole: Whole
     budget: float
     fits: bool = True
     tolerance: float = 1e-3
@@ -92,7 +89,7 @@ class Sweep:
                 rest: tuple[Any, ...] | None = None
                 if position == 0:
                     self._chunks = [hidden]
-                with self.whole(self.blocks[position]), measured(self.blocks[position], position == 0) as workspace:
+                with measured(self.blocks[position], position == 0) as workspace:
                     for number, chunk in enumerate(self._chunks):
                         times = len(chunk) // rows
                         wide = [

@@ -148,6 +148,10 @@ class After(TrainerCallback):
 
 
 def main() -> None:
+    if options.bf16:  # TrainingArguments want a GPU for bf16 unless use_cpu is set, which the detours forbid
+        import transformers.training_args
+
+        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     model = tiny_model(tie_word_embeddings=True)  # before the arguments: under ZeRO-3 they make models be born in shards
     args = TrainingArguments(
         output_dir=options.folder,
