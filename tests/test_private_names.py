@@ -41,9 +41,15 @@ def test_deepspeed_keeps_its_partitions_under_these_names(monkeypatch: pytest.Mo
             *("self.bit16_groups", "self.single_partition_of_fp32_groups", "_hp_optimizer_states_linked"),
             *("def _lazy_init_hp_params_optimizer_state", "_hp_mapping"),
         ],
-        stage3: ["self.fp16_groups", "self.sub_group_to_group_id", "self.fp32_partitioned_groups_flat", "_z3_optimizer"],
+        stage3: [
+            "self.fp16_groups",
+            "self.sub_group_to_group_id",
+            "self.fp32_partitioned_groups_flat",
+            "_z3_optimizer",
+            "parameter_offload",
+        ],
         bf16_optimizer: ["self.bf16_groups", "self.fp32_groups_flat_partition"],
-        parameter_offload: ["pre_bwd_fn", "post_bwd_fn"],
+        parameter_offload: ["pre_bwd_fn", "post_bwd_fn", "def get_param_coordinator"],
     }
     for module, names in expected.items():
         source = inspect.getsource(module)

@@ -60,6 +60,8 @@ class DeepSpeedEngine(Processes):
         for hook in (self.wrapper.module_forward_pre_hook, self.wrapper.module_forward_post_hook):
             hook.remove()
         self.wrapper.destroy()
+        if stage == 3:
+            _empty_fetcher(zero)
         basic.state.clear()
         for group, parameters in zip(basic.param_groups, groups, strict=True):
             group["params"] = parameters
@@ -148,6 +150,13 @@ def _release(leaving: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> N
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         parameter.grad = None
         parameter.__dict__.clear()
+
+
+def _empty_fetcher(zero: Any) -> None:
+    """Empty what fetched ZeRO-3's parameters: autograd functions, which Python does not collect, hold it for good."""
+    offload = zero.parameter_offload
+    for holder in (offload.get_param_coordinator(), offload):
+        holder.__dict__.clear()
 
 
 def _forget_functions(modules: Sequence[nn.Module]) -> None:
