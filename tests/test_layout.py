@@ -24,6 +24,7 @@ FLOORS = {
     "choice_accuracy": 0,
     "stack": 1,
     "schedule": 1,
+    "checkpoints": 1,
     "depth_check": 2,
     "depth_config": 2,
     "guard": 2,

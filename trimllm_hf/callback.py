@@ -78,6 +78,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "layer_map": None if self.layer_map is None else self._plain_map(),
                 "start_num_layers": self.start_num_layers,
                 "calibration_given": self.calibration_given,
+                "num_processes": 1 if self._engine is None else self._engine.world_size,
             },
         }
 

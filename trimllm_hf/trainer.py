@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .auto import regrow_like, trim_like
 from .calibration import set_aside
 from .callback import TrimCallback
+from .checkpoints import last_complete_checkpoint
 from .config import TrimConfig
 from .engines.host import BestModelHost, unwrapped
 from .importance import needs_data
-from .layer_map import TRAINER_STATE, LayerMap
+from .layer_map import LayerMap
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -101,27 +99,3 @@ class TrimTrainerMixin(BestModelHost, _Base):
 
 class TrimTrainer(TrimTrainerMixin, Trainer):
     """`Trainer` that drops layers while it trains; see `TrimTrainerMixin`."""
-
-
-def last_complete_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint folder whose save was finished: trainer_state.json is written last.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    numbered = [
-        (int(number), folder)
-        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (number := folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal()
-    ]
-    for _, folder in sorted(numbered, reverse=True):
-        try:
-            json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            logger.warning(f"Passing over {folder}, which a save left unfinished ({error}).")
-            continue
-        return str(folder)
-    raise ValueError(
-        f"Expected a complete checkpoint in {output_dir!r}, got {len(numbered)} unfinished ones. Train from the start "
-        "(resume_from_checkpoint=False) or name a checkpoint elsewhere."
-    )

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tiny import TooBig, tiny_model
 from torch import nn
+from zoo_models import TooBig, tiny_model
 
 from trimllm_hf import drop_layers
 from trimllm_hf.stack import find_stack

@@ -9,7 +9,9 @@ TrimCallback. DeepSpeed and FSDP2 run on the CPU only by the detours below: `use
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ parser = argparse.ArgumentParser()
 parser.add_argument("folder")
 parser.add_argument("--engine", default="plain")
 parser.add_argument("--save", type=int)
-parser.add_argument("--resume")
+parser.add_argument("--resume", help="a checkpoint, or 'last': the last complete one in FOLDER, if there is any")
+parser.add_argument("--kill", help="SIGKILL this process: 'after:SECONDS of training', 'drop:N', 'model:STEP', 'state:STEP'")
+parser.add_argument("--kill_rank", type=int, default=0)
 parser.add_argument("--calibration", type=int, default=9)  # not a multiple of two: shares differ
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--config_optimizer", action="store_true", help="optimizer and scheduler of the DeepSpeed config")
@@ -34,12 +38,14 @@ if options.engine == "fsdp2":
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
-from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tiny import tiny_model, tiny_texts  # noqa: E402
 
 from trimllm_hf import TrimCallback, TrimConfig, TrimTrainer  # noqa: E402
+from trimllm_hf.checkpoints import unfinished  # noqa: E402
+from trimllm_hf.surgery import PlannedDrop  # noqa: E402
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -147,6 +153,50 @@ class After(TrainerCallback):
             self.alive.append(sum(1 for ref in self.before.refs if ref() is not None and id(ref()) not in now))
 
 
+def arm(when: str, value: str) -> None:
+    """Make this process kill itself at some moment."""
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if when == "after":
+        TrimCallback.on_train_begin = after_call(TrimCallback.on_train_begin, threading.Timer(float(value), die).start)
+    elif when == "drop":  # the layers are gone, the optimizer and the wrapper are not mended yet
+        count = iter(range(int(value) + 1))
+        PlannedDrop.apply = after_call(PlannedDrop.apply, lambda: die() if next(count) == int(value) else None)
+    elif when == "model":  # half of the weights' file is written
+
+        def half(model: Any, folder: str, *args: Any, **kwargs: Any) -> None:
+            save(model, folder, *args, **kwargs)
+            if str(folder).endswith(f"checkpoint-{value}"):
+                file = Path(folder) / "model.safetensors"
+                with file.open("r+b") as opened:
+                    opened.truncate(file.stat().st_size // 2)
+                die()
+
+        save = PreTrainedModel.save_pretrained
+        PreTrainedModel.save_pretrained = half
+    else:  # half of the last file is written
+
+        def torn(state: TrainerState, path: str) -> None:
+            save_state(state, path)
+            if f"checkpoint-{value}" in path:
+                Path(path).write_text(Path(path).read_text()[:100])
+                die()
+
+        save_state = TrainerState.save_to_json
+        TrainerState.save_to_json = torn
+
+
+def after_call(function: Any, then: Any) -> Any:
+    def both(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        then()
+        return result
+
+    return both
+
+
 def main() -> None:
     if options.bf16:  # TrainingArguments want a GPU for bf16 unless use_cpu is set, which the detours forbid
         import transformers.training_args
@@ -185,7 +235,12 @@ def main() -> None:
             held[:] = [trainer.model_wrapped, trainer.model, optimizer, trainer.lr_scheduler]
 
     trainer.add_callback(Identity)
-    trainer.train(resume_from_checkpoint=options.resume)
+    if options.kill and args.process_index == options.kill_rank:
+        arm(*options.kill.split(":"))
+    resume: Any = options.resume
+    if resume == "last":
+        resume = any(unfinished(folder) is None for folder in Path(options.folder).glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=resume)
     now = [trainer.model_wrapped, trainer.model, trainer.optimizer, trainer.lr_scheduler]
     assert all(a is b for a, b in zip(held, now, strict=True))
     trainer.save_model(str(Path(options.folder) / "final"))
