@@ -4,11 +4,11 @@ from .auto import trim_like
 from .callback import TrimCallback
 from .config import TrimConfig
 from .importance import register_importance, score_layers
+from .latency.measure import measure_latency
+from .latency.report import LatencyReport
 from .layer_map import LayerMap
 from .loading import load_kept_layers, write_kept_layers
 from .prepared import drop_prepared_layers
-from .publish.latency import measure_latency
-from .publish.latency_report import LatencyReport
 from .surgery import drop_layers
 from .trainer import TrimTrainer, TrimTrainerMixin
 
