@@ -113,8 +113,7 @@ class LayerMap:
         wrong = [layer for layer in layers if not is_count(layer) or layer >= self.num_layers]
         if wrong:
             raise ValueError(
-                f"Expected layers from 0 to {self.num_layers - 1} (the model has {self.num_layers} now), got "
-                f"{shown(wrong)}."
+                f"Expected layers from 0 to {self.num_layers - 1} (the model has {self.num_layers} now), got {shown(wrong)}."
             )
         if len(set(layers)) != len(layers):
             raise ValueError(f"Expected each layer once, got {shown(layers)}.")
