@@ -29,6 +29,7 @@ FLOORS = {
     "depth_config": 2,
     "guard": 2,
     "importance": 2,
+    "latency": 2,
     "surgery": 3,
     "auto": 4,
     "prepared": 4,

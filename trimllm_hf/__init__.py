@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from .callback import TrimCallback
     from .config import TrimConfig
     from .importance import register_importance, score_layers
+    from .latency.measure import measure_latency
+    from .latency.report import LatencyReport
     from .layer_map import LayerMap
     from .loading import load_kept_layers, write_kept_layers
     from .prepared import drop_prepared_layers
-    from .publish.latency import measure_latency
-    from .publish.latency_report import LatencyReport
     from .surgery import drop_layers
     from .trainer import TrimTrainer, TrimTrainerMixin
 
@@ -23,7 +23,7 @@ __version__ = "0.1.0.dev0"
 
 # The file of each public name; a test compares it with the imports above.
 _FILES = {
-    "LatencyReport": "publish.latency_report",
+    "LatencyReport": "latency.report",
     "LayerMap": "layer_map",
     "TrimCallback": "callback",
     "TrimConfig": "config",
@@ -32,7 +32,7 @@ _FILES = {
     "drop_layers": "surgery",
     "drop_prepared_layers": "prepared",
     "load_kept_layers": "loading",
-    "measure_latency": "publish.latency",
+    "measure_latency": "latency.measure",
     "register_importance": "importance",
     "score_layers": "importance",
     "trim_like": "auto",
