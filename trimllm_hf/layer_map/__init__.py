@@ -17,6 +17,7 @@ from .plain import is_count, is_list_of, shown
 __all__ = ["DropRecord", "LayerMap", "depth_name", "num_hidden_layers", "part_config", "resolve_part"]
 
 VERSION = 1
+MOST_LAYERS = 100_000  # a map from a hostile file must not fill the memory
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME, which takes seconds to import
 
 
@@ -60,6 +61,8 @@ class LayerMap:
     def __post_init__(self) -> None:
         if not is_count(self.base_num_layers) or self.base_num_layers < 1:
             raise ValueError(f"Expected base_num_layers of at least 1, got {self.base_num_layers!r}.")
+        if self.base_num_layers > MOST_LAYERS:
+            raise ValueError(f"Expected base_num_layers of at most {MOST_LAYERS}, got {_shown(self.base_num_layers)}.")
         kept = self.kept_layers
         if not isinstance(kept, tuple) or not kept or not all(is_count(layer) for layer in kept):
             raise ValueError(f"Expected kept_layers to be whole numbers, at least one, got {shown(kept)}.")
