@@ -103,8 +103,8 @@ def _keep_room_in_the_cache(model: PreTrainedModel, full: nn.Module, trimmed: nn
     if after < depth <= before:
         raise ValueError(
             f"Expected at least {depth} encoder layers to stay in {type(model).__name__}, as many as its decoder has, got "
-            f"{after}: transformers makes its decoder's cache as long as its encoder is deep, so it could not generate. Drop "
-            "layers of the decoder (part='decoder') instead. Nothing was changed."
+            f"{after}: transformers makes its decoder's cache as long as its encoder is deep, so it could not generate. "
+            "Drop layers of the decoder (part='decoder') instead. Nothing was changed."
         )
 
 
