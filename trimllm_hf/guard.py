@@ -99,12 +99,13 @@ def _keep_room_in_the_cache(model: PreTrainedModel, full: nn.Module, trimmed: nn
     if part != "encoder" or not model.can_generate():
         return
     depth = num_hidden_layers(model.config, "decoder")
-    before, after = (getattr(m.config.get_text_config(decoder=True), "num_hidden_layers", depth) for m in (full, trimmed))
+    configs: list[Any] = [full.config, trimmed.config]
+    before, after = (getattr(c.get_text_config(decoder=True), "num_hidden_layers", depth) for c in configs)
     if after < depth <= before:
         raise ValueError(
             f"Expected at least {depth} encoder layers to stay in {type(model).__name__}, as many as its decoder has, got "
-            f"{after}: transformers makes its decoder's cache as long as its encoder is deep, so it could not generate. Drop "
-            "layers of the decoder (part='decoder') instead. Nothing was changed."
+            f"{after}: transformers makes its decoder's cache as long as its encoder is deep, so it could not generate. "
+            "Drop layers of the decoder (part='decoder') instead. Nothing was changed."
         )
 
 

@@ -62,7 +62,7 @@ class LayerMap:
         if not is_count(self.base_num_layers) or self.base_num_layers < 1:
             raise ValueError(f"Expected base_num_layers of at least 1, got {self.base_num_layers!r}.")
         if self.base_num_layers > MOST_LAYERS:
-            raise ValueError(f"Expected base_num_layers of at most {MOST_LAYERS}, got {_shown(self.base_num_layers)}.")
+            raise ValueError(f"Expected base_num_layers of at most {MOST_LAYERS}, got {shown(self.base_num_layers)}.")
         kept = self.kept_layers
         if not isinstance(kept, tuple) or not kept or not all(is_count(layer) for layer in kept):
             raise ValueError(f"Expected kept_layers to be whole numbers, at least one, got {shown(kept)}.")
