@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .adapters import adapters_of, base_of, mark
 from .calibration import Batch, calibration_batches, draw, own_randomness
 from .config import TrimConfig
 from .depth_check import refuse_other_depths, wrong_depth
@@ -105,6 +106,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             state.max_steps,
             _steps_per_epoch(args, kwargs["train_dataloader"]),
         )
+        self._take_adapters(base_of(model), args)
         self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
         if self.plan:
             self._check_plan(model, target)
@@ -131,6 +133,16 @@ class TrimCallback(TrainerCallback, ExportableState):
             raise ValueError(wrong_depth(of_model.kept_layers, of_checkpoint.kept_layers))
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
         model.config.trim = self._plain_map()
+
+    def _take_adapters(self, base: PreTrainedModel, args: TrainingArguments) -> None:
+        assert self.layer_map is not None
+        if adapters_of(base) and args.load_best_model_at_end and (self.plan or self.layer_map.dropped_layers):
+            raise ValueError(
+                "Expected load_best_model_at_end=False when a model with adapters is trimmed, got True: the checkpoints "
+                "hold the adapter only, and the best one may need layers of the base that are gone by then. Load it yourself: "
+                "trim_like(base, checkpoint) on the full-depth base, then PeftModel.from_pretrained(base, checkpoint)."
+            )
+        mark(base, find_stack(base).name, self.layer_map)
 
     def _watch(self, model: nn.Module) -> None:
         if self._watched is None or self._watched() is not model:

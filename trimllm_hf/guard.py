@@ -13,8 +13,9 @@ import inspect
 import re
 import textwrap
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isclose
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .adapters import inject
 from .stack import Stack, find_stack
 
 WARNING = 30  # logging.WARNING
@@ -30,7 +32,12 @@ Renumbering = dict[tuple[str, str], tuple[Scalar, Scalar]]  # (module, attribute
 
 
 def compare(
-    model: PreTrainedModel, stack: Stack, kept: Sequence[int], values: dict[str, Any], full: nn.Module
+    model: PreTrainedModel,
+    stack: Stack,
+    kept: Sequence[int],
+    values: dict[str, Any],
+    full: nn.Module,
+    adapters: Mapping[str, Any] = MappingProxyType({}),
 ) -> Renumbering:
     """Compare the model that the config describes with the one that the trimmed config would describe.
 
@@ -40,6 +47,7 @@ def compare(
         kept: Positions that stay.
         values: What changes in the config.
         full: The model that the config describes now, by `rebuild(model, {})`.
+        adapters: The configs of its adapters as they would be, by name.
 
     Returns:
         The attributes that number or count layers, each with its value now and after.
@@ -48,7 +56,7 @@ def compare(
         ValueError: If anything else would differ between a layer that stays and the one that would be loaded for it.
     """
     try:
-        trimmed = rebuild(model, values)
+        trimmed = rebuild(model, values, adapters)
     except Exception as error:  # a config that cannot be built shows it in as many ways as there are architectures
         raise ValueError(
             f"Expected {type(model).__name__} to be built from its trimmed config, got {type(error).__name__}: {error}. "
@@ -125,8 +133,8 @@ def _in_forward(module: nn.Module, attribute: str) -> bool:
     return False
 
 
-def rebuild(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
-    """The model that the config describes once `values` are set in its text part, on the meta device."""
+def rebuild(model: PreTrainedModel, values: dict[str, Any], adapters: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
+    """The model that the config describes once `values` are set in its text part, on the meta device, with adapters."""
     config = copy.deepcopy(model.config)
     for name, value in values.items():
         setattr(config.get_text_config(decoder=True), name, value)
@@ -139,7 +147,7 @@ def rebuild(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
             attention[name] = getattr(getattr(config, name), "_attn_implementation", None)
         config = type(config).from_dict(config.to_dict(), attn_implementation=attention)
         with torch.device("meta"):
-            return type(model)(config)
+            return inject(type(model)(config), adapters)
     finally:
         logging.set_verbosity(verbosity)
 
