@@ -57,7 +57,10 @@ class PlannedDrop:
         for position in sorted(self.positions, reverse=True):
             del self.stack.blocks[position]
         modules = dict(self.model.named_modules())
-        for (name, attribute), (before, after) in self.renumbering.items():
+        for (name, field), (before, after) in self.renumbering.configs.items():
+            if getattr(modules[name].config, field, None) == before:
+                setattr(modules[name].config, field, after)
+        for (name, attribute), (before, after) in self.renumbering.attributes.items():
             now = getattr(modules[name], attribute, None)
             if (list(now) if isinstance(now, tuple) else now) == before:  # a value that the user changed stays
                 setattr(modules[name], attribute, after)
@@ -75,6 +78,7 @@ def plan_drop(
     step: int | None = None,
     importance: str | None = None,
     scores: Sequence[float] | None = None,
+    part: str | None = None,
 ) -> PlannedDrop:
     """Check a drop without changing anything; see `drop_layers`. `step`, `importance`, `scores` go into the history.
 
@@ -84,15 +88,16 @@ def plan_drop(
     if unit != "block":
         raise ValueError(f"Expected unit='block', got {unit!r}. Other units cannot be dropped yet.")
     base: PreTrainedModel = base_of(model)
-    stack = find_stack(base)
+    stack = find_stack(base, part)
     adapters = adapters_of(base)
-    layer_map = LayerMap.from_config(base.config).drop(layers, step=step, importance=importance, scores=scores)
+    layer_map = LayerMap.from_config(base.config, part).drop(layers, step=step, importance=importance, scores=scores)
     kept = [position for position in range(len(stack)) if position not in set(layers)]
     _keep_an_attention(stack, kept)
     refusal: ValueError | None = None
-    full = rebuild(base, {}, adapters)
+    full = rebuild(base, {}, stack.part, adapters)
+    inner_name = find_stack(full, stack.part).name
     for values in readings(stack.config, stack.depth_name, kept):
-        for configs in adapter_readings(adapters, full, find_stack(full).name, kept):
+        for configs in adapter_readings(adapters, full, inner_name, kept):
             try:
                 renumbering = compare(base, stack, kept, values, full, configs)
             except ValueError as error:
@@ -103,7 +108,7 @@ def plan_drop(
     raise refusal
 
 
-def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block") -> LayerMap:
+def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block", part: str | None = None) -> LayerMap:
     """Drop layers of an unwrapped model, in place.
 
     Args:
@@ -111,15 +116,18 @@ def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block") ->
             `drop_prepared_layers`.
         layers: Positions in the model as it is now, from 0.
         unit: "block", a whole layer.
+        part: Of an encoder-decoder (T5, BART), the stack to drop from: "decoder" or "encoder". By default the one that
+            was trimmed before, else the decoder.
 
     Returns:
         The kept-layer map, in the numbering of the base model. It also stands in `model.config.trim`.
 
     Raises:
         ValueError: If a layer is out of range, repeated, or all are named; if the architecture has no single stack of
-            blocks; or if the trimmed config would describe another model than the trimmed one. Nothing has changed then.
+            blocks; if its other part was trimmed before; or if the trimmed config would describe another model than the
+            trimmed one. Nothing has changed then.
     """
-    return plan_drop(model, layers, unit).apply()
+    return plan_drop(model, layers, unit, part=part).apply()
 
 
 _WITHOUT_CACHE = {"linear_attention", "conv", "moe", "recurrent", "mamba"}
