@@ -125,8 +125,8 @@ def _in_forward(module: nn.Module, attribute: str) -> bool:
     return False
 
 
-def rebuild(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
-    """The model that the config describes once `values` are set in its text part, on the meta device."""
+def rebuild(model: PreTrainedModel, values: dict[str, Any], device: str | torch.device = "meta") -> nn.Module:
+    """The model that the config describes once `values` are set in its text part, on the meta device or with new weights."""
     config = copy.deepcopy(model.config)
     for name, value in values.items():
         setattr(config.get_text_config(decoder=True), name, value)
@@ -138,7 +138,7 @@ def rebuild(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
         for name in config.sub_configs:
             attention[name] = getattr(getattr(config, name), "_attn_implementation", None)
         config = type(config).from_dict(config.to_dict(), attn_implementation=attention)
-        with torch.device("meta"):
+        with torch.device(device):
             return type(model)(config)
     finally:
         logging.set_verbosity(verbosity)
