@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 from transformers import PreTrainedConfig
 
 VERSION = 1
+MOST_LAYERS = 100_000  # a map from a hostile file must not fill the memory
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME, which takes seconds to import
 
 
@@ -53,6 +54,8 @@ class LayerMap:
     def __post_init__(self) -> None:
         if not _is_count(self.base_num_layers) or self.base_num_layers < 1:
             raise ValueError(f"Expected base_num_layers of at least 1, got {self.base_num_layers!r}.")
+        if self.base_num_layers > MOST_LAYERS:
+            raise ValueError(f"Expected base_num_layers of at most {MOST_LAYERS}, got {_shown(self.base_num_layers)}.")
         kept = self.kept_layers
         if not isinstance(kept, tuple) or not kept or not all(_is_count(layer) for layer in kept):
             raise ValueError(f"Expected kept_layers to be whole numbers, at least one, got {_shown(kept)}.")
