@@ -108,6 +108,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
         if self.plan:
             self._check_plan(model, target)
+            self._check_best_model(args)
             self._batches = self._calibration_batches(args, kwargs["train_dataloader"])
         self._drop_what_is_due(state, control)
 
@@ -116,7 +117,9 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._drop_what_is_due(state, control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let go of the calibration batches and of the engine's references."""
+        """Let go of the calibration batches and of the engine's references; what is saved from here is a whole model."""
+        if self._engine is not None:
+            self._engine.save_whole()
         self._batches = self._engine = None
 
     def _restore(self, attributes: dict[str, Any], model: PreTrainedModel, state: TrainerState) -> None:
@@ -142,6 +145,16 @@ class TrimCallback(TrainerCallback, ExportableState):
         depth = len(find_stack(model))
         if depth > target:
             plan_drop(model, [self.config.protect_first])
+
+    def _check_best_model(self, args: TrainingArguments) -> None:
+        """Refuse what would fail at the very end: the best checkpoint may be deeper than the model by then."""
+        assert self._engine is not None
+        if args.load_best_model_at_end and max(self.plan) > 0 and not self._engine.regrows:
+            raise ValueError(
+                "Expected load_best_model_at_end=False, got True: where the engine cuts parameters into shards, a best "
+                "checkpoint from before a drop could not be loaded into the smaller model. Drop everything at the start "
+                "(drop_every='once'), or set it to False and choose among the checkpoints: each is a complete model."
+            )
 
     def _calibration_batches(self, args: TrainingArguments, dataloader: Any) -> list[Batch]:
         if not needs_data(self.config.importance):

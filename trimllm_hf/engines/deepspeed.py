@@ -29,6 +29,7 @@ class DeepSpeedEngine(Processes):
     """A model in DeepSpeed's engine under ZeRO; see `engines.Engine`."""
 
     sweeps: bool
+    regrows = False
 
     def __init__(self, model: Any, optimizer: Any) -> None:
         refuse_unsupported(model)
@@ -86,6 +87,24 @@ class DeepSpeedEngine(Processes):
         state.write(zero)
         self.optimizer.optimizer = zero
         return result
+
+    def save_whole(self) -> None:
+        """ZeRO-3 gathers the weights for a Trainer's save only if the config says so."""
+        self.wrapper._config.zero_config.gather_16bit_weights_on_model_save = True
+
+
+def refuse_other_processes(plugin: Any, saved: int, running: int) -> None:
+    """Refuse to resume partitions that another number of processes saved, unless they are read as universal ones.
+
+    Raises:
+        ValueError: With the command that makes a universal checkpoint.
+    """
+    if saved != running and not plugin.deepspeed_config.get("checkpoint", {}).get("load_universal", False):
+        raise ValueError(
+            f"Expected a checkpoint that {running} processes saved, got one of {saved}: ZeRO's partitions do not fit. "
+            f"Launch {saved} processes; or run `ds_to_universal --input_folder CHECKPOINT/global_stepN --output_folder "
+            'CHECKPOINT/global_stepN_universal` and set "checkpoint": {"load_universal": true} in the DeepSpeed config.'
+        )
 
 
 def refuse_unsupported(engine: Any) -> None:
