@@ -54,30 +54,77 @@ class Footprint:
         return [(name, value, limit) for name, value, limit in limits if limit is not None]
 
 
-def measure_footprint(
-    model: PreTrainedModel, config: TrimConfig, engine: Engine, args: TrainingArguments, without: Sequence[int] = ()
-) -> Footprint:
-    """Measure a model of this architecture, on the main process; the same answer on every process.
+class Budget:
+    """`max_latency_ms` and `max_memory_gb` in a run.
 
     Args:
-        model: The unwrapped model; only its config is looked at.
-        config: Says at which batch size and prompt length.
+        config: The settings; also at which batch size and prompt length to measure.
         engine: How the processes agree.
         args: Say the dtype, by bf16 and fp16; else it is the model's own.
-        without: Positions of blocks that the measured model does not have.
-
-    Raises:
-        ValueError: If it cannot be measured with these settings.
-        torch.OutOfMemoryError: If there is no room for it on the device.
+        saved: What a resumed run's checkpoint says: the depth planned for, and what was measured at which depth.
     """
-    depth = len(find_stack(model)) - len(without)
-    try:
-        found = [0.0, 0.0] if engine.rank else _measure(model, config, args, without)
-    except Exception as error:  # the other processes wait for the figures
-        engine.fail(error)
-        raise
-    latency_ms, memory_gb = engine.agree(torch.tensor(found, dtype=torch.float64)).tolist()
-    return Footprint(depth, latency_ms, memory_gb)
+
+    def __init__(self, config: TrimConfig, engine: Engine, args: TrainingArguments, saved: dict[str, Any]) -> None:
+        self.config, self.engine, self.args = config, engine, args
+        self.planned: int | None = saved.get("planned")
+        self.measured = {int(depth): Footprint(int(depth), *found) for depth, found in saved.get("measured", {}).items()}
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for trainer_state.json: measured again, they would not be the same."""
+        measured = {str(depth): [found.latency_ms, found.memory_gb] for depth, found in self.measured.items()}
+        return {"planned": self.planned, "measured": measured}
+
+    def target(self, model: PreTrainedModel, least: int) -> int:
+        """The depth to plan for; the model's own depth, if it is under the budget as it is.
+
+        Raises:
+            ValueError: If not even a model of `least` layers is under the budget.
+        """
+        if self.planned is None:
+            now = self.measure(model)
+            if now.within(self.config):
+                logger.warning(f"No layer will be dropped: the model is under the budget: {now.compared(self.config)}.")
+                self.planned = now.num_layers
+            else:
+                without = range(self.config.protect_first, self.config.protect_first + now.num_layers - least)
+                self.planned = depth_within(now, self.measure(model, without), self.config)
+                logger.info(f"Dropping towards {self.planned} layers; now: {now.compared(self.config)}.")
+        return self.planned
+
+    def met(self, model: PreTrainedModel) -> bool:
+        """Whether the model as it is now is under the budget."""
+        return self.measure(model).within(self.config)
+
+    def report(self, model: PreTrainedModel) -> None:
+        """Say what the run has ended with."""
+        now = self.measure(model)
+        words = f"The run ends with {now.num_layers} layers: {now.compared(self.config)}."
+        if now.within(self.config):
+            logger.info(words)
+        else:
+            logger.warning(f"The budget is not met. {words}")
+
+    def measure(self, model: PreTrainedModel, without: Sequence[int] = ()) -> Footprint:
+        """Measure a model of this architecture, once for each depth, on the main process; all get the same answer.
+
+        Args:
+            model: The unwrapped model; only its config is looked at.
+            without: Positions of blocks that the measured model does not have.
+
+        Raises:
+            ValueError: If it cannot be measured with these settings.
+            torch.OutOfMemoryError: If there is no room for it on the device.
+        """
+        depth = len(find_stack(model)) - len(without)
+        if depth not in self.measured:
+            try:
+                found = [0.0, 0.0] if self.engine.rank else _measure(model, self.config, self.args, without)
+            except Exception as error:  # the other processes wait for the figures
+                self.engine.fail(error)
+                raise
+            agreed = self.engine.agree(torch.tensor(found, dtype=torch.float64))
+            self.measured[depth] = Footprint(depth, *agreed.tolist())
+        return self.measured[depth]
 
 
 def depth_within(now: Footprint, least: Footprint, config: TrimConfig) -> int:

@@ -17,6 +17,8 @@ from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .auto import regrow_like
+from .budget import Budget
 from .calibration import Batch, calibration_batches, draw, own_randomness
 from .config import TrimConfig
 from .depth_check import refuse_other_depths, wrong_depth
@@ -27,6 +29,7 @@ from .layer_map import LayerMap
 from .prepared import apply_drop
 from .schedule import Plan, layers_due, plan_drops
 from .stack import find_stack
+from .stopping import MetricRule
 from .surgery import plan_drop
 
 logger = logging.get_logger("transformers.trimllm_hf")  # below transformers' logger: its verbosity and handlers
@@ -65,6 +68,10 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.start_num_layers: int | None = None  # depth when this run began: the plan counts from it
         self.plan: Plan = {}
         self.calibration_given = calibration_dataset is not None
+        self.stop: dict[str, Any] = {}  # where the run stands with its stop rules
+        self.budget: dict[str, Any] = {}
+        self._rule: MetricRule | None = None
+        self._budget: Budget | None = None
         self._engine: Engine | None = None
         self._watched: weakref.ref[nn.Module] | None = None
         self._batches: list[Batch] | None = None
@@ -78,6 +85,8 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "layer_map": None if self.layer_map is None else self._plain_map(),
                 "start_num_layers": self.start_num_layers,
                 "calibration_given": self.calibration_given,
+                "stop": self._rule.state() if self._rule else self.stop,
+                "budget": self._budget.state() if self._budget else self.budget,
                 "num_processes": 1 if self._engine is None else self._engine.world_size,
             },
         }
@@ -97,7 +106,11 @@ class TrimCallback(TrainerCallback, ExportableState):
         saved = stateful.setdefault(type(self).__name__, self.state())  # a checkpoint may be from before this callback
         self._restore(saved["attributes"], model, state)
         assert self.layer_map is not None and self.start_num_layers is not None
-        target = self.config.resolve_target(self.layer_map.base_num_layers, self.layer_map.num_layers)
+        self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
+        target = self._least = self.config.resolve_target(self.layer_map.base_num_layers, self.layer_map.num_layers)
+        if self.config.has_budget:
+            self._budget = Budget(self.config, self._engine, args, self.budget)
+            target = self._budget.target(model, self._least)
         self.plan = plan_drops(
             self.config,
             self.start_num_layers,
@@ -105,20 +118,46 @@ class TrimCallback(TrainerCallback, ExportableState):
             state.max_steps,
             _steps_per_epoch(args, kwargs["train_dataloader"]),
         )
-        self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
+        if self.config.max_metric_drop is not None:
+            self._rule = MetricRule(self.config, trainer, self._engine, self.plan, self.stop)
         if self.plan:
             self._check_plan(model, target)
             self._check_best_model(args)
             self._batches = self._calibration_batches(args, kwargs["train_dataloader"])
-        self._drop_what_is_due(state, control)
+        self.on_step_begin(args, state, control)
+        if self._rule is None:
+            self._drop_what_is_due(state, control)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Drop what an evaluation after the step before has allowed."""
+        if self._rule is not None and self._rule.allows(state.global_step):
+            self._drop_what_is_due(state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Drop what is due after this optimizer step."""
-        self._drop_what_is_due(state, control)
+        """Drop what is due after this optimizer step; under a stop rule on a metric, have the model evaluated first."""
+        if self._rule is None:
+            self._drop_what_is_due(state, control)
+        elif self._rule.must_evaluate(state.global_step, self._due(state)):
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Judge the model by the metric, where there is a stop rule on it."""
+        if self._rule is not None and self._engine is not None:  # not after training
+            assert self.layer_map is not None
+            self._rule.evaluated(kwargs["metrics"], state.global_step, self.layer_map, self._due(state) > 0)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remove models that no checkpoint has to go back to."""
+        if self._rule is not None:
+            self._rule.tidy()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let go of the calibration batches and of the engine's references; what is saved from here is a whole model."""
         if self._engine is not None:
+            if self._rule is not None:
+                self._end_with_what_passed(state)
+            if self._budget is not None:
+                self._budget.report(unwrapped(self.trainer))
             self._engine.save_whole()
         self._batches = self._engine = None
 
@@ -128,11 +167,13 @@ class TrimCallback(TrainerCallback, ExportableState):
         plain = attributes["layer_map"]
         if state.global_step == 0 or plain is None:
             self.layer_map, self.start_num_layers = of_model, of_model.num_layers
+            self.stop, self.budget = {}, {}
             return
         of_checkpoint = LayerMap.from_dict(plain) if isinstance(plain, dict) else plain
         if of_checkpoint.kept_layers != of_model.kept_layers:
             raise ValueError(wrong_depth(of_model.kept_layers, of_checkpoint.kept_layers))
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
+        self.stop, self.budget = attributes.get("stop", {}), attributes.get("budget", {})
         model.config.trim = self._plain_map()
 
     def _watch(self, model: nn.Module) -> None:
@@ -185,13 +226,29 @@ class TrimCallback(TrainerCallback, ExportableState):
                 examples, collate, args.per_device_train_batch_size, columns, self._engine.rank, self._engine.world_size
             )
 
+    def _due(self, state: TrainerState) -> int:
+        """How many layers have to go now, as far as no evaluation stands in the way."""
+        assert self.layer_map is not None and self.start_num_layers is not None and self.trainer is not None
+        step, depth = state.global_step, self.layer_map.num_layers
+        if self._rule is not None:
+            if not self._rule.is_open(step):
+                return 0
+            step = self._rule.plan_step(step)
+        due = layers_due(self.plan, step, self.start_num_layers - depth)
+        if self._budget is None or not self.plan:
+            return due
+        if self._budget.met(unwrapped(self.trainer)):
+            return 0
+        if due == 0 and step >= max(self.plan):  # further than planned: under a stop rule, each one is evaluated
+            return min(depth - self._least, self.config.layers_per_drop if self._rule else depth)
+        return due
+
     def _drop_what_is_due(self, state: TrainerState, control: TrainerControl) -> None:
-        assert self.layer_map is not None and self.start_num_layers is not None
-        dropped = self.start_num_layers - self.layer_map.num_layers
-        due = layers_due(self.plan, state.global_step, dropped)
         should_log = control.should_log
-        for _ in range(due):
+        for _ in range(self._due(state)):
             self._drop_one(state)
+            if self._budget is not None and self._budget.met(unwrapped(self.trainer)):
+                break
         control.should_log = should_log  # logging a drop clears it, and this step's loss would go unlogged
 
     def _drop_one(self, state: TrainerState) -> None:
@@ -227,6 +284,8 @@ class TrimCallback(TrainerCallback, ExportableState):
             raise
         self._engine.agree(torch.zeros(1))  # nobody failed: all of them drop
         self.layer_map = apply_drop(self._engine, drop)
+        if self._rule is not None:
+            self._rule.dropped(state.global_step)
         (gone,) = self.layer_map.history[-1].dropped
         parameters = get_model_param_count(model)
         logger.info(
@@ -236,6 +295,28 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.trainer.log(
             {"trim/num_layers": depth - 1, "trim/parameters": parameters, "trim/score": scores[position].item()}
         )
+
+    def _end_with_what_passed(self, state: TrainerState) -> None:
+        """Give the model back the layers and weights with which it last passed, if it does not pass now."""
+        assert self._rule is not None and self._engine is not None and self.trainer is not None
+        passed = self._rule.passed_instead(state.global_step)
+        if passed is None:
+            return
+        self._engine.agree(torch.zeros(1))  # the main process has written the folder
+        model, layer_map = unwrapped(self.trainer), LayerMap.from_dict(passed["layer_map"])
+
+        def edit() -> LayerMap:
+            regrow_like(model, self._rule.folder(passed["step"]))
+            model.config.trim = layer_map.to_dict()
+            return layer_map
+
+        self.regrow(edit)
+        self.trainer.optimizer = self.trainer.lr_scheduler = None  # made for other layers; a later train() makes them anew
+        logger.warning(
+            f"The run ends with the model of step {passed['step']}, {layer_map.num_layers} layers, which is the last that "
+            f"passed ({self._rule.name} {passed['metric']:.6g})."
+        )
+        self.trainer.log({"trim/num_layers": layer_map.num_layers, "trim/parameters": get_model_param_count(model)})
 
     def regrow(self, edit: Callable[[], LayerMap]) -> None:
         """Run an edit that gives the model other layers, and take up the map that it returns."""

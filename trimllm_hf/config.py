@@ -22,10 +22,12 @@ class TrimConfig:
     """
 
     target_layers: int | None = field(
-        default=None, metadata={"help": "How many layers the trimmed model keeps, e.g. 16 of 32. With a budget: how many at least."}
+        default=None,
+        metadata={"help": "How many layers the trimmed model keeps, e.g. 16 of 32. With a budget: how many at least."},
     )
     target_ratio: float | None = field(
-        default=None, metadata={"help": "Share of the base's layers to keep, above 0 and below 1, e.g. 0.5. With a budget: at least."}
+        default=None,
+        metadata={"help": "Share of the base's layers to keep, above 0 and below 1, e.g. 0.5. With a budget: at least."},
     )
     unit: str = field(default="block", metadata={"help": "What is dropped at a time: 'block' (a whole layer)."})
     importance: str = field(
@@ -98,7 +100,9 @@ class TrimConfig:
         metadata={"help": "Drop until running the model takes at most so much memory, in 10^9 bytes, measured likewise."},
     )
     latency_batch_size: int = field(default=1, metadata={"help": "Sequences at a time in these measurements."})
-    latency_prompt_tokens: int = field(default=128, metadata={"help": "Tokens before the first one that is generated there."})
+    latency_prompt_tokens: int = field(
+        default=128, metadata={"help": "Tokens before the first one that is generated there."}
+    )
 
     def __post_init__(self) -> None:
         self.drop_every = str(self.drop_every)
