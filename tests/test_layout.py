@@ -32,6 +32,7 @@ FLOORS = {
     "importance": 2,
     "latency": 2,
     "surgery": 3,
+    "choice": 4,
     "auto": 4,
     "prepared": 4,
     "budget": 4,

@@ -115,7 +115,7 @@ class Budget:
             ValueError: If it cannot be measured with these settings.
             torch.OutOfMemoryError: If there is no room for it on the device.
         """
-        depth = len(find_stack(model)) - len(without)
+        depth = len(find_stack(model, self.config.part)) - len(without)
         if depth not in self.measured:
             try:
                 found = [0.0, 0.0] if self.engine.rank else _measure(model, self.config, self.args, without)
@@ -150,10 +150,10 @@ def depth_within(now: Footprint, least: Footprint, config: TrimConfig) -> int:
 
 
 def _measure(model: PreTrainedModel, config: TrimConfig, args: TrainingArguments, without: Sequence[int]) -> list[float]:
-    values: dict[str, Any] = plan_drop(model, without).config_values if without else {}
+    values: dict[str, Any] = plan_drop(model, without, part=config.part).config_values if without else {}
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     with own_randomness(0):
-        measured: Any = rebuild(model, values, args.device).to(dtype)
+        measured: Any = rebuild(model, values, config.part, args.device).to(dtype)
         generates = measured.can_generate()
         report = measure_latency(
             measured,

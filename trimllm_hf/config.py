@@ -27,9 +27,13 @@ class TrimConfig:
     )
     target_ratio: float | None = field(
         default=None,
-        metadata={"help": "Share of the base's layers to keep, above 0 and below 1, e.g. 0.5. With a budget: at least."},
+        metadata={"help": "Share of the base's layers to keep, between 0 and 1; with a budget, at least."},
     )
     unit: str = field(default="block", metadata={"help": "What is dropped at a time: 'block' (a whole layer)."})
+    part: str | None = field(
+        default=None,
+        metadata={"help": "Of an encoder-decoder (T5, BART), what to trim: 'decoder' (the default there) or 'encoder'."},
+    )
     importance: str = field(
         default="sensitivity",
         metadata={
@@ -100,9 +104,7 @@ class TrimConfig:
         metadata={"help": "Drop until running the model takes at most so much memory, in 10^9 bytes, measured likewise."},
     )
     latency_batch_size: int = field(default=1, metadata={"help": "Sequences at a time in these measurements."})
-    latency_prompt_tokens: int = field(
-        default=128, metadata={"help": "Tokens before the first one that is generated there."}
-    )
+    latency_prompt_tokens: int = field(default=128, metadata={"help": "Tokens before the generated ones in them."})
 
     def __post_init__(self) -> None:
         self.drop_every = str(self.drop_every)
@@ -122,6 +124,8 @@ class TrimConfig:
             _at_least("target_layers", self.target_layers, 1)
         if self.unit != "block":
             raise ValueError(f"Expected unit='block', got {self.unit!r}. Other units cannot be trimmed yet.")
+        if self.part not in (None, "decoder", "encoder"):
+            raise ValueError(f"Expected part='decoder', 'encoder' or None, got {self.part!r}.")
         if self.drop_every not in ("auto", "once", "epoch"):
             if not self.drop_every.isdecimal() or int(self.drop_every) < 1:
                 raise ValueError(

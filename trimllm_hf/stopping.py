@@ -70,10 +70,11 @@ class MetricRule:
         self.name, self.greater_is_better = watched_metric(config, trainer.args)
         self.verdicts = Verdicts(**verdicts)
         refuse_what_cannot_end(trainer, engine)
-        if self.verdicts.passed is not None and not self.folder(self.verdicts.passed["step"]).is_dir():
+        passed = self.verdicts.passed
+        if passed is not None and not self.folder(passed["step"]).is_dir():
             raise ValueError(
-                f"Expected the model that had passed by this checkpoint in {self.folder(self.verdicts.passed['step'])}, got no "
-                "such folder. Resume from the newest checkpoint, or put the folder back."
+                f"Expected the model that had passed by this checkpoint in {self.folder(passed['step'])}, got no such "
+                "folder. Resume from the newest checkpoint, or put the folder back."
             )
 
     def state(self) -> dict[str, Any]:
@@ -133,17 +134,24 @@ class MetricRule:
                 if folder != self.folder(passed["step"]):
                     shutil.rmtree(folder, ignore_errors=True)
 
-    def passed_instead(self, step: int) -> dict[str, Any] | None:
-        """What the run has to end with, if it is not the model of its last step."""
-        verdicts = self.verdicts
-        if verdicts.started_at is None:
-            told = "none" if verdicts.reference is None else f"{verdicts.reference:.6g}"
+    def passed_instead(self, step: int) -> tuple[Path, LayerMap] | None:
+        """Folder and map of the model that the run has to end with, if it is not that of its last step."""
+        reference, passed = self.verdicts.reference, self.verdicts.passed
+        if self.verdicts.started_at is None:
+            told = "none" if reference is None else f"{reference:.6g}"
             logger.warning(
                 f"No layer was dropped: no evaluation at full depth, up to the last step that leaves time to heal, came as "
                 f"close to the reference ({told}) as max_metric_drop={self.config.max_metric_drop:g} asks for."
             )
+        if self.verdicts.started_at is None or passed is None or passed["step"] == step:
             return None
-        return None if verdicts.passed is None or verdicts.passed["step"] == step else verdicts.passed
+        self.engine.agree(torch.zeros(1))  # the main process has written the folder
+        layer_map = LayerMap.from_dict(passed["layer_map"])
+        logger.warning(
+            f"The run ends with the model of step {passed['step']}, {layer_map.num_layers} layers, which is the last that "
+            f"passed ({self.name} {passed['metric']:.6g})."
+        )
+        return self.folder(passed["step"]), layer_map
 
     @property
     def _max_steps(self) -> int:
@@ -161,12 +169,12 @@ def refuse_what_cannot_end(trainer: Trainer, engine: Engine) -> None:
         raise ValueError("Expected an eval_dataset for max_metric_drop, got none. Give the Trainer one.")
     if args.load_best_model_at_end:
         raise ValueError(
-            "Expected load_best_model_at_end=False with max_metric_drop, got True: the run can end with the best checkpoint, "
+            "Expected load_best_model_at_end=False with max_metric_drop, got True: a run ends with its best checkpoint, "
             "or with the last one that passed. Set it to False."
         )
     if not engine.regrows:
         raise ValueError(
-            "Expected one process or DistributedDataParallel for max_metric_drop, got an engine that cuts parameters into "
+            "Expected one process or DDP for max_metric_drop, got an engine that cuts parameters into "
             "shards: a model there cannot get layers back. Set target_layers, and choose among the run's checkpoints."
         )
     if not isinstance(model, PreTrainedModel):

@@ -55,7 +55,10 @@ class PlannedDrop:
         for position in sorted(self.positions, reverse=True):
             del self.stack.blocks[position]
         modules = dict(self.model.named_modules())
-        for (name, attribute), (before, after) in self.renumbering.items():
+        for (name, field), (before, after) in self.renumbering.configs.items():
+            if getattr(modules[name].config, field, None) == before:
+                setattr(modules[name].config, field, after)
+        for (name, attribute), (before, after) in self.renumbering.attributes.items():
             now = getattr(modules[name], attribute, None)
             if (list(now) if isinstance(now, tuple) else now) == before:  # a value that the user changed stays
                 setattr(modules[name], attribute, after)
@@ -70,6 +73,7 @@ def plan_drop(
     step: int | None = None,
     importance: str | None = None,
     scores: Sequence[float] | None = None,
+    part: str | None = None,
 ) -> PlannedDrop:
     """Check a drop without changing anything; see `drop_layers`. `step`, `importance`, `scores` go into the history.
 
@@ -78,12 +82,12 @@ def plan_drop(
     """
     if unit != "block":
         raise ValueError(f"Expected unit='block', got {unit!r}. Other units cannot be dropped yet.")
-    stack = find_stack(model)
-    layer_map = LayerMap.from_config(model.config).drop(layers, step=step, importance=importance, scores=scores)
+    stack = find_stack(model, part)
+    layer_map = LayerMap.from_config(model.config, part).drop(layers, step=step, importance=importance, scores=scores)
     kept = [position for position in range(len(stack)) if position not in set(layers)]
     _keep_an_attention(stack, kept)
     refusal: ValueError | None = None
-    full = rebuild(model, {})
+    full = rebuild(model, {}, stack.part)
     for values in readings(stack.config, stack.depth_name, kept):
         try:
             renumbering = compare(model, stack, kept, values, full)
@@ -95,22 +99,25 @@ def plan_drop(
     raise refusal
 
 
-def drop_layers(model: PreTrainedModel, layers: Sequence[int], unit: str = "block") -> LayerMap:
+def drop_layers(model: PreTrainedModel, layers: Sequence[int], unit: str = "block", part: str | None = None) -> LayerMap:
     """Drop layers of an unwrapped model, in place.
 
     Args:
         model: A transformers model that no engine has wrapped; for one that is, use `drop_prepared_layers`.
         layers: Positions in the model as it is now, from 0.
         unit: "block", a whole layer.
+        part: Of an encoder-decoder (T5, BART), the stack to drop from: "decoder" or "encoder". By default the one that
+            was trimmed before, else the decoder.
 
     Returns:
         The kept-layer map, in the numbering of the base model. It also stands in `model.config.trim`.
 
     Raises:
         ValueError: If a layer is out of range, repeated, or all are named; if the architecture has no single stack of
-            blocks; or if the trimmed config would describe another model than the trimmed one. Nothing has changed then.
+            blocks; if its other part was trimmed before; or if the trimmed config would describe another model than the
+            trimmed one. Nothing has changed then.
     """
-    return plan_drop(model, layers, unit).apply()
+    return plan_drop(model, layers, unit, part=part).apply()
 
 
 _WITHOUT_CACHE = {"linear_attention", "conv", "moe", "recurrent", "mamba"}
