@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
+from .adapters import base_of
 from .calibration import own_randomness
 from .config import TrimConfig
 from .engines import Engine
@@ -153,7 +154,7 @@ def _measure(model: PreTrainedModel, config: TrimConfig, args: TrainingArguments
     values: dict[str, Any] = plan_drop(model, without, part=config.part).config_values if without else {}
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     with own_randomness(0):
-        measured: Any = rebuild(model, values, config.part, args.device).to(dtype)
+        measured: Any = rebuild(base_of(model), values, config.part, device=args.device).to(dtype)  # adapters get merged
         generates = measured.can_generate()
         report = measure_latency(
             measured,

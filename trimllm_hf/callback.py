@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .adapters import adapters_of, base_of, mark
 from .auto import regrow_like
 from .budget import Budget
 from .choice import LayerChoice
@@ -115,6 +116,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             state.max_steps,
             _steps_per_epoch(args, kwargs["train_dataloader"]),
         )
+        self._take_adapters(base_of(model), args)
         if self.config.max_metric_drop is not None:
             self._rule = MetricRule(self.config, trainer, self._engine, self.plan, self.stop)
         if self.plan:
@@ -174,6 +176,16 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
         self.stop, self.budget = attributes.get("stop", {}), attributes.get("budget", {})
         model.config.trim = self._plain_map()
+
+    def _take_adapters(self, base: PreTrainedModel, args: TrainingArguments) -> None:
+        assert self.layer_map is not None
+        if adapters_of(base) and args.load_best_model_at_end and (self.plan or self.layer_map.dropped_layers):
+            raise ValueError(
+                "Expected load_best_model_at_end=False when a model with adapters is trimmed, got True: a checkpoint holds "
+                "the adapter only, and the best one may need layers of the base that are gone by then. Load it yourself: "
+                "trim_like(base, checkpoint) on the full-depth base, then PeftModel.from_pretrained(base, checkpoint)."
+            )
+        mark(base, find_stack(base, self.config.part).name, self.layer_map)
 
     def _watch(self, model: nn.Module) -> None:
         if self._watched is None or self._watched() is not model:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
+from .adapters import adapters_of, base_of
 from .config import TrimConfig
 from .engines import Engine
 from .engines.host import save_model, unwrapped
@@ -177,10 +178,10 @@ def refuse_what_cannot_end(trainer: Trainer, engine: Engine) -> None:
             "Expected one process or DDP for max_metric_drop, got an engine that cuts parameters into "
             "shards: a model there cannot get layers back. Set target_layers, and choose among the run's checkpoints."
         )
-    if not isinstance(model, PreTrainedModel):
+    if adapters_of(base_of(model)):
         raise ValueError(
-            f"Expected a transformers model for max_metric_drop, got {type(model).__name__}, which cannot get layers back. "
-            "Set target_layers instead."
+            "Expected a model without adapters for max_metric_drop, got one with them: its checkpoints hold no layers that "
+            "it could get back. Set target_layers instead."
         )
 
 
