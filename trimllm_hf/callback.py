@@ -193,10 +193,9 @@ class TrimCallback(TrainerCallback, ExportableState):
                 self._batches,
                 self.config.importance,
                 self.config.unit,
-                agree=self._engine.agree,
                 seed=self.config.calibration_seed + depth,
                 memory_gb=self.config.scan_memory_gb,
-                sweep=self._engine.sweeps,
+                together=self._engine,
                 stand_in=self._stand_in,
                 progress=state.is_local_process_zero and not self.trainer.args.disable_tqdm,
             )
