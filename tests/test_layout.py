@@ -22,6 +22,7 @@ FLOORS = {
     "calibration": 0,
     "engines": 0,
     "choice_accuracy": 0,
+    "adapters": 1,
     "stack": 1,
     "schedule": 1,
     "checkpoints": 1,
@@ -29,6 +30,7 @@ FLOORS = {
     "depth_config": 2,
     "guard": 2,
     "importance": 2,
+    "latency": 2,
     "surgery": 3,
     "auto": 4,
     "prepared": 4,
@@ -109,7 +111,7 @@ def test_layout(check) -> None:
 
 
 def test_imports_without_the_optional_packages() -> None:
-    code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); import {PACKAGE}"
+    code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); from {PACKAGE} import *"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
 

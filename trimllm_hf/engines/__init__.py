@@ -24,6 +24,8 @@ T = TypeVar("T")
 class Engine(Together, Protocol):
     """What the callback needs of an engine."""
 
+    regrows: bool  # whether `edit` may bring in parameters that the optimizer does not have
+
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit`, which takes modules out of the unwrapped model, and mend optimizer and wrapper.
 
@@ -31,6 +33,9 @@ class Engine(Together, Protocol):
 
         Parameters that stay keep their optimizer state, bit by bit; those that went are held by nothing here.
         """
+
+    def save_whole(self) -> None:
+        """From now on a Trainer's save writes the whole model, also where its checkpoints hold shards."""
 
 
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine:
@@ -53,7 +58,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine
     if kind == DistributedType.FSDP:
         from .fsdp import FSDPEngine
 
-        return FSDPEngine(model, optimizer)
+        return FSDPEngine(model, optimizer, accelerator.state.fsdp_plugin)
     if kind == DistributedType.DEEPSPEED:
         from .deepspeed import DeepSpeedEngine
 
@@ -62,3 +67,15 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine
         f"Expected one process, DistributedDataParallel, FSDP2 or DeepSpeed ZeRO, got {kind.value}. Layers cannot be "
         "dropped under it: launch with one of those."
     )
+
+
+def refuse_other_processes(accelerator: Accelerator, saved: int | None) -> None:
+    """Refuse a checkpoint that `saved` processes (None: not known) made, where the engine can only resume it with as many.
+
+    Raises:
+        ValueError: Saying how to resume it. Nothing has changed.
+    """
+    if saved is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from .deepspeed import refuse_other_processes
+
+        refuse_other_processes(accelerator.state.deepspeed_plugin, saved, accelerator.num_processes)

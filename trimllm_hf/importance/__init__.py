@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -17,6 +18,7 @@ from torch import nn
 
 from ..calibration import Batch, own_randomness
 from ..engines.agreement import Alone, Together
+from ..layer_map import LayerMap
 from .finite import refuse_not_finite
 from .gradient import taylor
 from .metrics import CHOICE_ACCURACY, LOSS, Metric
@@ -110,6 +112,7 @@ def score_layers(
     seed: int = 0,
     memory_gb: float | None = None,
     progress: bool = False,
+    part: str | None = None,
     together: Together | None = None,
     stand_in: Batch | None = None,
 ) -> torch.Tensor:
@@ -127,6 +130,7 @@ def score_layers(
         memory_gb: For a scan: memory for its candidates, in 10^9 bytes, beside that of a forward pass. None: half of
             what is free.
         progress: For a scan: whether to show a bar with the candidates scored.
+        part: Of an encoder-decoder, whose layers to score: "decoder" or "encoder"; see `drop_layers`.
         together: The processes of the run, for example an engine; None in one process.
         stand_in: A batch for the forward passes of a process whose share is empty; it does not count.
 
@@ -154,7 +158,13 @@ def score_layers(
     # are a matter of all processes
     spare = [batches[-1] if batches else stand_in] * (passes - len(batches))
     padded = [send_to_device(batch, device) for batch in batches + spare] if with_data else []
-    with own_randomness(seed), _evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with (
+        own_randomness(seed),
+        _evaluating(model),
+        _of_part(model, part),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
         if importance in _SCANS:
             settings = ScanSettings(_SCANS[importance](get_metric(metric)), memory_gb, together, progress)
             return scan(model, padded, len(batches), unit, settings)
@@ -197,6 +207,21 @@ def _mean(
     scores = sums[:-1] / sums[-1]
     refuse_not_finite(name, scores, together.gather(wrong))
     return scores
+
+
+@contextmanager
+def _of_part(model: nn.Module, part: str | None) -> Iterator[None]:
+    """Name the part in the model's map, from which every score takes it; without a map, in one for the time being."""
+    config: Any = model.config
+    missing = part is not None and getattr(config, "trim", None) is None
+    layer_map = LayerMap.from_config(config, part)  # raises where the part does not fit
+    if missing:
+        config.trim = layer_map.to_dict()
+    try:
+        yield
+    finally:
+        if missing:
+            del config.trim
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat
 
+from ..adapters import base_of
 from ..calibration import CHOICE_COLUMNS, Batch
 
 
@@ -70,7 +71,7 @@ def num_label_tokens(model: nn.Module, batch: Batch) -> float:
             f"Expected calibration batches with labels, got only {sorted(batch)}. Use a collator that makes labels, or a "
             "score that needs none, like 'block_influence'."
         )
-    if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    if type(base_of(model)).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         labels = labels[..., 1:]  # a causal model predicts each token but the first
     return float((labels != -100).sum())
 

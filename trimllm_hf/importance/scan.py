@@ -138,6 +138,8 @@ class _Scanner:
         """The model's output on the batch without each unit."""
         reference = None
         if not self.checked and not self.one_by_one:
+            with self.together.hold(()):  # what an engine has fetched ahead for training would stay gathered
+                pass
             reference = self.sweep.learn(lambda: self._without(0, batch))
         for start in range(0, len(self.units), self.at_once):
             group = range(start, min(start + self.at_once, len(self.units)))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration import Batch, model_inputs, num_tokens
+from ..calibration import Batch, model_inputs
 from ..stack import find_stack
 from .units import block_input, block_output
 
@@ -65,7 +65,7 @@ def angular(model: nn.Module, batches: Sequence[Batch], unit: str, window: int =
     count = 0.0
     for batch in batches:
         states: list[torch.Tensor] = []  # the input of each block, then the output of the last
-        pick = partial(_last_tokens, mask=_mask(batch))
+        pick = partial(_last_tokens, mask=_tokens(model, batch)[1])
 
         def see(position: int, x: torch.Tensor, y: torch.Tensor, pick: Any = pick, states: Any = states) -> None:
             states.append(pick(x))
@@ -87,7 +87,7 @@ def _mean_over_tokens(
     totals = torch.zeros(len(find_stack(model)), dtype=torch.float64)
     count = 0.0
     for batch in batches:
-        mask = _mask(batch)
+        tokens, mask = _tokens(model, batch)
 
         def see(position: int, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = mask) -> None:
             of_tokens = measure(x, y)
@@ -96,7 +96,7 @@ def _mean_over_tokens(
             totals[position] += of_tokens.sum().double().cpu()
 
         _watch(model, batch, see)
-        count += float(mask.sum()) if mask is not None else num_tokens(batch)
+        count += float(mask.sum()) if mask is not None else tokens.shape[:2].numel()
     return totals, count
 
 
@@ -115,9 +115,18 @@ def _watch(model: nn.Module, batch: Batch, see: See) -> None:
         model(**model_inputs(batch))
 
 
-def _mask(batch: Batch) -> torch.Tensor | None:
-    mask = batch.get("attention_mask")
-    return mask if mask is not None and mask.dim() == 2 else None  # a mask over pairs says nothing of padding
+def _tokens(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tokens that a stack's blocks work on, and which are real: a decoder's are others than those of its encoder."""
+    part, labels = find_stack(model).part, batch.get("labels")
+    if part == "decoder" and "decoder_input_ids" in batch:
+        tokens, mask = batch["decoder_input_ids"], batch.get("decoder_attention_mask")
+    elif part == "decoder" and labels is not None and labels.dim() == 2 and not labels.is_floating_point():
+        # moved on by one, they are the tokens
+        tokens, mask = labels, batch.get("decoder_attention_mask", labels != -100)
+    else:
+        tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
+        mask = batch.get("attention_mask")
+    return tokens, mask if mask is not None and mask.dim() == 2 else None  # a mask over pairs says nothing of padding
 
 
 def _last_tokens(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
