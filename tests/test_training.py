@@ -397,7 +397,7 @@ def test_trainer_state_holds_the_settings(tmp_path: Path) -> None:
             {"drop_every": "6"},
             r"6 - 4 = 2 layers to drop.*2 drops, every 6 steps: the last one after step 12, but the run has 12",
         ),
-        ({"importance": "sensitivty"}, r"importance among \['block_influence'.*got 'sensitivty'"),
+        ({"importance": "sensitivty"}, r"importance among \['activation_norm'.*got 'sensitivty'"),
         ({"calibration_size": 120}, "at least 121 training examples.*got 120"),
     ],
 )
