@@ -1,6 +1,7 @@
 """The model card of a recipe's trimmed model, from the rows of the recipe's own table."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ def write_card(
     if rows:
         of = {"base": rows[0], "trimmed": rows[-1]} | ({"full": rows[1]} if len(rows) == 3 else {})
         fill(trainer.card_data, of, recipe, domain, questions)
+        if trainer.calibration_set_aside:
+            training, *others = trainer.card_data.data
+            trainer.card_data.data = [replace(training, note="The calibration examples are of them"), *others]
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     else:
@@ -65,7 +69,7 @@ def fill(
     held_out = None if given or on_hub else "Held out of the training file by the recipe's seed"
     data.domain = f"{'an invented domain in place of ' if recipe.demo else ''}{domain.subject}"
     data.data = [
-        DataUse("training", names["training"], len(questions["train"]), **hub, note="The calibration examples are of them"),
+        DataUse("training", names["training"], len(questions["train"]), **hub),
         DataUse("test", names["test"], len(test), **hub, note=held_out),
     ]
     on_test: dict[str, Any] = {"dataset": names["test"], "split": "held out", "interval": "95%, Wilson", **hub}

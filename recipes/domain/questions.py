@@ -5,11 +5,11 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from transformers.utils import logging
 
-from trimllm_hf.choice_accuracy import Question, QuestionEncoder
+from trimllm_hf.choice_accuracy import Question
 
 from .rows import Row
 
@@ -22,6 +22,13 @@ SHAPES: dict[str, Row] = {  # the first that fits is a row's
     "answer": {"question": "What causes gout?", "answer": "Uric acid …", "qtype": "causes", "focus": "Gout"},
     "label": {"text": "Shares of the bank fell by a tenth.", "label": "bearish"},
 }
+
+
+class Fits(Protocol):
+    """What knows how much a model can read: a QuestionEncoder, or another one with this method of it."""
+
+    def fitting(self, questions: Sequence[Question], source: str) -> list[Question]:
+        """The questions that fit."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ def asked_in(row: Row, shape: str) -> str:
     return "\n".join(parts)
 
 
-def make_questions(rows: Sequence[Row], source: str, encoder: QuestionEncoder, seed: int, asking: Asking) -> list[Question]:
+def make_questions(rows: Sequence[Row], source: str, encoder: Fits, seed: int, asking: Asking) -> list[Question]:
     """Questions from rows of any shape; what is drawn is drawn with `seed`. Those that do not fit are left out, and counted.
 
     Raises:
@@ -103,7 +110,7 @@ def _question(row: Row, shape: str, asking: Asking, rng: random.Random) -> Quest
     return Question(row["question"], tuple(row["choices"]), row["answer"], context, per_token)
 
 
-def _choose_among_answers(rows: Sequence[Row], source: str, encoder: QuestionEncoder, rng: random.Random) -> list[Question]:
+def _choose_among_answers(rows: Sequence[Row], source: str, encoder: Fits, rng: random.Random) -> list[Question]:
     """Each answer among three others to the same type of question."""
     # what is too long goes before choices are drawn: otherwise most questions would go for the sake of a long rival
     alone = {Question(r["question"], (r["answer"],), 0): r for r in rows}

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from transformers.utils import logging
 
-from trimllm_hf.choice_accuracy import Question, QuestionEncoder
+from trimllm_hf.choice_accuracy import Question
 
-from .questions import Asking, asked_in, make_questions, shape_of
+from .questions import Asking, Fits, asked_in, make_questions, shape_of
 from .rows import Row, read_file, read_hub
 from .settings import Domain, DomainArguments, HubData
 
@@ -18,7 +18,7 @@ HELD_OUT, MOST_HELD_OUT = 5, 1000  # one row of five, but no more than a thousan
 Splits = dict[str, list[Row]]
 
 
-def load_splits(recipe: DomainArguments, domain: Domain, encoder: QuestionEncoder, seed: int) -> dict[str, list[Question]]:
+def load_splits(recipe: DomainArguments, domain: Domain, encoder: Fits, seed: int) -> dict[str, list[Question]]:
     """Questions of the splits `train` (where there is one), `validation` and `test`.
 
     Without validation data some training rows are held out; without test data the validation data are the test data.
@@ -44,7 +44,7 @@ def load_splits(recipe: DomainArguments, domain: Domain, encoder: QuestionEncode
     return questions
 
 
-def load_off_domain(recipe: DomainArguments, domain: Domain, encoder: QuestionEncoder, seed: int) -> list[Question]:
+def load_off_domain(recipe: DomainArguments, domain: Domain, encoder: Fits, seed: int) -> list[Question]:
     """The questions of the files outside the domain together; none where no file is given."""
     rows = [(path, read_file(path)) for path in recipe.off_domain_file or ()]
     made: list[Question] = []

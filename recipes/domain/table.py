@@ -4,6 +4,7 @@ import json
 import statistics
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,7 @@ def compare(models: Mapping[str, str], tests: Tests, args: TrainingArguments) ->
             for row, model in zip(rows, loaded, strict=True):
                 row |= general_loss(model, pieces, tests.encoder, args.per_device_eval_batch_size) | {"pieces": len(pieces)}
         save(rows, args)
-        show(rows)
+        show(rows, tests.questions)
         answer(loaded[-1], tests.questions[0], tests.encoder)
     wait_for_everyone()
     return rows
@@ -112,11 +113,14 @@ def save(rows: Sequence[Row], args: TrainingArguments) -> None:
     (Path(args.output_dir) / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
-def show(rows: Sequence[Row]) -> None:
-    """Print the table; ± is one standard error (of the loss: half of its 95% interval)."""
+def show(rows: Sequence[Row], questions: Sequence[Question], depth: str = "layers") -> None:
+    """Print the table, and what always the same answer would reach.
+
+    ± is one standard error (of the loss: half of its 95% interval).
+    """
     columns = {
         "model": lambda row: row["model"],
-        "layers": lambda row: row["layers"],
+        depth: lambda row: row["layers"],
         "accuracy": lambda row: f"{row['accuracy']:.3f} ± {row['standard_error']:.3f} (n={row['questions']})",
         "exact match": lambda row: f"{row['exact_match']:.3f} ± {row['exact_match_error']:.3f}",
         "off-domain accuracy": lambda row: (
@@ -136,6 +140,9 @@ def show(rows: Sequence[Row]) -> None:
     print()
     for line in lines:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+    if len({frozenset(question.choices) for question in questions}) == 1:
+        commonest, count = Counter(question.right for question in questions).most_common(1)[0]
+        print(f"Always to answer {commonest!r} would be right in {count / len(questions):.3f}.")
 
 
 def answer(model: Any, question: Question, encoder: QuestionEncoder) -> None:
