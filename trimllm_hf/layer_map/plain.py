@@ -18,5 +18,7 @@ def is_list_of(value: Any, test: Callable[[Any], Any]) -> TypeGuard[list[Any]]:
 
 def shown(value: Any) -> str:
     """A value for an error message, cut short: it may come from a hostile file."""
+    if isinstance(value, int) and abs(value) >= 10**100:
+        return "a number of more than 100 digits"  # Python refuses to print one of 5,000
     text = repr(list(value) if isinstance(value, Iterable) and not isinstance(value, str | dict) else value)
     return text if len(text) <= 120 else text[:117] + "..."
