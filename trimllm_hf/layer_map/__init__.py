@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from .depth import PARTS, depth_name, num_hidden_layers, part_config, resolve_part
-from .plain import is_count, shown
-from .record import DropRecord, check_layers
+from .plain import is_count, json_at, shown
+from .record import DropRecord, check_halves, check_layers
 
 __all__ = ["DropRecord", "LayerMap", "depth_name", "num_hidden_layers", "part_config", "resolve_part"]
 
@@ -62,7 +62,10 @@ class LayerMap:
             raise ValueError(
                 f"Expected unit 'block' or 'sublayer', got {shown(self.unit)}. Install a newer trimllm_hf to read this map."
             )
-        self._check_halves()
+        if self.unit == "sublayer":
+            check_halves(self.kept_layers, self.kept_attention, self.kept_mlp, self.base_num_layers)
+        elif self.kept_attention is not None or self.kept_mlp is not None:
+            raise ValueError("Expected kept_attention and kept_mlp in a map of unit 'sublayer' only, got unit 'block'.")
         if self.part is not None and self.part not in PARTS:
             raise ValueError(f"Expected part 'decoder', 'encoder' or null, got {shown(self.part)}.")
         for name in ("base_model", "base_revision"):
@@ -74,20 +77,6 @@ class LayerMap:
         there = set(self.sublayers)
         lacking = [f"the {half} of {layer}" for layer in self.kept_layers for half in HALVES if (layer, half) not in there]
         return f"{list(self.kept_layers)}{', without ' if lacking else ''}{' and '.join(lacking)}"
-
-    def _check_halves(self) -> None:
-        attention, mlp = self.kept_attention, self.kept_mlp
-        if self.unit == "block":
-            if attention is not None or mlp is not None:
-                raise ValueError("Expected kept_attention and kept_mlp in a map of unit 'sublayer' only, got unit 'block'.")
-            return
-        for name, kept in (("kept_attention", attention), ("kept_mlp", mlp)):
-            check_layers(name, kept, self.base_num_layers, least=0)
-        if set(self.kept_layers) != {*(attention or ()), *(mlp or ())}:
-            raise ValueError(
-                "Expected kept_layers to be the layers in kept_attention or kept_mlp, got "
-                f"{shown(self.kept_layers)}, {shown(attention)} and {shown(mlp)}."
-            )
 
     @property
     def num_layers(self) -> int:
@@ -248,16 +237,7 @@ class LayerMap:
                 f"Expected a kept-layer map of version {VERSION}, got {shown(version)}. Install a newer trimllm_hf."
             )
         history = fields.pop("history", [])
-        known = {
-            "base_num_layers",
-            "unit",
-            "base_model",
-            "base_revision",
-            "part",
-            "kept_layers",
-            "kept_attention",
-            "kept_mlp",
-        }
+        known = {field.name for field in dataclass_fields(cls)} - {"history"}
         if not set(fields) <= known or "base_num_layers" not in fields:
             raise ValueError(f"Expected the keys {sorted(known)}, got {shown(sorted(map(str, fields)))}.")
         for name in ("kept_layers", "kept_attention", "kept_mlp"):
@@ -313,8 +293,9 @@ class LayerMap:
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"Expected a checkpoint folder, got {str(folder)!r}, which is not a folder.")
-        of_state = _map_in(folder / TRAINER_STATE, "stateful_callbacks", "TrimCallback", "attributes", "layer_map")
-        of_config = _map_in(folder / "config.json", "trim")
+        in_state = json_at(folder / TRAINER_STATE, "stateful_callbacks", "TrimCallback", "attributes", "layer_map")
+        in_config = json_at(folder / "config.json", "trim")
+        of_state, of_config = (None if plain is None else cls.from_dict(plain) for plain in (in_state, in_config))
         if of_state is None or not (folder / "config.json").is_file():
             return of_state or of_config
         of_config = of_config or cls(of_state.base_num_layers, tuple(range(of_state.base_num_layers)))
@@ -324,16 +305,3 @@ class LayerMap:
                 f"{of_state} by {TRAINER_STATE}. Use an earlier checkpoint."
             )
         return of_state
-
-
-def _map_in(file: Path, *path: str) -> LayerMap | None:
-    """The map at `path` in a JSON file, or None where the file or the path does not exist."""
-    if not file.is_file():
-        return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected JSON in {file}, got: {error}. It is half written: use another checkpoint.") from None
-    for key in path:
-        found = found.get(key) if isinstance(found, dict) else None
-    return None if found is None else LayerMap.from_dict(found)

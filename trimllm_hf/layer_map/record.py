@@ -45,9 +45,7 @@ class DropRecord:
             raise ValueError(f"Expected text as a history entry's importance, got {shown(plain)}.")
         named = halves is None or (is_list_of(halves, lambda half: half in ("attention", "mlp")))
         if not named or (halves is not None and len(halves) != len(dropped)):
-            raise ValueError(
-                f"Expected 'attention' or 'mlp' for each layer in a history entry's halves, got {shown(plain)}."
-            )
+            raise ValueError(f"Expected 'attention' or 'mlp' for each of a history entry's layers, got {shown(plain)}.")
         return cls(
             tuple(dropped),
             step,
@@ -71,6 +69,21 @@ def check_layers(name: str, layers: Any, base_num_layers: int, least: int = 1) -
     if layers and layers[-1] >= base_num_layers:
         raise ValueError(
             f"Expected {name} from 0 to {base_num_layers - 1} (the base has {base_num_layers} layers), got {shown(layers)}."
+        )
+
+
+def check_halves(kept: tuple[int, ...], attention: Any, mlp: Any, base_num_layers: int) -> None:
+    """Refuse kept attentions and MLPs that are not, together, the kept layers.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    for name, layers in (("kept_attention", attention), ("kept_mlp", mlp)):
+        check_layers(name, layers, base_num_layers, least=0)
+    if set(kept) != {*attention, *mlp}:
+        raise ValueError(
+            "Expected kept_layers to be the layers in kept_attention or kept_mlp, got "
+            f"{shown(kept)}, {shown(attention)} and {shown(mlp)}."
         )
 
 
