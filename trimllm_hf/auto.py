@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .layer_map import LayerMap
 from .stack import find_stack
@@ -28,13 +28,13 @@ def trim_like(model: PreTrainedModel, checkpoint: str | Path) -> LayerMap:
         ValueError: If the folder does not exist or contradicts itself, or if the model lacks layers that the checkpoint
             keeps. Nothing has changed then.
     """
-    of_model = LayerMap.from_config(model.config)
     of_checkpoint = LayerMap.from_checkpoint(checkpoint)
     if of_checkpoint is None:
-        return of_model
+        return LayerMap.from_config(model.config)
+    of_model = LayerMap.from_config(model.config, of_checkpoint.part)
     positions = of_model.positions_to_drop(of_checkpoint)
     if positions:
-        drop_layers(model, positions)
+        drop_layers(model, positions, part=of_checkpoint.part)
         model.config.trim = of_checkpoint.to_dict()
     return of_checkpoint
 
@@ -48,15 +48,20 @@ def regrow_like(model: PreTrainedModel, checkpoint: str | Path) -> LayerMap:
         OSError: If the folder holds no model.
     """
     donor = type(model).from_pretrained(checkpoint, dtype=model.dtype)
-    own, other = find_stack(model), find_stack(donor)
+    own = find_stack(model)
+    other = find_stack(donor, own.part)
     device = next(model.parameters()).device
     blocks = [block.to(device).train(model.training) for block in other.blocks]
     del own.blocks[:]
     own.blocks.extend(blocks)
-    for name, value in vars(other.config).items():
-        if not name.startswith("_"):
-            setattr(own.config, name, value)
-    layer_map = LayerMap.from_config(donor.config)
+    donors = dict(donor.named_modules())
+    for path, module in model.named_modules():  # some modules hold a config of their own
+        theirs = getattr(donors[path], "config", None)
+        if isinstance(theirs, PreTrainedConfig):
+            for name, value in vars(theirs).items():
+                if not name.startswith("_") and not isinstance(value, PreTrainedConfig):
+                    setattr(module.config, name, value)
+    layer_map = LayerMap.from_config(donor.config, own.part)
     model.config.trim = layer_map.to_dict()
     model.load_state_dict(donor.state_dict())
     return layer_map

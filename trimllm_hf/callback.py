@@ -121,27 +121,27 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def _restore(self, attributes: dict[str, Any], model: PreTrainedModel, state: TrainerState) -> None:
         """Take up the run that the checkpoint holds; a run that starts now begins with the model's own map."""
-        of_model = LayerMap.from_config(model.config)
+        of_model = LayerMap.from_config(model.config, self.config.part)
         plain = attributes["layer_map"]
         if state.global_step == 0 or plain is None:
             self.layer_map, self.start_num_layers = of_model, of_model.num_layers
             return
         of_checkpoint = LayerMap.from_dict(plain) if isinstance(plain, dict) else plain
-        if of_checkpoint.kept_layers != of_model.kept_layers:
+        if (of_checkpoint.part, of_checkpoint.kept_layers) != (of_model.part, of_model.kept_layers):
             raise ValueError(wrong_depth(of_model.kept_layers, of_checkpoint.kept_layers))
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
         model.config.trim = self._plain_map()
 
     def _watch(self, model: nn.Module) -> None:
         if self._watched is None or self._watched() is not model:
-            refuse_other_depths(model)
+            refuse_other_depths(model, self.config.part)
             self._watched = weakref.ref(model)
 
     def _check_plan(self, model: PreTrainedModel, target: int) -> None:
         """Refuse now what the guard would refuse at the first drop."""
-        depth = len(find_stack(model))
+        depth = len(find_stack(model, self.config.part))
         if depth > target:
-            plan_drop(model, [self.config.protect_first])
+            plan_drop(model, [self.config.protect_first], part=self.config.part)
 
     def _calibration_batches(self, args: TrainingArguments, dataloader: Any) -> list[Batch]:
         if not needs_data(self.config.importance):
@@ -199,6 +199,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 sweep=self._engine.sweeps,
                 stand_in=self._stand_in,
                 progress=state.is_local_process_zero and not self.trainer.args.disable_tqdm,
+                part=self.config.part,
             )
             position = least_important(scores, self.config.protect_first, self.config.protect_last)
             drop = plan_drop(
@@ -208,6 +209,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 step=state.global_step,
                 importance=self.config.importance,
                 scores=[scores[position].item()],
+                part=self.config.part,
             )
         except Exception as error:  # one process must not drop, or wait, alone
             self._engine.fail(error)

@@ -27,6 +27,10 @@ class TrimConfig:
         default=None, metadata={"help": "Share of the base model's layers to keep, above 0 and below 1, e.g. 0.5."}
     )
     unit: str = field(default="block", metadata={"help": "What is dropped at a time: 'block' (a whole layer)."})
+    part: str | None = field(
+        default=None,
+        metadata={"help": "Of an encoder-decoder (T5, BART), what to trim: 'decoder' (the default there) or 'encoder'."},
+    )
     importance: str = field(
         default="sensitivity",
         metadata={
@@ -73,6 +77,8 @@ class TrimConfig:
             _at_least("target_layers", self.target_layers, 1)
         if self.unit != "block":
             raise ValueError(f"Expected unit='block', got {self.unit!r}. Other units cannot be trimmed yet.")
+        if self.part not in (None, "decoder", "encoder"):
+            raise ValueError(f"Expected part='decoder', 'encoder' or None, got {self.part!r}.")
         if self.drop_every not in ("auto", "once", "epoch"):
             if not self.drop_every.isdecimal() or int(self.drop_every) < 1:
                 raise ValueError(

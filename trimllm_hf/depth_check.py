@@ -10,12 +10,12 @@ from torch import nn
 from .stack import find_stack
 
 
-def refuse_other_depths(model: nn.Module) -> None:
+def refuse_other_depths(model: nn.Module, part: str | None = None) -> None:
     """Make `model.load_state_dict` raise on weights with another number of blocks than the model has.
 
     A Trainer loads checkpoints with strict=False: by index, with a warning, layers would end up in the wrong places.
     """
-    stack = find_stack(model)
+    stack = find_stack(model, part)
 
     def check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         start = f"{prefix}{stack.name}."

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .layer_map import part_config
+from .layer_map import num_hidden_layers, part_config
 from .stack import Stack, find_stack
 
 WARNING = 30  # logging.WARNING
@@ -90,7 +90,23 @@ def compare(
             if isinstance(old, bool) or not _is_place(attribute, old, new, block, kept, len(stack), of_full):
                 _refuse(model, f"{name}.{attribute}" if name else attribute, "another value", old, new)
             attributes[(real_name, attribute)] = (old, new)
+    _keep_room_in_the_cache(model, full, trimmed, stack.part)
     return Renumbering(attributes, configs)
+
+
+def _keep_room_in_the_cache(model: PreTrainedModel, full: nn.Module, trimmed: nn.Module, part: str | None) -> None:
+    """T5's decoder keeps its keys and values in a cache that `generate` makes as long as the *encoder* is deep."""
+    if part != "encoder" or not model.can_generate():
+        return
+    depth = num_hidden_layers(model.config, "decoder")
+    configs: list[Any] = [full.config, trimmed.config]
+    before, after = (getattr(c.get_text_config(decoder=True), "num_hidden_layers", depth) for c in configs)
+    if after < depth <= before:
+        raise ValueError(
+            f"Expected at least {depth} encoder layers to stay in {type(model).__name__}, as many as its decoder has, got "
+            f"{after}: transformers makes its decoder's cache as long as its encoder is deep, so it could not generate. "
+            "Drop layers of the decoder (part='decoder') instead. Nothing was changed."
+        )
 
 
 def _is_place(

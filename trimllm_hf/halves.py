@@ -138,7 +138,7 @@ class _Glue:
         base = self.run()
         detached = self.run(detached=True)
         order = self._order(detached)
-        closing = {half: [] for half in self.names} | {"both": []}  # type: dict[str, list[str]]
+        closing: dict[str, list[str]] = {"attention": [], "mlp": [], "both": []}
         for norm in detached.reached():
             closing[self._owner(detached, norm, order)].append(norm)
         found: dict[str, dict[str, Gives]] = {}

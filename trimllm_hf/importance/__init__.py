@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
 from ..calibration import Batch, own_randomness
+from ..layer_map import LayerMap
 from .agreement import Agree, least_and_most, on_any
 from .rules import last, random
 from .scan import Measure, ScanSettings, scan, sensitivity, token_loss
@@ -81,6 +83,7 @@ def score_layers(
     sweep: bool = True,
     stand_in: Batch | None = None,
     progress: bool = False,
+    part: str | None = None,
 ) -> torch.Tensor:
     """Score every layer of a model on calibration batches.
 
@@ -97,6 +100,7 @@ def score_layers(
             processes (ZeRO-3), which may make different numbers of them in a sweep.
         stand_in: A batch for the forward passes of a process whose share is empty; it does not count.
         progress: For a scan: whether to show a bar with the candidates scored.
+        part: Of an encoder-decoder, whose layers to score: "decoder" or "encoder"; see `drop_layers`.
 
     Returns:
         Scores of shape (layers,), float64 on the CPU, the same on every process. Higher = more important.
@@ -124,7 +128,13 @@ def score_layers(
     padded = [send_to_device(batch, device) for batch in batches + spare]
     sums: torch.Tensor | None = None
     wrong: list[str] = []
-    with own_randomness(seed), _evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with (
+        own_randomness(seed),
+        _evaluating(model),
+        _of_part(model, part),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
         for number, (totals, count) in enumerate(_by_batch(importance, model, padded, unit, settings)):
             both = torch.cat([totals.double().cpu(), torch.tensor([count], dtype=torch.float64)])
             if number >= len(batches) and needs_data(importance):
@@ -167,6 +177,21 @@ def _on_device(agree: Agree | None, device: torch.device) -> Agree:
     if agree is None:
         return lambda total: total
     return lambda total: agree(total.to(device if device.type == "cuda" else "cpu")).cpu()
+
+
+@contextmanager
+def _of_part(model: nn.Module, part: str | None) -> Iterator[None]:
+    """Name the part in the model's map, from which every score takes it; without a map, in one for the time being."""
+    config: Any = model.config
+    missing = part is not None and getattr(config, "trim", None) is None
+    layer_map = LayerMap.from_config(config, part)  # raises where the part does not fit
+    if missing:
+        config.trim = layer_map.to_dict()
+    try:
+        yield
+    finally:
+        if missing:
+            del config.trim
 
 
 @contextmanager

@@ -18,7 +18,8 @@ def block_influence(model: nn.Module, batches: Sequence[Batch], unit: str) -> tu
 
     Input and output are caught with hooks: a model's last `hidden_states` is behind the final norm.
     """
-    blocks = find_stack(model).blocks
+    stack = find_stack(model)
+    blocks = stack.blocks
     totals = torch.zeros(len(blocks), dtype=torch.float64)
     count = 0.0
     mask: torch.Tensor | None = None
@@ -35,12 +36,22 @@ def block_influence(model: nn.Module, batches: Sequence[Batch], unit: str) -> tu
     handles = [block.register_forward_hook(catch(i), with_kwargs=True) for i, block in enumerate(blocks)]
     try:
         for batch in batches:
-            mask = batch.get("attention_mask")
+            tokens, mask = _tokens(batch, stack.part)
             if mask is not None and mask.dim() != 2:
                 mask = None  # a mask over pairs of tokens says nothing of padding
             model(**batch)
-            count += float(mask.sum()) if mask is not None else float(batch["input_ids"].numel())
+            count += float(mask.sum()) if mask is not None else float(tokens.numel())
     finally:
         for handle in handles:
             handle.remove()
     return totals, count
+
+
+def _tokens(batch: Batch, part: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tokens that a stack's blocks work on, and their mask: a decoder's are others than those of its encoder."""
+    labels = batch.get("labels")
+    if part == "decoder" and "decoder_input_ids" in batch:
+        return batch["decoder_input_ids"], batch.get("decoder_attention_mask")
+    if part == "decoder" and labels is not None and labels.dim() == 2 and not labels.is_floating_point():
+        return labels, batch.get("decoder_attention_mask", labels != -100)  # moved on by one, they are the tokens
+    return batch["input_ids"], batch.get("attention_mask")

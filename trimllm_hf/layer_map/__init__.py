@@ -19,7 +19,7 @@ __all__ = ["DropRecord", "LayerMap", "depth_name", "num_hidden_layers", "part_co
 VERSION = 1
 UNITS = ("block", "sublayer")
 HALVES = ("attention", "mlp")  # of a block, in the order in which sublayers are numbered
-MAX_LAYERS = 10_000  # of a base; a map that claims more is damaged or hostile
+MOST_LAYERS = 100_000  # a map from a hostile file must not fill the memory
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME, which takes seconds to import
 
 
@@ -55,8 +55,10 @@ class LayerMap:
     kept_mlp: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not is_count(self.base_num_layers) or not 1 <= self.base_num_layers <= MAX_LAYERS:
-            raise ValueError(f"Expected base_num_layers from 1 to {MAX_LAYERS}, got {shown(self.base_num_layers)}.")
+        if not is_count(self.base_num_layers) or self.base_num_layers < 1:
+            raise ValueError(f"Expected base_num_layers of at least 1, got {shown(self.base_num_layers)}.")
+        if self.base_num_layers > MOST_LAYERS:
+            raise ValueError(f"Expected base_num_layers of at most {MOST_LAYERS}, got {shown(self.base_num_layers)}.")
         check_layers("kept_layers", self.kept_layers, self.base_num_layers)
         if self.unit not in UNITS:
             raise ValueError(
@@ -74,8 +76,7 @@ class LayerMap:
 
     def __str__(self) -> str:
         """The kept layers, and what they lack: `[0, 2, 3], without the mlp of 2`."""
-        there = set(self.sublayers)
-        lacking = [f"the {half} of {layer}" for layer in self.kept_layers for half in HALVES if (layer, half) not in there]
+        lacking = [f"the {half} of {self.kept_layers[position]}" for position, half in self.missing_halves]
         return f"{list(self.kept_layers)}{', without ' if lacking else ''}{' and '.join(lacking)}"
 
     @property

@@ -1,0 +1,90 @@
+"""`trimllm inspect`: what a model is, by its config and the headers of its weight files; no weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import RenderableType
+
+from .app import Json, answer, app, size, table
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print which layers of its base a model keeps, when the others went, and what it weighs.
+
+    Only config.json and the headers of the weight files are read; of a Hub model that is a few kilobytes.
+
+    **Example:** `trimllm inspect runs/medical`
+    """
+    from transformers import AutoConfig
+
+    from ..layer_map import LayerMap
+
+    config = AutoConfig.from_pretrained(model, revision=revision)
+    layer_map = LayerMap.from_config(config)
+    plain = {
+        "model": model,
+        "model_type": config.model_type,
+        "trimmed": getattr(config, "trim", None) is not None,
+        "strip": strip(layer_map),
+        "num_layers": layer_map.num_layers,
+        "dropped_layers": layer_map.dropped_layers,
+        "map": layer_map.to_dict(),
+        "weights": weights(model, revision),
+    }
+    answer(plain, as_json, lambda: _shown(plain, layer_map))
+
+
+def strip(layer_map: Any) -> str:
+    """The base's layers in a row: █ kept, ░ dropped."""
+    kept = set(layer_map.kept_layers)
+    return "".join("█" if layer in kept else "░" for layer in range(layer_map.base_num_layers))
+
+
+def weights(model: str, revision: str | None) -> dict[str, Any]:
+    """Files, parameters and bytes, by the headers of the safetensors files."""
+    from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
+
+    if Path(model).is_dir():
+        found = get_local_safetensors_metadata(model)
+    else:
+        found = get_safetensors_metadata(model, revision=revision)
+    tensors = [tensor for file in found.files_metadata.values() for tensor in file.tensors.values()]
+    return {
+        "files": sorted(found.files_metadata),
+        "parameters": sum(found.parameter_count.values()),
+        "parameters_by_dtype": found.parameter_count,
+        "bytes": sum(end - start for start, end in (tensor.data_offsets for tensor in tensors)),
+    }
+
+
+def _shown(plain: dict[str, Any], layer_map: Any) -> list[RenderableType]:
+    held = plain["weights"]
+    base = layer_map.base_model or "a base that is not named"
+    if plain["trimmed"]:
+        base += f"@{layer_map.base_revision}" if layer_map.base_revision else ""
+        what = f"keeps {layer_map.num_layers} of the {layer_map.base_num_layers} layers of {base}"
+    else:
+        what = f"{layer_map.num_layers} layers, none dropped"
+    dtypes = ", ".join(held["parameters_by_dtype"])
+    shown: list[RenderableType] = [
+        f"{plain['model']} ({plain['model_type']}): {what}",
+        plain["strip"],
+        f"{held['parameters']:,} parameters in the files, {size(held['bytes'])} ({dtypes}), {len(held['files'])} file(s)",
+    ]
+    if layer_map.history:
+        rows = []
+        for record in map(asdict, layer_map.history):
+            scores = ", ".join(f"{score:.4f}" for score in record["scores"] or ()) or "-"
+            step = "-" if record["step"] is None else record["step"]
+            rows.append((step, ", ".join(map(str, record["dropped"])), record["importance"] or "-", scores))
+        shown.append(table("Drops, in the base's numbering", "step", "layers", "importance", "score", rows=rows))
+    return shown
