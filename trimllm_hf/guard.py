@@ -169,9 +169,12 @@ def rebuild(model: PreTrainedModel, values: dict[str, Any], part: str | None = N
         attention = {"": model.config._attn_implementation}
         for name in config.sub_configs:
             attention[name] = getattr(getattr(config, name), "_attn_implementation", None)
-        config = type(config).from_dict(config.to_dict(), attn_implementation=attention)
+        # classes that build a model without some halves have the architecture's own, which builds all
+        config_class = getattr(type(config), "stock_class", type(config))
+        config = config_class.from_dict(config.to_dict(), attn_implementation=attention)
         with torch.device("meta"):
-            return type(model)(config)
+            found: nn.Module = getattr(type(model), "stock_class", type(model))(config)
+            return found
     finally:
         logging.set_verbosity(verbosity)
 

@@ -17,6 +17,7 @@ from .record import DropRecord, check_halves, check_layers
 __all__ = ["DropRecord", "LayerMap", "depth_name", "num_hidden_layers", "part_config", "resolve_part"]
 
 VERSION = 1
+MODEL_TYPE = "trimllm"  # in config.json, of a model that lacks halves
 UNITS = ("block", "sublayer")
 HALVES = ("attention", "mlp")  # of a block, in the order in which sublayers are numbered
 MOST_LAYERS = 100_000  # a map from a hostile file must not fill the memory

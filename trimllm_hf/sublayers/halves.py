@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .stack import find_sublayers
+from ..stack import find_sublayers
 from .stand_in import Gives, StandIn
 
 Paths = Mapping[str, Gives]
