@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .adapters import adapter_readings, adapters_of, base_of, mark
 from .depth_config import readings
 from .guard import Renumbering, compare, rebuild
 from .layer_map import HALVES, LayerMap
@@ -26,7 +27,7 @@ class PlannedDrop:
     """A drop that has passed the guard. `apply` cannot fail halfway: it only deletes and assigns.
 
     Attributes:
-        model: The unwrapped model.
+        model: The unwrapped model, without PEFT's wrapper.
         layer_map: The map after the drop.
     """
 
@@ -37,6 +38,7 @@ class PlannedDrop:
     config_values: dict[str, Any]
     renumbering: Renumbering
     stand_ins: dict[str, Gives]  # by the name in the model of what they stand for
+    adapters: dict[str, Any]  # the configs of its adapters as they will be
 
     @property
     def leaving(self) -> list[nn.Parameter]:
@@ -70,12 +72,15 @@ class PlannedDrop:
             if (list(now) if isinstance(now, tuple) else now) == before:  # a value that the user changed stays
                 setattr(modules[name], attribute, after)
         self.model.config.trim = self.layer_map.to_dict()
+        for name, config in adapters_of(self.model).items():
+            vars(config).update(vars(self.adapters[name]))
+        mark(self.model, self.stack.name, self.layer_map)
         update_classes(self.model, self.layer_map.whole)
         return self.layer_map
 
 
 def plan_drop(
-    model: PreTrainedModel,
+    model: nn.Module,
     layers: Sequence[int],
     unit: str = "block",
     step: int | None = None,
@@ -88,33 +93,36 @@ def plan_drop(
     Raises:
         ValueError: As `drop_layers`.
     """
-    stack = find_stack(model, part)
-    before = LayerMap.from_config(model.config, part)
+    base: PreTrainedModel = base_of(model)
+    stack = find_stack(base, part)
+    adapters = adapters_of(base)
+    before = LayerMap.from_config(base.config, part)
     after = before.drop(layers, step=step, importance=importance, scores=scores, unit=unit)
     kept = [position for position, layer in enumerate(before.kept_layers) if layer in set(after.kept_layers)]
     gone = frozenset(range(len(stack))) - set(kept)
     _keep_an_attention(stack, kept)
-    full = rebuild(model, {}, stack.part)
-    stand_ins = {} if after.whole else _stand_ins(model, stack, before, after, full)
-    if not gone:
-        return PlannedDrop(model, after, stack, gone, {}, Renumbering({}, {}), stand_ins)
+    full = rebuild(base, {}, stack.part, adapters)
+    inner_name = find_stack(full, stack.part).name
+    stand_ins = {} if after.whole else _stand_ins(base, stack, before, after, full)
     refusal: ValueError | None = None
-    for values in readings(stack.config, stack.depth_name, kept):
-        try:
-            renumbering = compare(model, stack, kept, values, full)
-        except ValueError as error:
-            refusal = refusal or error  # of the likeliest reading
-            continue
-        return PlannedDrop(model, after, stack, gone, values, renumbering, stand_ins)
+    for values in readings(stack.config, stack.depth_name, kept) if gone else [{}]:
+        for configs in adapter_readings(adapters, full, inner_name, kept):
+            try:
+                renumbering = compare(base, stack, kept, values, full, configs) if gone else Renumbering({}, {})
+            except ValueError as error:
+                refusal = refusal or error  # of the likeliest reading
+                continue
+            return PlannedDrop(base, after, stack, gone, values, renumbering, stand_ins, configs)
     assert refusal is not None
     raise refusal
 
 
-def drop_layers(model: PreTrainedModel, layers: Sequence[int], unit: str = "block", part: str | None = None) -> LayerMap:
+def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block", part: str | None = None) -> LayerMap:
     """Drop layers of an unwrapped model, in place.
 
     Args:
-        model: A transformers model that no engine has wrapped; for one that is, use `drop_prepared_layers`.
+        model: A transformers model, or one with adapters (PeftModel), that no engine has wrapped; for one that is, use
+            `drop_prepared_layers`.
         layers: Positions in the model as it is now, from 0.
         unit: "block", a whole layer; or "sublayer", an attention or an MLP with its residual. Then `layers` are positions
             in the model's sublayers: attention and MLP of the first block, of the second, and so on, without those that

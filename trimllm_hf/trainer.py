@@ -10,8 +10,9 @@ from transformers.utils import logging
 from .auto import regrow_like, trim_like
 from .calibration import set_aside
 from .callback import TrimCallback
-from .checkpoints import last_complete_checkpoint
+from .checkpoints import last_complete_checkpoint, processes_of
 from .config import TrimConfig
+from .engines import refuse_other_processes
 from .engines.host import BestModelHost, unwrapped
 from .importance import needs_data
 from .layer_map import LayerMap
@@ -68,6 +69,7 @@ class TrimTrainerMixin(BestModelHost, _Base):
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             self._resume_from = str(resume_from_checkpoint)
+            refuse_other_processes(self.accelerator, processes_of(self._resume_from))
             if self.model_init is None:
                 trim_like(unwrapped(self), self._resume_from)
         try:

@@ -22,6 +22,7 @@ UNITS = ("block", "sublayer")
 HALVES = ("attention", "mlp")  # of a block, in the order in which sublayers are numbered
 MOST_LAYERS = 100_000  # a map from a hostile file must not fill the memory
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME, which takes seconds to import
+ADAPTER_MAP = "trim_map.json"  # beside an adapter, which has no config.json
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ class LayerMap:
     def from_checkpoint(cls, folder: str | Path) -> LayerMap | None:
         """The map of a Trainer's checkpoint folder, or None where the folder says nothing of it.
 
-        trainer_state.json is asked first: a sharded checkpoint has no config.json.
+        trainer_state.json is asked first: a sharded checkpoint has no config.json. An adapter has a file of ours instead.
 
         Raises:
             ValueError: If the folder does not exist, or what it says is damaged or contradicts itself.
@@ -296,14 +297,15 @@ class LayerMap:
         if not folder.is_dir():
             raise ValueError(f"Expected a checkpoint folder, got {str(folder)!r}, which is not a folder.")
         in_state = json_at(folder / TRAINER_STATE, "stateful_callbacks", "TrimCallback", "attributes", "layer_map")
-        in_config = json_at(folder / "config.json", "trim")
+        name = "config.json" if (folder / "config.json").is_file() else ADAPTER_MAP
+        in_config = json_at(folder / name, *(["trim"] if name == "config.json" else []))
         of_state, of_config = (None if plain is None else cls.from_dict(plain) for plain in (in_state, in_config))
-        if of_state is None or not (folder / "config.json").is_file():
+        if of_state is None or not (folder / name).is_file():
             return of_state or of_config
         of_config = of_config or cls(of_state.base_num_layers, tuple(range(of_state.base_num_layers)))
         if not of_config.keeps_the_same(of_state):
             raise ValueError(
-                f"Expected {folder} to agree with itself, got kept layers {of_config} by config.json and "
-                f"{of_state} by {TRAINER_STATE}. Use an earlier checkpoint."
+                f"Expected {folder} to agree with itself, got kept layers {of_config} by {name} and {of_state} by "
+                f"{TRAINER_STATE}. Use an earlier checkpoint."
             )
         return of_state
