@@ -6,8 +6,6 @@ A name is imported when it is first used (PEP 562): `import trimllm_hf` alone lo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .auto_config import register_when_imported
-
 if TYPE_CHECKING:
     from .auto import trim_like
     from .callback import TrimCallback
@@ -21,7 +19,8 @@ if TYPE_CHECKING:
     from .surgery import drop_layers
     from .trainer import TrimTrainer, TrimTrainerMixin
 
-register_when_imported()
+# models that lack halves become known to the Auto classes
+import_module(".auto_config", __name__).register_when_imported()
 
 __version__ = "0.1.0.dev0"
 

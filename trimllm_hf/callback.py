@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -28,7 +28,7 @@ from .layer_map import LayerMap
 from .prepared import apply_drop
 from .schedule import Plan, layers_due, plan_drops
 from .stack import find_stack
-from .surgery import plan_drop
+from .surgery import droppable, plan_drop
 
 logger = logging.get_logger("transformers.trimllm_hf")  # below transformers' logger: its verbosity and handlers
 
@@ -98,7 +98,9 @@ class TrimCallback(TrainerCallback, ExportableState):
         saved = stateful.setdefault(type(self).__name__, self.state())  # a checkpoint may be from before this callback
         self._restore(saved["attributes"], model, state)
         assert self.layer_map is not None and self.start_num_layers is not None
-        target = self.config.resolve_target(self.layer_map.base_num_layers, self.layer_map.num_layers)
+        target = self.config.resolve_target(
+            self.layer_map.base_num_layers * (2 if self.config.unit == "sublayer" else 1), self._num_layers()
+        )
         self.plan = plan_drops(
             self.config,
             self.start_num_layers,
@@ -129,11 +131,11 @@ class TrimCallback(TrainerCallback, ExportableState):
         of_model = LayerMap.from_config(model.config, self.config.part)
         plain = attributes["layer_map"]
         if state.global_step == 0 or plain is None:
-            self.layer_map, self.start_num_layers = of_model, of_model.num_layers
+            self.layer_map, self.start_num_layers = of_model, of_model.num_units(self.config.unit)
             return
         of_checkpoint = LayerMap.from_dict(plain) if isinstance(plain, dict) else plain
-        if (of_checkpoint.part, of_checkpoint.kept_layers) != (of_model.part, of_model.kept_layers):
-            raise ValueError(wrong_depth(of_model.kept_layers, of_checkpoint.kept_layers))
+        if not of_checkpoint.keeps_the_same(of_model):
+            raise ValueError(wrong_depth(of_model, of_checkpoint))
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
         model.config.trim = self._plain_map()
 
@@ -154,9 +156,8 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def _check_plan(self, model: PreTrainedModel, target: int) -> None:
         """Refuse now what the guard would refuse at the first drop."""
-        depth = len(find_stack(model, self.config.part))
-        if depth > target:
-            plan_drop(model, [self.config.protect_first], part=self.config.part)
+        if self._num_layers() > target:
+            plan_drop(model, self._droppable(model)[:1], self.config.unit, part=self.config.part)
 
     def _check_best_model(self, args: TrainingArguments) -> None:
         """Refuse what would fail at the very end: the best checkpoint may be deeper than the model by then."""
@@ -199,7 +200,7 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def _drop_what_is_due(self, state: TrainerState, control: TrainerControl) -> None:
         assert self.layer_map is not None and self.start_num_layers is not None
-        dropped = self.start_num_layers - self.layer_map.num_layers
+        dropped = self.start_num_layers - self._num_layers()
         due = layers_due(self.plan, state.global_step, dropped)
         should_log = control.should_log
         for _ in range(due):
@@ -211,7 +212,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         assert self.trainer is not None and self._engine is not None and self._batches is not None
         assert self.layer_map is not None
         model = unwrapped(self.trainer)
-        depth = self.layer_map.num_layers
+        depth = self._num_layers()
         try:
             scores = score_layers(
                 model,
@@ -226,7 +227,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 progress=state.is_local_process_zero and not self.trainer.args.disable_tqdm,
                 part=self.config.part,
             )
-            position = least_important(scores, self.config.protect_first, self.config.protect_last)
+            position = least_important(scores, self._droppable(model))
             drop = plan_drop(
                 model,
                 [position],
@@ -241,10 +242,11 @@ class TrimCallback(TrainerCallback, ExportableState):
             raise
         self._engine.agree(torch.zeros(1))  # nobody failed: all of them drop
         self.layer_map = apply_drop(self._engine, drop)
-        (gone,) = self.layer_map.history[-1].dropped
+        record = self.layer_map.history[-1]
+        gone = f"{f'the {record.halves[0]} of ' if record.halves else ''}layer {record.dropped[0]}"
         parameters = get_model_param_count(model)
         logger.info(
-            f"Step {state.global_step}: dropped layer {gone} of {self.layer_map.base_num_layers} "
+            f"Step {state.global_step}: dropped {gone} of {self.layer_map.base_num_layers} "
             f"({self.config.importance} {scores[position]:.4f}); {depth - 1} layers, {parameters:,} parameters left."
         )
         self.trainer.log(
@@ -257,14 +259,21 @@ class TrimCallback(TrainerCallback, ExportableState):
         blocks = find_stack(unwrapped(self.trainer)).blocks
         self.layer_map = self._engine.edit(edit, lambda: list(blocks.parameters()))
 
+    def _num_layers(self) -> int:
+        """Depth now, in the unit."""
+        assert self.layer_map is not None
+        return self.layer_map.num_units(self.config.unit)
+
+    def _droppable(self, model: nn.Module) -> list[int]:
+        return droppable(model, self.config.unit, self.config.protect_first, self.config.protect_last, self.config.part)
+
     def _plain_map(self) -> dict[str, Any]:
         assert isinstance(self.layer_map, LayerMap)
         return self.layer_map.to_dict()
 
 
-def least_important(scores: torch.Tensor, protect_first: int, protect_last: int) -> int:
-    """Position of the lowest score outside the protected ends; of equal ones, the deepest."""
-    candidates = range(protect_first, len(scores) - protect_last)
+def least_important(scores: torch.Tensor, candidates: Sequence[int]) -> int:
+    """Position of the lowest score among the candidates; of equal ones, the deepest."""
     return min(candidates, key=lambda position: (scores[position].item(), -position))
 
 

@@ -26,7 +26,13 @@ class TrimConfig:
     target_ratio: float | None = field(
         default=None, metadata={"help": "Share of the base model's layers to keep, above 0 and below 1, e.g. 0.5."}
     )
-    unit: str = field(default="block", metadata={"help": "What is dropped at a time: 'block' (a whole layer)."})
+    unit: str = field(
+        default="block",
+        metadata={
+            "help": "What a layer is: 'block' (a whole layer of the model), or 'sublayer' (TrimLLM's: an attention or an "
+            "MLP with its residual, two a block). target_layers, target_ratio and layers_per_drop count them."
+        },
+    )
     part: str | None = field(
         default=None,
         metadata={"help": "Of an encoder-decoder (T5, BART), what to trim: 'decoder' (the default there) or 'encoder'."},
@@ -46,8 +52,8 @@ class TrimConfig:
         },
     )
     layers_per_drop: int = field(default=1, metadata={"help": "Layers dropped at a time, re-scored after each one of them."})
-    protect_first: int = field(default=1, metadata={"help": "Layers at the input side that are never dropped."})
-    protect_last: int = field(default=1, metadata={"help": "Layers at the output side that are never dropped."})
+    protect_first: int = field(default=1, metadata={"help": "Blocks at the input side that lose nothing."})
+    protect_last: int = field(default=1, metadata={"help": "Blocks at the output side that lose nothing."})
     calibration_size: int = field(
         default=64,
         metadata={"help": "Training examples set aside to score layers by. Never taken from the evaluation data."},
@@ -75,8 +81,8 @@ class TrimConfig:
             )
         if self.target_layers is not None:
             _at_least("target_layers", self.target_layers, 1)
-        if self.unit != "block":
-            raise ValueError(f"Expected unit='block', got {self.unit!r}. Other units cannot be trimmed yet.")
+        if self.unit not in ("block", "sublayer"):
+            raise ValueError(f"Expected unit='block' or 'sublayer', got {self.unit!r}.")
         if self.part not in (None, "decoder", "encoder"):
             raise ValueError(f"Expected part='decoder', 'encoder' or None, got {self.part!r}.")
         if self.drop_every not in ("auto", "once", "epoch"):
@@ -95,6 +101,8 @@ class TrimConfig:
     def resolve_target(self, base_num_layers: int, num_layers: int) -> int:
         """The number of layers to end with, for a model that has `num_layers` now and had `base_num_layers` once.
 
+        All are counted in the unit.
+
         Raises:
             ValueError: If the target is not below the depth, or would need a protected layer to go.
         """
@@ -105,7 +113,7 @@ class TrimConfig:
             assert self.target_ratio is not None  # __post_init__ saw to it
             target = max(1, math.floor(self.target_ratio * base_num_layers + 0.5))
             said = f"target_ratio={self.target_ratio} of {base_num_layers} layers, that is {target},"
-        protected = self.protect_first + self.protect_last
+        protected = (self.protect_first + self.protect_last) * (2 if self.unit == "sublayer" else 1)
         if target > num_layers or target >= base_num_layers:
             raise ValueError(
                 f"Expected a target below the model's depth, got {said} for a model of {num_layers} layers. Choose a "

@@ -91,7 +91,8 @@ def score_layers(
         model: A transformers model, unwrapped.
         batches: Dicts of model inputs, moved to the model's device here; with labels, where the score needs a loss.
         importance: Name of the score.
-        unit: "block".
+        unit: "block"; or "sublayer": a score for each attention and each MLP, in the order of `LayerMap.sublayers`
+            (attention, then MLP of each block; 2n for a base of n blocks).
         agree: Sums a tensor over all processes; None in one process.
         seed: For scores that draw. Global random state is left as it was.
         memory_gb: For a scan: memory for its candidates, in 10^9 bytes, beside that of a forward pass. None: half of
@@ -103,7 +104,7 @@ def score_layers(
         part: Of an encoder-decoder, whose layers to score: "decoder" or "encoder"; see `drop_layers`.
 
     Returns:
-        Scores of shape (layers,), float64 on the CPU, the same on every process. Higher = more important.
+        Scores of shape (layers,), or (sublayers,), float64 on the CPU, the same on every process. Higher = more important.
 
     Raises:
         ValueError: If the name is unknown, there is nothing to score on, or a score is not a number.
@@ -165,7 +166,7 @@ def _by_batch(
 ) -> Iterator[tuple[torch.Tensor, float]]:
     """The score's totals and count, batch after batch."""
     if name in _MEASURES:
-        return scan(model, batches, _MEASURES[name], settings)
+        return scan(model, batches, _MEASURES[name], settings, unit)
     function = get_importance(name)
     if not needs_data(name):
         return iter([function(model, [], unit)])

@@ -8,15 +8,14 @@ import torch
 from torch import nn
 
 from ..calibration import Batch
-from ..stack import find_stack
+from .sublayers import num_units
 
 
 def last(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
     """The deeper, the less important: the top layers go first ("Why Lift so Heavy?", arXiv 2402.11700)."""
-    depth = len(find_stack(model))
-    return torch.arange(depth, 0, -1, dtype=torch.float64), 1.0
+    return torch.arange(num_units(model, unit), 0, -1, dtype=torch.float64), 1.0
 
 
 def random(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
     """Uniform noise, by the seed of the scoring: the baseline that a score has to beat."""
-    return torch.rand(len(find_stack(model)), dtype=torch.float64), 1.0
+    return torch.rand(num_units(model, unit), dtype=torch.float64), 1.0

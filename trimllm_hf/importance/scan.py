@@ -16,6 +16,7 @@ from ..adapters import base_of
 from ..calibration import Batch, num_tokens
 from ..stack import find_stack
 from .agreement import Agree, least_and_most, on_any
+from .sublayers import num_units, outputs_without
 from .sweep import Sweep, can_sweep, free_bytes, skipped
 
 logger = logging.get_logger("transformers.trimllm_hf")
@@ -48,7 +49,7 @@ def sensitivity(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[
     Raises:
         ValueError: If a batch has no labels.
     """
-    totals, counts = zip(*scan(model, batches, token_loss, ScanSettings()), strict=True)
+    totals, counts = zip(*scan(model, batches, token_loss, ScanSettings(), unit), strict=True)
     return torch.stack(totals).sum(0), sum(counts)
 
 
@@ -59,19 +60,21 @@ def token_loss(model: nn.Module, output: Any, batch: Batch) -> tuple[float, floa
 
 
 def scan(
-    model: nn.Module, batches: Sequence[Batch], measure: Measure, settings: ScanSettings
+    model: nn.Module, batches: Sequence[Batch], measure: Measure, settings: ScanSettings, unit: str = "block"
 ) -> Iterator[tuple[torch.Tensor, float]]:
     """For each batch, a measure of the model's output without each layer, and its count.
 
     All processes have to take the same number of batches: each makes the same forward passes.
     """
     blocks = list(find_stack(model).blocks)
+    number = num_units(model, unit)
     scanner = _Scanner(model, blocks, batches, settings)
-    bar = logging.tqdm(total=len(blocks) * len(batches), desc="Layers scored", disable=not settings.progress)
+    bar = logging.tqdm(total=number * len(batches), desc="Layers scored", disable=not settings.progress)
     with bar, _plain_outputs(model):
         for batch in batches:
-            totals = torch.zeros(len(blocks), dtype=torch.float64)
-            for position, output in scanner.outputs(batch):
+            totals = torch.zeros(number, dtype=torch.float64)
+            outputs = scanner.outputs(batch) if unit == "block" else enumerate(outputs_without(model, batch))
+            for position, output in outputs:
                 totals[position], count = measure(model, output, batch)
                 bar.update()
             yield totals, count

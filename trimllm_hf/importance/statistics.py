@@ -18,6 +18,8 @@ def block_influence(model: nn.Module, batches: Sequence[Batch], unit: str) -> tu
 
     Input and output are caught with hooks: a model's last `hidden_states` is behind the final norm.
     """
+    if unit != "block":
+        raise ValueError(f"Expected unit='block' for the importance 'block_influence', got {unit!r}. Use 'sensitivity'.")
     stack = find_stack(model)
     blocks = stack.blocks
     totals = torch.zeros(len(blocks), dtype=torch.float64)

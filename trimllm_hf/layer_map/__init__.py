@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from .depth import PARTS, depth_name, num_hidden_layers, part_config, resolve_part
 from .plain import is_count, json_at, shown
-from .record import DropRecord, check_halves, check_layers
+from .record import DropRecord, check_halves, check_layers, check_positions
 
 __all__ = ["DropRecord", "LayerMap", "depth_name", "num_hidden_layers", "part_config", "resolve_part"]
 
@@ -111,13 +111,9 @@ class LayerMap:
     @property
     def missing_halves(self) -> tuple[tuple[int, str], ...]:
         """What kept layers lack: the layer's position in the model as it is now, and "attention" or "mlp"."""
+        halves = [(i, layer, half) for i, layer in enumerate(self.kept_layers) for half in HALVES]
         there = set(self.sublayers)
-        return tuple(
-            (position, half)
-            for position, layer in enumerate(self.kept_layers)
-            for half in HALVES
-            if (layer, half) not in there
-        )
+        return tuple((position, half) for position, layer, half in halves if (layer, half) not in there)
 
     def num_units(self, unit: str) -> int:
         """How many layers the model has, counted in a unit: blocks, or sublayers."""
@@ -149,16 +145,8 @@ class LayerMap:
         """
         if unit not in UNITS:
             raise ValueError(f"Expected unit 'block' or 'sublayer', got {unit!r}.")
-        layers, number = list(layers), self.num_units(unit)
-        if not layers:
-            raise ValueError(f"Expected at least one layer to drop, got none. The model has {number}.")
-        wrong = [layer for layer in layers if not is_count(layer) or layer >= number]
-        if wrong:
-            raise ValueError(f"Expected layers from 0 to {number - 1} (the model has {number} now), got {shown(wrong)}.")
-        if len(set(layers)) != len(layers):
-            raise ValueError(f"Expected each layer once, got {shown(layers)}.")
-        if len(layers) == number:
-            raise ValueError(f"Expected at least one layer to stay, got all {number} to drop.")
+        layers = list(layers)
+        check_positions(layers, self.num_units(unit))
         order = sorted(range(len(layers)), key=lambda i: layers[i])
         positions = [layers[i] for i in order]
         if unit == "sublayer":

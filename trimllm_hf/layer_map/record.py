@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -70,6 +71,23 @@ def check_layers(name: str, layers: Any, base_num_layers: int, least: int = 1) -
         raise ValueError(
             f"Expected {name} from 0 to {base_num_layers - 1} (the base has {base_num_layers} layers), got {shown(layers)}."
         )
+
+
+def check_positions(layers: Sequence[int], number: int) -> None:
+    """Refuse positions that cannot be dropped from a model with so many layers.
+
+    Raises:
+        ValueError: If one is out of range or named twice, or if none or all are named.
+    """
+    if not layers:
+        raise ValueError(f"Expected at least one layer to drop, got none. The model has {number}.")
+    wrong = [layer for layer in layers if not is_count(layer) or layer >= number]
+    if wrong:
+        raise ValueError(f"Expected layers from 0 to {number - 1} (the model has {number} now), got {shown(wrong)}.")
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"Expected each layer once, got {shown(layers)}.")
+    if len(layers) == number:
+        raise ValueError(f"Expected at least one layer to stay, got all {number} to drop.")
 
 
 def check_halves(kept: tuple[int, ...], attention: Any, mlp: Any, base_num_layers: int) -> None:

@@ -106,8 +106,9 @@ def model_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) ->
 
 
 def class_of(model_type: type[PreTrainedModel], whole: bool) -> type[PreTrainedModel]:
-    """The class of a model of the same architecture that has all halves, or lacks some."""
-    stock: type[PreTrainedModel] = getattr(model_type, "stock_class", model_type)
+    """The class of a model of the same architecture that has all halves, or lacks some; not yet a wrapper's."""
+    own = _own(model_type)
+    stock: type[PreTrainedModel] = getattr(own, "stock_class", own)
     config = stock.config_class
     assert config is not None
     return stock if whole else model_class(stock, config_class(config))
@@ -118,9 +119,14 @@ def update_classes(model: PreTrainedModel, whole: bool) -> None:
     config: Any = model.config
     stock: Any = getattr(type(config), "stock_class", type(config))
     config.__class__ = stock if whole else config_class(stock)
-    own = next(base for base in type(model).__mro__ if not base.__module__.startswith("torch."))  # below a wrapper's
+    own = _own(type(model))
     changed: Any = model
     changed.__class__ = _replaced(type(model), own, class_of(own, whole))
+
+
+def _own(found: type) -> Any:
+    """The class below those that a wrapper made."""
+    return next(base for base in found.__mro__ if not base.__module__.startswith("torch."))
 
 
 def _replaced(found: type, old: type, new: type) -> type:

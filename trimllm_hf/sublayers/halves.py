@@ -15,10 +15,8 @@ A block for which this does not hold is refused.
 
 from __future__ import annotations
 
-import copy
 import inspect
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -27,13 +25,13 @@ import torch
 from torch import nn
 
 from ..stack import find_sublayers
+from .hollow import Probe, depends, hollow, numbers, same, shape_of, within
 from .stand_in import Gives, StandIn
 
 Paths = Mapping[str, Gives]
 ROWS, TOKENS = 3, 2  # of the random hidden states; not 2 rows: a tuple of two must not be taken for them
 MAX_WIDTH = 1_000_000
 MAX_TRIES = 1000
-MAX_GLUE = 2**24  # a larger parameter of the glue stays without memory; a block that needs it is refused
 
 
 @dataclass(frozen=True)
@@ -80,22 +78,6 @@ class _NotSeparable(Exception):
     """Why a block cannot lose a half."""
 
 
-class _Probe(nn.Module):
-    """A small function in a half's place, with one parameter, by which it is known what depends on it."""
-
-    def __init__(self, gives: Gives, phase: float, detached: bool) -> None:
-        super().__init__()
-        self.gives, self.phase, self.detached = gives, phase, detached
-        self.weight = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
-        self.input: torch.Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.input = Gives(argument=0).hidden(args, kwargs)
-        seen = self.input.detach() if self.detached else self.input
-        result = self.gives.hidden(args, kwargs) + torch.sin(seen.roll(1, -1) * self.weight + self.phase)
-        return result if self.gives.rest is None else (result, *[None] * self.gives.rest)
-
-
 @dataclass
 class _Run:
     """One run of the glue: what came out, of what went in, and what each norm got."""
@@ -109,7 +91,7 @@ class _Run:
 
     def reached(self) -> set[str]:
         """The norms on which the output depends."""
-        return {name for name, parameters in self.norms.items() if _depends(self.output, parameters)}
+        return {name for name, parameters in self.norms.items() if depends(self.output, parameters)}
 
 
 class _Glue:
@@ -122,7 +104,7 @@ class _Glue:
         self.norms = [
             name
             for name, module in block.named_modules()
-            if name and any(True for _ in module.parameters(recurse=False)) and not _within(name, inside)
+            if name and any(True for _ in module.parameters(recurse=False)) and not within(name, inside)
         ]
         called = inspect.signature(block.forward).parameters.values()
         self.needed = {
@@ -159,14 +141,20 @@ class _Glue:
         for passed in ({}, norms):  # type: dict[str, Gives]
             for tried in _answers(len(names))[:MAX_TRIES]:
                 answers = dict(zip(names, tried, strict=True))
+                if any(gives.argument == 0 and not self._adds_its_input(name) for name, gives in answers.items()):
+                    continue
                 try:
                     run = self.run({**passed, **answers})
-                    if _same(run.output, run.input) and self._keeps_rows_apart(answers):
+                    if same(run.output, run.input) and self._keeps_rows_apart(answers):
                         return answers
                     why, ran = "that changes the hidden states when both are gone", True
                 except Exception as failure:  # a wrong form of answer shows in as many ways as there are blocks
                     why = why if ran else f"that does not run without them ({type(failure).__name__}: {failure})"
         raise _NotSeparable(why)
+
+    def _adds_its_input(self, name: str) -> bool:
+        """Whether a module may be a half with its residual inside: as in BERT, the norm is inside then, too."""
+        return any("norm" in type(module).__name__.lower() for module in self.block.get_submodule(name).modules())
 
     def _whole(self, dead: set[str], run: _Run) -> list[str]:
         """The same norms, or in place of some the part of the block that consists of them."""
@@ -182,13 +170,13 @@ class _Glue:
         return not seen[0].any() and not seen[2].any()
 
     def _is_norm(self, name: str) -> bool:
-        return all(len(_shape(p)) <= 1 for p in self.block.get_submodule(name).parameters(recurse=False))
+        return all(len(shape_of(p)) <= 1 for p in self.block.get_submodule(name).parameters(recurse=False))
 
     def _order(self, run: _Run) -> tuple[str, ...]:
         """The halves in the order in which the one feeds the other; () if neither does."""
         for first, second in (("attention", "mlp"), ("mlp", "attention")):
             fed = run.fed[second]
-            if fed is not None and _depends(fed, run.weights[first]):
+            if fed is not None and depends(fed, run.weights[first]):
                 return first, second
         return ()
 
@@ -208,11 +196,11 @@ class _Glue:
 
     def _behind(self, run: _Run, norm: str) -> list[str]:
         got = run.inputs.get(norm)
-        return [half for half in self.names if got is not None and _depends(got, run.weights[half])]
+        return [half for half in self.names if got is not None and depends(got, run.weights[half])]
 
     def _prove(self, attention: Paths, mlp: Paths, order: tuple[str, ...]) -> None:
         none = self.run({**attention, **mlp})
-        if not _same(none.output, none.input):
+        if not same(none.output, none.input):
             raise _NotSeparable("that changes the hidden states when both are gone")
         whole, only = self.run(), {"attention": self.run(mlp), "mlp": self.run(attention)}
         if order:
@@ -220,23 +208,23 @@ class _Glue:
             together = self.run(rest, hidden=only[order[0]].output.detach()).output
         else:
             together = sum((run.output - run.input for run in only.values()), whole.input)
-        if not _same(whole.output, together):
+        if not same(whole.output, together):
             raise _NotSeparable("that is neither one after the other nor the sum of both")
 
     def run(self, stand_ins: Paths | None = None, detached: bool = False, hidden: torch.Tensor | None = None) -> _Run:
         """Run the glue, with stand-ins for the modules named and probes for the rest of the halves."""
         inside: dict[str, nn.Module] = {name: StandIn(gives) for name, gives in (stand_ins or {}).items()}
         probes = {
-            half: {name: _Probe(self.gives[name], phase, detached) for name in names if name not in inside}
+            half: {name: Probe(self.gives[name], phase, detached) for name in names if name not in inside}
             for (half, names), phase in zip(self.names.items(), (0.3, 0.7), strict=True)
         }
         for made in probes.values():
             inside.update(made)
-        glue = _hollow(self.block, inside)
+        glue = hollow(self.block, inside)
         if hidden is None:
-            hidden = _numbers("", torch.Size((ROWS, TOKENS, self.width)))
+            hidden = numbers("", torch.Size((ROWS, TOKENS, self.width)))
         hidden = hidden.clone().requires_grad_()
-        norms = {name: glue.get_submodule(name) for name in self.norms if not _within(name, inside)}
+        norms = {name: glue.get_submodule(name) for name in self.norms if not within(name, inside)}
         inputs: dict[str, torch.Tensor] = {}
 
         def note(name: str) -> Any:
@@ -266,50 +254,3 @@ def _answers(number: int) -> list[tuple[Gives, ...]]:
     forms = product(product((None, 0, 1), (None, 1, 2)), repeat=number)
     found = [tuple(Gives(argument, rest) for argument, rest in form) for form in forms]
     return sorted(found, key=lambda form: [sum(g.argument is not None for g in form), sum(g.rest is not None for g in form)])
-
-
-def _hollow(block: nn.Module, inside: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of a block with random parameters, in which others stand for some of its modules."""
-    instead: dict[int, Any] = {id(block.get_submodule(name)): module for name, module in inside.items()}
-    for module in block.modules():
-        if hasattr(module, "config"):
-            instead[id(module.config)] = module.config
-    for path, module in block.named_modules():
-        if _within(path, inside):
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            instead[id(parameter)] = nn.Parameter(_random(f"{path}.{name}", parameter))
-        for name, buffer in module.named_buffers(recurse=False):
-            instead[id(buffer)] = _random(f"{path}.{name}", buffer)
-    return copy.deepcopy(block, instead).eval()
-
-
-def _within(name: str, modules: Iterable[str]) -> bool:
-    """Whether a module is one of these, or a part of one."""
-    return any(f"{name}.".startswith(f"{module}.") for module in modules)
-
-
-def _random(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    shape = _shape(tensor)
-    return torch.empty(shape, device="meta") if shape.numel() > MAX_GLUE else _numbers(name, shape)
-
-
-def _numbers(name: str, shape: torch.Size) -> torch.Tensor:
-    """Random numbers that are the same for a name in each run."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-
-def _shape(tensor: torch.Tensor) -> torch.Size:
-    """A parameter's shape; one that ZeRO-3 has cut says it elsewhere."""
-    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
-
-
-def _depends(tensor: torch.Tensor, parameters: list[nn.Parameter]) -> bool:
-    if not tensor.requires_grad or not parameters:
-        return False
-    return any(g is not None for g in torch.autograd.grad(tensor.sum(), parameters, retain_graph=True, allow_unused=True))
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-5)
