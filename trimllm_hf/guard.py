@@ -170,8 +170,9 @@ def rebuild(
     values: dict[str, Any],
     part: str | None = None,
     adapters: Mapping[str, Any] = MappingProxyType({}),
+    device: str | torch.device = "meta",
 ) -> nn.Module:
-    """The model and its adapters once `values` are set where the config holds the depth, on the meta device."""
+    """The model and its adapters once `values` are set where the config holds the depth; weights are new, or none."""
     config = copy.deepcopy(model.config)
     for name, value in values.items():
         setattr(part_config(config, part), name, value)
@@ -185,7 +186,7 @@ def rebuild(
         # classes that build a model without some halves have the architecture's own, which builds all
         config_class = getattr(type(config), "stock_class", type(config))
         config = config_class.from_dict(config.to_dict(), attn_implementation=attention)
-        with torch.device("meta"):
+        with torch.device(device):
             found: nn.Module = getattr(type(model), "stock_class", type(model))(config)
             return inject(found, adapters)
     finally:

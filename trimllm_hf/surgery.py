@@ -19,7 +19,7 @@ from .guard import Renumbering, compare, rebuild
 from .layer_map import HALVES, LayerMap
 from .stack import Stack, find_stack
 from .sublayers import Gives, StandIn, find_halves, keep_attentions, stored, update_classes
-from .sublayers.attentions import WITHOUT_CACHE, attentions_that_stay
+from .sublayers.attentions import WITHOUT_CACHE
 
 
 @dataclass(frozen=True)
@@ -139,27 +139,6 @@ def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block", pa
             would describe another model than the trimmed one. Nothing has changed then.
     """
     return plan_drop(model, layers, unit, part=part).apply()
-
-
-def droppable(
-    model: nn.Module, unit: str = "block", protect_first: int = 0, protect_last: int = 0, part: str | None = None
-) -> list[int]:
-    """The positions from which a layer may be chosen: those outside the protected ends.
-
-    Of sublayers also without the attentions from which the cache reads its length.
-    """
-    base: PreTrainedModel = base_of(model)
-    layer_map = LayerMap.from_config(base.config, part)
-    layers = layer_map.kept_layers
-    inside = layers[protect_first : len(layers) - protect_last]
-    if unit == "block":
-        return [layers.index(layer) for layer in inside]
-    stay = attentions_that_stay(find_stack(base, part), layers, range(len(layers)))
-    return [
-        position
-        for position, (layer, half) in enumerate(layer_map.sublayers)
-        if layer in inside and not (half == "attention" and layer in stay)
-    ]
 
 
 def _stand_ins(model: PreTrainedModel, stack: Stack, before: LayerMap, after: LayerMap, full: nn.Module) -> dict[str, Gives]:
