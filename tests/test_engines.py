@@ -15,7 +15,7 @@ from trimllm_hf.engines.local import LocalEngine
 
 
 def prepared(kind: DistributedType) -> SimpleNamespace:
-    return SimpleNamespace(distributed_type=kind, ddp_handler=None)
+    return SimpleNamespace(distributed_type=kind, ddp_handler=None, state=SimpleNamespace(fsdp_plugin=None))
 
 
 def test_one_process() -> None:

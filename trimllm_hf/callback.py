@@ -233,12 +233,11 @@ class TrimCallback(TrainerCallback, ExportableState):
         return due
 
     def _drop_what_is_due(self, state: TrainerState, control: TrainerControl) -> None:
-        assert self.trainer is not None
         should_log = control.should_log
-        for _ in range(self._due(state)):
+        due = self._due(state)
+        while due > 0:
             self._drop_one(state)
-            if self._budget is not None and self._budget.met(unwrapped(self.trainer)):
-                break
+            due = self._due(state) if self._rule is None else min(due - 1, self._due(state))
         control.should_log = should_log  # logging a drop clears it, and this step's loss would go unlogged
 
     def _drop_one(self, state: TrainerState) -> None:

@@ -10,30 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from .agreement import Together
 from .ddp import DDPEngine
 from .local import Leaving, LocalEngine
 
 T = TypeVar("T")
 
 
-class Engine(Protocol):
+class Engine(Together, Protocol):
     """What the callback needs of an engine."""
 
-    rank: int
-    world_size: int
-    sweeps: bool  # whether processes may call a block different numbers of times
     regrows: bool  # whether `edit` may bring in parameters that the optimizer does not have
-
-    def agree(self, total: torch.Tensor) -> torch.Tensor:
-        """The sum of `total` over all processes, the same on each of them; or the error of one that has failed."""
-
-    def fail(self, error: Exception) -> None:
-        """Tell the processes that are at, or on their way to, `agree` that this one has failed."""
 
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit`, which takes modules out of the unwrapped model, and mend optimizer and wrapper.
