@@ -66,6 +66,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.layer_map: LayerMap | None = None
         self.start_num_layers: int | None = None  # depth when this run began: the plan counts from it
         self.plan: Plan = {}
+        self.model_step: int | None = None  # the step that the model is of, if the run ended with an earlier one
         self.calibration_given = calibration_dataset is not None
         self.stop: dict[str, Any] = {}  # where the run stands with its stop rules
         self.budget: dict[str, Any] = {}
@@ -261,7 +262,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         """Give the model back the layers and weights with which it last passed, if it does not pass now."""
         passed = rule.passed_instead(trainer.state.global_step)
         if passed is not None:
-            model, (folder, layer_map) = unwrapped(trainer), passed
+            model, (folder, layer_map, self.model_step) = unwrapped(trainer), passed
             self.regrow(lambda: regrow_like(model, folder, layer_map))
             trainer.log({"trim/num_layers": self._num_layers(), "trim/parameters": get_model_param_count(model)})
 

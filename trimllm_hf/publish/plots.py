@@ -63,8 +63,8 @@ def curve_of(data: TrimCardData) -> Curve | None:
     for entry in log:
         if "trim/num_layers" in entry:
             depth = entry["trim/num_layers"]
-            if "trim/score" in entry:  # not where a stop rule gave layers back
-                scored.append((depth, entry["trim/score"]))
+        if "trim/score" in entry:  # layers that come back have none
+            scored.append((depth, entry["trim/score"]))
         if metric in entry:
             evaluated.append((depth, entry[metric]))
     if len({depth for depth, _ in evaluated}) > 1:
