@@ -62,7 +62,7 @@ class LayerChoice:
             model: The unwrapped model.
             step: Optimizer step, for the map's history.
             progress: Whether to show a bar.
-            count: How many layers go by these scores; `portions` says it.
+            count: How many layers go by these scores; `at_once` says it.
 
         Raises:
             ValueError: If the layers cannot be scored, or the guard refuses. Nothing has changed.
@@ -86,11 +86,9 @@ class LayerChoice:
         self.margin = chosen.margin
         return drop
 
-    def portions(self, count: int) -> list[int]:
-        """How many of `count` layers to drop by each scoring: one, unless they are chosen together."""
-        if self.config.rescore and not is_joint(self.config.importance):
-            return [1] * count
-        return [count]
+    def at_once(self, due: int) -> int:
+        """How many of the layers that are due to drop by one scoring: one, unless they are chosen together."""
+        return 1 if self.config.rescore and not is_joint(self.config.importance) else due
 
     def take_gradients(self, model: PreTrainedModel, step: int) -> None:
         """Score by the gradients that the parameters hold now, for a drop after the optimizer step `step`."""
