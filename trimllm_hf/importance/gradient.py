@@ -64,7 +64,7 @@ def refuse_no_gradient(together: Together) -> None:
     """
     if not together.free_backward:
         raise ValueError(
-            "Expected one process, DistributedDataParallel or FSDP2 for the importance 'taylor', got an engine that keeps "
+            "Expected one process, DDP or FSDP2 for the importance 'taylor', got an engine that keeps "
             "gradients to itself. Use another importance, like 'sensitivity' or 'block_influence'."
         )
 
