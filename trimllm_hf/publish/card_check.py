@@ -1,0 +1,74 @@
+"""Whether a model card's metadata are what the Hub takes and understands."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from .contents import CARD, Contents
+
+RELATIONS = ("adapter", "merge", "quantized", "finetune")
+PLACEHOLDER = "[More Information Needed]"  # of the Hub's own template
+
+
+def check_card(contents: Contents) -> ModelCard:
+    """The folder's card, once its metadata are found right and nothing in it waits to be filled in.
+
+    Raises:
+        ValueError: If there is no card, or it is wrong.
+    """
+    path = contents.folder / CARD
+    if CARD not in contents.sizes:
+        raise ValueError(
+            f"Expected a model card in {path}, got none. Render it (trimllm card {contents.folder}), or write one."
+        )
+    try:
+        card = ModelCard.load(path)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"Expected YAML metadata at the head of {path}, got: {error}. Render the card again.") from None
+    problems = _problems(card.data.to_dict())
+    if PLACEHOLDER in card.text:
+        problems.append(f"{PLACEHOLDER!r} in the text")
+    if problems:
+        raise ValueError(
+            f"Expected a finished card in {path}, got {'; '.join(problems)}. Mend it by hand, or render it again."
+        )
+    return card
+
+
+def _problems(data: dict[str, Any]) -> list[str]:
+    found = []
+    if not data:
+        return ["no metadata (the block between two lines of --- at its head)"]
+    if not data.get("library_name"):
+        found.append("no library_name (without 'transformers' the Hub shows no way to load it)")
+    for base in _as_list(data.get("base_model")):
+        if not _is_repo_id(base):
+            found.append(f"base_model {base!r}, which is no model id of the Hub (leave it out for a base of your own)")
+    relation = data.get("base_model_relation")
+    if relation is not None and relation not in RELATIONS:
+        found.append(f"base_model_relation {relation!r}, of which the Hub knows {', '.join(RELATIONS)}")
+    for name in ("tags", "datasets", "metrics"):
+        value = data.get(name)
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            found.append(f"{name} {value!r}, which is no list of texts")
+    return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _is_repo_id(value: Any) -> bool:
+    if not isinstance(value, str) or os.path.isabs(value) or value.startswith((".", "~")):
+        return False
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return False
+    return True
