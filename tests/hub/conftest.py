@@ -13,7 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from localhub import LocalHub
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from trimllm_hf import drop_layers
@@ -40,7 +42,8 @@ def environment(hub: LocalHub, home: Path, xet: bool = True, **more: str) -> dic
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     return {
         **inherited, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "0" if xet else "1", "PYTHONPATH": str(ROOT), "no_proxy": "127.0.0.1,localhost", **more,
+        "HF_HUB_DISABLE_XET": "0" if xet else "1", "PYTHONPATH": str(ROOT), "no_proxy": "127.0.0.1,localhost",
+        "HF_XET_CLIENT_RETRY_BASE_DELAY": "50ms", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2", **more,
     }  # fmt: skip
 
 
@@ -63,9 +66,12 @@ class Client:
         assert line, self.errors.read_text()
         return line
 
-    def call(self, name: str, **arguments: Any) -> SimpleNamespace:
+    def send(self, name: str, **arguments: Any) -> None:
         assert self.process.stdin is not None
         print(json.dumps({"name": name, "arguments": {"token": ALICE, **arguments}}), file=self.process.stdin, flush=True)
+
+    def call(self, name: str, **arguments: Any) -> SimpleNamespace:
+        self.send(name, **arguments)
         return SimpleNamespace(**json.loads(self.line()))
 
     def push(self, folder: Path, repo_id: str, **arguments: Any) -> SimpleNamespace:
@@ -142,5 +148,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished folder, to spoil."""
-    return Path(shutil.copytree(finished, tmp_path / "model"))
+    """A copy of the finished folder, to spoil; with other weights, since the Hub takes no bytes twice."""
+    copy = Path(shutil.copytree(finished, tmp_path / "model"))
+    for shard in copy.glob("model-*.safetensors"):
+        weights = {name: torch.randn_like(tensor) / 8 for name, tensor in load_file(shard).items()}
+        save_file(weights, shard, metadata={"format": "pt"})
+    return copy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def push_to_hub(
         repo_id: "user/model", or "model" under the token's own name. Made if it does not exist.
         private: Make a new repository private. With True, an existing public one is refused.
         revision: Branch to commit to, made from main if it does not exist; with `create_pr`, the branch to open the pull
-            request against. By default main.
+            request against. By default main. refs/pr/N adds to a pull request.
         create_pr: Open a pull request instead, also in a repository of someone else.
         token: By default that of `hf auth login` or HF_TOKEN.
         commit_message: By default the number of layers.
@@ -107,6 +108,11 @@ def push(
     validate_repo_id(repo_id)  # raises a ValueError
     if is_offline_mode():
         raise ValueError("Expected a network for a push, got offline mode. Unset HF_HUB_OFFLINE.")
+    to_pull = (revision or MAIN).startswith("refs/pr/")
+    if create_pr and to_pull:
+        raise ValueError(
+            f"Expected a branch to open a pull request against, got {revision}. Leave create_pr out to add to it."
+        )
     token = token or get_token()
     if not token:
         raise ValueError("Expected a token with write access, got none. Run hf auth login, or set HF_TOKEN.")
@@ -115,7 +121,7 @@ def push(
     card = check_card(contents)
     api = HfApi(token=token)
     with _nothing_sent(repo_id):
-        user, repo_id = _may_write(api, repo_id, create_pr)
+        user, repo_id = _may_write(api, repo_id, create_pr or to_pull)
         _validate(card)
         target = Target(api, repo_id, revision or MAIN, user if create_pr else None)
         parent = target.open(private)
@@ -128,7 +134,7 @@ def push(
         found = target.commit(contents, operations, parent, message)
     else:
         logger.warning(f"{repo_id} holds this folder already, at {found.oid}: no commit was made.")
-    name = None if create_pr or not tag else tag if isinstance(tag, str) else tag_name(layer_map)
+    name = None if create_pr or to_pull or not tag else tag if isinstance(tag, str) else tag_name(layer_map)
     if name is not None:
         _set_tag(api, repo_id, name, found.oid)
     return Push(repo_id, found, new, name, contents, layer_map)
@@ -141,7 +147,7 @@ def tag_name(layer_map: LayerMap) -> str | None:
     return f"trim-{layer_map.num_layers}of{layer_map.base_num_layers}"
 
 
-def _may_write(api: HfApi, repo_id: str, create_pr: bool) -> tuple[str, str]:
+def _may_write(api: HfApi, repo_id: str, by_pull: bool) -> tuple[str, str]:
     """The token's user, and the repository's whole name.
 
     Raises:
@@ -164,7 +170,7 @@ def _may_write(api: HfApi, repo_id: str, create_pr: bool) -> tuple[str, str]:
         repo_id = f"{user}/{repo_id}"
     owner = repo_id.split("/")[0]
     own = [user, *(org["name"] for org in me.get("orgs", []) if org.get("roleInOrg") != "read")]
-    if owner not in own and not create_pr:
+    if owner not in own and not by_pull:
         raise ValueError(
             f"Expected a name under {' or '.join(own)}, got {repo_id}, which is {owner}'s. Push to "
             f"{user}/{repo_id.split('/')[1]}, or open a pull request there with create_pr."
@@ -204,7 +210,7 @@ def _nothing_sent(repo_id: str) -> Iterator[None]:
     """Errors before the commit say that nothing was sent."""
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError | json.JSONDecodeError):
+            raise
         raise PushError(f"Nothing was sent to {repo_id}, which is as it was. {brief(error)}", landed=False) from error

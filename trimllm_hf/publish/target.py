@@ -96,55 +96,65 @@ class Target:
             *(CommitOperationAdd(name, contents.folder / name) for name in apart.changed),
         ]
 
-    def commit(
-        self,
-        contents: Contents,
-        operations: list[Operation],
-        parent: str,
-        message: str,
-    ) -> CommitInfo:
-        """Make the commit. After an error the repository is asked first whether it has it.
+    def commit(self, contents: Contents, operations: list[Operation], parent: str, message: str) -> CommitInfo:
+        """Upload, then make one commit. After an error the repository is asked first whether it has it.
 
         Raises:
             PushError: If it has not, or cannot be asked.
         """
+        pull = self.author is not None
+        additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
+        try:  # the client tries uploads again by itself
+            self.api.preupload_lfs_files(
+                self.repo_id, additions, revision=self.branch, create_pr=pull, free_memory=False
+            )  # fmt: skip
+        except Exception as error:
+            raise self._as_it_was(parent, error) from error
         for wait in (*WAITS, None):
             try:
                 made = self.api.create_commit(
-                    self.repo_id, operations, commit_message=message, revision=self.branch,
-                    create_pr=self.author is not None, parent_commit=parent,
+                    self.repo_id, operations, commit_message=message, revision=self.branch, create_pr=pull,
+                    parent_commit=parent,
                 )  # fmt: skip
             except Exception as error:
-                try:
-                    landed = self.holding(contents)
-                    head = head_of(self.api, self.repo_id, self.branch)
-                except Exception as second:
-                    raise PushError(
-                        f"Pushing to {self.repo_id} failed, and the Hub cannot be asked whether the commit landed. "
-                        f"{brief(error)} Then: {brief(second)} Push again: if it landed, no second commit is made.",
-                        landed=None,
-                    ) from error
-                if landed is not None:
-                    logger.warning(f"The commit landed, as {landed.oid}, though its answer was lost: {brief(error)}")
+                if (landed := self._landed_after(error, contents, parent)) is not None:
                     return landed
-                if head != parent:
-                    raise PushError(
-                        f"Nothing was committed to {self.repo_id}: someone else committed {head} meanwhile, which is not "
-                        f"this folder. Look at it, then push again. {brief(error)}",
-                        landed=False,
-                    ) from error
                 if wait is None or not transient(error):
-                    raise PushError(
-                        f"Nothing was committed to {self.repo_id}, which stands as it was, at {parent}. {brief(error)} "
-                        "Push again when that is mended; what was uploaded is not sent twice.",
-                        landed=False,
-                    ) from error
+                    raise self._as_it_was(parent, error) from error
                 logger.warning(f"Nothing has landed yet: {brief(error)} Trying again in {wait:g} s.")
                 time.sleep(wait)
             else:
                 self._look_at(contents, made)
                 return made
         raise AssertionError  # the last wait is None
+
+    def _landed_after(self, error: Exception, contents: Contents, parent: str) -> CommitInfo | None:
+        """The commit if it landed in spite of an error, None if the repository stands as it was."""
+        try:
+            found = self.holding(contents)
+            head = head_of(self.api, self.repo_id, self.branch)
+        except Exception as second:
+            raise PushError(
+                f"Pushing to {self.repo_id} failed, and the Hub cannot be asked whether the commit landed. {brief(error)} "
+                f"Then: {brief(second)} Push again: if it landed, no second commit is made.",
+                landed=None,
+            ) from error
+        if found is not None:
+            logger.warning(f"The commit landed, as {found.oid}, though its answer was lost: {brief(error)}")
+        elif head != parent and self.author is None:
+            raise PushError(
+                f"Nothing was committed to {self.repo_id}: someone else committed {head} meanwhile, which is not this "
+                f"folder. Look at it, then push again. {brief(error)}",
+                landed=False,
+            ) from error
+        return found
+
+    def _as_it_was(self, parent: str, error: Exception) -> PushError:
+        return PushError(
+            f"Nothing was committed to {self.repo_id}, which stands as it was, at {parent}. {brief(error)} Push again when "
+            "that is mended; what was uploaded is not sent twice.",
+            landed=False,
+        )
 
     def _look_at(self, contents: Contents, made: CommitInfo) -> None:
         """A .gitignore in the repository lets the client leave files out without an error."""
