@@ -8,6 +8,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .contents import CARD, Contents
@@ -31,7 +32,9 @@ def check_card(contents: Contents) -> ModelCard:
         card = ModelCard.load(path)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"Expected YAML metadata at the head of {path}, got: {error}. Render the card again.") from None
-    problems = _problems(card.data.to_dict())
+    # As written: the card's own data are mended already (a text for tags becomes a list of its letters).
+    block = REGEX_YAML_BLOCK.search(path.read_text(encoding="utf-8-sig"))
+    problems = _problems(yaml.safe_load(block[2]) or {} if block else {})
     if PLACEHOLDER in card.text:
         problems.append(f"{PLACEHOLDER!r} in the text")
     if problems:
