@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from trimllm_hf import drop_layers
-from trimllm_hf.publish import latency
-from trimllm_hf.publish.latency import measure_latency
-from trimllm_hf.publish.latency_report import LatencyReport, median_interval
-from trimllm_hf.publish.sizes import byte_bound, sizes_of
+from trimllm_hf.latency import measure as latency
+from trimllm_hf.latency.measure import measure_latency
+from trimllm_hf.latency.report import LatencyReport, median_interval
+from trimllm_hf.latency.sizes import byte_bound, sizes_of
 
 FAST = {"prompt_tokens": 6, "new_tokens": 4, "repeats": 6, "warmup": 1}
 

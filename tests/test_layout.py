@@ -22,16 +22,21 @@ FLOORS = {
     "calibration": 0,
     "engines": 0,
     "choice_accuracy": 0,
+    "adapters": 1,
     "stack": 1,
     "schedule": 1,
     "checkpoints": 1,
+    "stopping": 2,
     "depth_check": 2,
     "depth_config": 2,
     "guard": 2,
     "importance": 2,
+    "latency": 2,
     "surgery": 3,
+    "choice": 4,
     "auto": 4,
     "prepared": 4,
+    "budget": 4,
     "loading": 4,
     "callback": 5,
     "publish": 5,
@@ -109,7 +114,7 @@ def test_layout(check) -> None:
 
 
 def test_imports_without_the_optional_packages() -> None:
-    code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); import {PACKAGE}"
+    code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); from {PACKAGE} import *"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
 

@@ -1,23 +1,53 @@
-"""Drop the least important layers of a Hugging Face model while it is fine-tuned: TrimLLM for the Trainer."""
+"""Drop the least important layers of a Hugging Face model while it is fine-tuned: TrimLLM for the Trainer.
 
-from .auto import trim_like
-from .callback import TrimCallback
-from .config import TrimConfig
-from .importance import register_importance, score_layers
-from .layer_map import LayerMap
-from .loading import load_kept_layers, write_kept_layers
-from .prepared import drop_prepared_layers
-from .publish.latency import measure_latency
-from .publish.latency_report import LatencyReport
-from .surgery import drop_layers
-from .trainer import TrimTrainer, TrimTrainerMixin
+A name is imported when it is first used (PEP 562): `import trimllm_hf` alone loads neither torch nor the Trainer.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .auto import trim_like
+    from .callback import TrimCallback
+    from .config import TrimConfig
+    from .importance import register_importance, score_layers
+    from .latency.measure import measure_latency
+    from .latency.report import LatencyReport
+    from .layer_map import LayerMap
+    from .loading import load_kept_layers, write_kept_layers
+    from .prepared import drop_prepared_layers
+    from .publish.card import write_card
+    from .publish.card_data import TrimCardData
+    from .surgery import drop_layers
+    from .trainer import TrimTrainer, TrimTrainerMixin
 
 __version__ = "0.1.0.dev0"
+
+# The file of each public name; a test compares it with the imports above.
+_FILES = {
+    "LatencyReport": "latency.report",
+    "LayerMap": "layer_map",
+    "TrimCallback": "callback",
+    "TrimCardData": "publish.card_data",
+    "TrimConfig": "config",
+    "TrimTrainer": "trainer",
+    "TrimTrainerMixin": "trainer",
+    "drop_layers": "surgery",
+    "drop_prepared_layers": "prepared",
+    "load_kept_layers": "loading",
+    "measure_latency": "latency.measure",
+    "register_importance": "importance",
+    "score_layers": "importance",
+    "trim_like": "auto",
+    "write_card": "publish.card",
+    "write_kept_layers": "loading",
+}
 
 __all__ = [
     "LatencyReport",
     "LayerMap",
     "TrimCallback",
+    "TrimCardData",
     "TrimConfig",
     "TrimTrainer",
     "TrimTrainerMixin",
@@ -28,5 +58,18 @@ __all__ = [
     "register_importance",
     "score_layers",
     "trim_like",
+    "write_card",
     "write_kept_layers",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_FILES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -122,7 +122,7 @@ def _ascending_indices(value: Sequence[Any], depth: int) -> bool:
 def _sparse_mlps(config: PreTrainedConfig, depth: int, kept: Sequence[int]) -> dict[str, Any]:
     """`decoder_sparse_step` becomes 1, and `mlp_only_layers` lists the layers that the step had left without experts."""
     step, dense = getattr(config, "decoder_sparse_step", None), getattr(config, "mlp_only_layers", None)
-    if not isinstance(step, int) or not isinstance(dense, list | None) or step < 1:
+    if not isinstance(step, int) or not hasattr(config, "mlp_only_layers") or not isinstance(dense, list | None) or step < 1:
         return {}
     without = [new for new, old in enumerate(kept) if old in (dense or ()) or (old + 1) % step]
     return {"decoder_sparse_step": 1, "mlp_only_layers": without}

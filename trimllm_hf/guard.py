@@ -13,24 +13,46 @@ import inspect
 import re
 import textwrap
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isclose
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .adapters import inject
+from .layer_map import num_hidden_layers, part_config
 from .stack import Stack, find_stack
 
 WARNING = 30  # logging.WARNING
 Scalar = int | float | bool | str | None
-Renumbering = dict[tuple[str, str], tuple[Scalar, Scalar]]  # (module, attribute) -> (value now, value after)
+Changes = dict[tuple[str, str], tuple[Any, Any]]  # (module, attribute) -> (value now, value after)
+
+
+@dataclass(frozen=True)
+class Renumbering:
+    """What else changes when layers go.
+
+    Attributes:
+        attributes: The attributes of modules that number or count layers.
+        configs: The fields of modules' configs: some modules hold a config of their own, made from the model's.
+    """
+
+    attributes: Changes
+    configs: Changes
 
 
 def compare(
-    model: PreTrainedModel, stack: Stack, kept: Sequence[int], values: dict[str, Any], full: nn.Module
+    model: PreTrainedModel,
+    stack: Stack,
+    kept: Sequence[int],
+    values: dict[str, Any],
+    full: nn.Module,
+    adapters: Mapping[str, Any] = MappingProxyType({}),
 ) -> Renumbering:
     """Compare the model that the config describes with the one that the trimmed config would describe.
 
@@ -40,22 +62,25 @@ def compare(
         kept: Positions that stay.
         values: What changes in the config.
         full: The model that the config describes now, by `rebuild(model, {})`.
+        adapters: The configs of its adapters as they would be, by name.
 
     Returns:
-        The attributes that number or count layers, each with its value now and after.
+        What numbers or counts layers, each with its value now and after.
 
     Raises:
         ValueError: If anything else would differ between a layer that stays and the one that would be loaded for it.
     """
     try:
-        trimmed = rebuild(model, values)
+        trimmed = rebuild(model, values, stack.part, adapters)
     except Exception as error:  # a config that cannot be built shows it in as many ways as there are architectures
         raise ValueError(
             f"Expected {type(model).__name__} to be built from its trimmed config, got {type(error).__name__}: {error}. "
             "This architecture cannot say in its config that these layers are gone. Nothing was changed."
         ) from error
-    inner_name = find_stack(full).name
-    renumbering: Renumbering = {}
+    inner_name = find_stack(full, stack.part).name
+    attributes: Changes = {}
+    configs: Changes = {}
+    seen: set[int] = set()
     for name, (of_full, of_trimmed) in _pairs(full, trimmed, inner_name, kept).items():
         block = _block_number(name, inner_name)
         if of_full is None or of_trimmed is None or type(of_full) is not type(of_trimmed):
@@ -63,6 +88,8 @@ def compare(
         shapes = [_shapes(module) for module in (of_full, of_trimmed)]
         if shapes[0] != shapes[1]:
             _refuse(model, name, "other parameters", *shapes)
+        real_name = name.replace(inner_name, stack.name, 1) if block is not None else name
+        configs |= {(real_name, field): change for field, change in _config_changes(of_full, of_trimmed, seen).items()}
         before, after = _scalars(of_full), _scalars(of_trimmed)
         for attribute in sorted(before.keys() | after.keys()):
             old, new = before.get(attribute), after.get(attribute)
@@ -70,11 +97,24 @@ def compare(
                 continue
             if isinstance(old, bool) or not _is_place(attribute, old, new, block, kept, len(stack), of_full):
                 _refuse(model, f"{name}.{attribute}" if name else attribute, "another value", old, new)
-            renumbering[(name.replace(inner_name, stack.name, 1) if block is not None else name, attribute)] = (
-                old,
-                new,
-            )
-    return renumbering
+            attributes[(real_name, attribute)] = (old, new)
+    _keep_room_in_the_cache(model, full, trimmed, stack.part)
+    return Renumbering(attributes, configs)
+
+
+def _keep_room_in_the_cache(model: PreTrainedModel, full: nn.Module, trimmed: nn.Module, part: str | None) -> None:
+    """T5's decoder keeps its keys and values in a cache that `generate` makes as long as the *encoder* is deep."""
+    if part != "encoder" or not model.can_generate():
+        return
+    depth = num_hidden_layers(model.config, "decoder")
+    configs: list[Any] = [full.config, trimmed.config]
+    before, after = (getattr(c.get_text_config(decoder=True), "num_hidden_layers", depth) for c in configs)
+    if after < depth <= before:
+        raise ValueError(
+            f"Expected at least {depth} encoder layers to stay in {type(model).__name__}, as many as its decoder has, got "
+            f"{after}: transformers makes its decoder's cache as long as its encoder is deep, so it could not generate. "
+            "Drop layers of the decoder (part='decoder') instead. Nothing was changed."
+        )
 
 
 def _is_place(
@@ -125,11 +165,17 @@ def _in_forward(module: nn.Module, attribute: str) -> bool:
     return False
 
 
-def rebuild(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
-    """The model that the config describes once `values` are set in its text part, on the meta device."""
+def rebuild(
+    model: PreTrainedModel,
+    values: dict[str, Any],
+    part: str | None = None,
+    adapters: Mapping[str, Any] = MappingProxyType({}),
+    device: str | torch.device = "meta",
+) -> nn.Module:
+    """The model and its adapters once `values` are set where the config holds the depth; weights are new, or none."""
     config = copy.deepcopy(model.config)
     for name, value in values.items():
-        setattr(config.get_text_config(decoder=True), name, value)
+        setattr(part_config(config, part), name, value)
     # Through a dict and back, as a load from config.json would: derived values are derived again.
     verbosity = logging.get_verbosity()
     logging.set_verbosity(max(verbosity, WARNING))  # building a model tells its whole config at INFO
@@ -138,8 +184,8 @@ def rebuild(model: PreTrainedModel, values: dict[str, Any]) -> nn.Module:
         for name in config.sub_configs:
             attention[name] = getattr(getattr(config, name), "_attn_implementation", None)
         config = type(config).from_dict(config.to_dict(), attn_implementation=attention)
-        with torch.device("meta"):
-            return type(model)(config)
+        with torch.device(device):
+            return inject(type(model)(config), adapters)
     finally:
         logging.set_verbosity(verbosity)
 
@@ -185,6 +231,19 @@ def _scalars(module: nn.Module) -> dict[str, Any]:
         elif callable(value) and hasattr(value, "__qualname__"):
             found[name] = value.__qualname__
     return found
+
+
+def _config_changes(of_full: nn.Module, of_trimmed: nn.Module, seen: set[int]) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two modules' configs differ; of a config that many modules hold, told once."""
+    before, after = getattr(of_full, "config", None), getattr(of_trimmed, "config", None)
+    if not isinstance(before, PreTrainedConfig) or not isinstance(after, PreTrainedConfig) or id(before) in seen:
+        return {}
+    seen.add(id(before))
+    return {
+        field: (old, vars(after)[field])
+        for field, old in vars(before).items()
+        if not field.startswith("_") and not isinstance(old, PreTrainedConfig) and vars(after).get(field, old) != old
+    }
 
 
 def _kind(module: nn.Module | None) -> str:

@@ -46,7 +46,11 @@ class _Plan:
 
 
 def load_kept_layers(
-    base: str | Path, kept_layers: Sequence[int], auto_class: Any = None, **from_pretrained_kwargs: Any
+    base: str | Path,
+    kept_layers: Sequence[int],
+    auto_class: Any = None,
+    part: str | None = None,
+    **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
     """Load only some layers of a base model; of its files nothing else is read.
 
@@ -56,6 +60,7 @@ def load_kept_layers(
         kept_layers: The layers to keep, in the base's numbering.
         auto_class: The Auto class to load by, e.g. `AutoModelForSequenceClassification`; by default the class that the
             base's config names, else `AutoModelForCausalLM`.
+        part: Of an encoder-decoder, whose layers `kept_layers` are: "decoder" (the default there) or "encoder".
         **from_pretrained_kwargs: As for `from_pretrained`: `dtype`, `device_map`, `quantization_config`, `revision`, …
             Pickled weights are read only with `use_safetensors=False`.
 
@@ -67,7 +72,7 @@ def load_kept_layers(
             safetensors weights.
         OSError: If the base cannot be found.
     """
-    plan = _plan(base, kept_layers, auto_class, from_pretrained_kwargs)
+    plan = _plan(base, kept_layers, auto_class, part, from_pretrained_kwargs)
     arguments = {k: v for k, v in from_pretrained_kwargs.items() if k not in (*_HUB_ARGUMENTS, "use_safetensors")}
     state = {new: tensor for _, new, tensor in _kept_tensors(plan)}
     model: PreTrainedModel = plan.model_class.from_pretrained(None, config=plan.config, state_dict=state, **arguments)
@@ -77,7 +82,12 @@ def load_kept_layers(
 
 
 def write_kept_layers(
-    base: str | Path, kept_layers: Sequence[int], folder: str | Path, auto_class: Any = None, **hub_kwargs: Any
+    base: str | Path,
+    kept_layers: Sequence[int],
+    folder: str | Path,
+    auto_class: Any = None,
+    part: str | None = None,
+    **hub_kwargs: Any,
 ) -> LayerMap:
     """Write a trimmed checkpoint from a base's files, one file at a time: memory holds one file's kept tensors.
 
@@ -88,6 +98,7 @@ def write_kept_layers(
         kept_layers: The layers to keep, in the base's numbering.
         folder: Where to write; must be new or empty.
         auto_class: As for `load_kept_layers`.
+        part: As for `load_kept_layers`.
         **hub_kwargs: `revision`, `token`, `cache_dir`, …
 
     Returns:
@@ -99,7 +110,7 @@ def write_kept_layers(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"Expected a new or empty folder to write to, got {str(folder)!r}. Name another, or empty it.")
-    plan = _plan(base, kept_layers, auto_class, hub_kwargs)
+    plan = _plan(base, kept_layers, auto_class, part, hub_kwargs)
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -130,7 +141,9 @@ def write_kept_layers(
     return LayerMap.from_config(plan.config)
 
 
-def _plan(base: str | Path, kept_layers: Sequence[int], auto_class: Any, arguments: dict[str, Any]) -> _Plan:
+def _plan(
+    base: str | Path, kept_layers: Sequence[int], auto_class: Any, part: str | None, arguments: dict[str, Any]
+) -> _Plan:
     """Check everything on a model without memory, and find the tensors by the files' headers."""
     hub = _hub(arguments)
     trust = {name: arguments[name] for name in ("trust_remote_code",) if name in arguments}
@@ -141,7 +154,7 @@ def _plan(base: str | Path, kept_layers: Sequence[int], auto_class: Any, argumen
             model = named._from_config(config)
         else:
             model = (auto_class or AutoModelForCausalLM).from_config(config, **trust)
-    stack = find_stack(model)
+    stack = find_stack(model, part)
     depth = len(stack)
     LayerMap(depth, tuple(kept_layers))  # raises on what is no list of layers
     if getattr(config, "trim", None) is not None and LayerMap.from_config(config).unit != "block":
@@ -161,7 +174,7 @@ def _plan(base: str | Path, kept_layers: Sequence[int], auto_class: Any, argumen
                 renamed[file][name] = f"{prefix}{place[int(number)]}.{rest}"
     dropped = [layer for layer in range(depth) if layer not in place]
     if dropped:
-        drop_layers(model, dropped)
+        drop_layers(model, dropped, part=part)
     needed = {file: _download(base, file, arguments) for file in renamed if renamed[file]}
     return _Plan(type(model), model.config, needed, renamed)
 

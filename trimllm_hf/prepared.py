@@ -22,6 +22,7 @@ def drop_prepared_layers(
     layers: Sequence[int],
     unit: str = "block",
     step: int | None = None,
+    part: str | None = None,
 ) -> LayerMap:
     """Drop layers of a model while it trains, in place: call it after `optimizer.step()`, on every process.
 
@@ -34,6 +35,7 @@ def drop_prepared_layers(
         layers: Positions in the model as it is now, from 0; the same on every process.
         unit: "block", a whole layer.
         step: Optimizer step, for the map's history.
+        part: As for `drop_layers`.
 
     Returns:
         The kept-layer map, which also stands in the unwrapped model's `config.trim`.
@@ -42,7 +44,7 @@ def drop_prepared_layers(
         ValueError: If the engine, the optimizer, the architecture or the layers do not allow it. Nothing has changed.
     """
     engine = attach(accelerator, model, optimizer)
-    return apply_drop(engine, plan_drop(accelerator.unwrap_model(model), layers, unit, step=step))
+    return apply_drop(engine, plan_drop(accelerator.unwrap_model(model), layers, unit, step=step, part=part))
 
 
 def apply_drop(engine: Engine, drop: PlannedDrop) -> LayerMap:

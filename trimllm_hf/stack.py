@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .layer_map import depth_name, num_hidden_layers
+from .layer_map import depth_name, num_hidden_layers, part_config, resolve_part
 
 
 @dataclass(frozen=True)
@@ -21,24 +21,30 @@ class Stack:
         blocks: The `ModuleList` itself.
         config: The config that holds the depth: the model's own, or its text part.
         depth_name: The config's field that counts the blocks, "num_hidden_layers" in most.
+        part: Of an encoder-decoder, "decoder" or "encoder"; None in a model with one stack.
     """
 
     name: str
     blocks: nn.ModuleList
     config: PreTrainedConfig
     depth_name: str = "num_hidden_layers"
+    part: str | None = None
 
     def __len__(self) -> int:
         return len(self.blocks)
 
 
-def find_stack(model: nn.Module) -> Stack:
+def find_stack(model: nn.Module, part: str | None = None) -> Stack:
     """The stack of blocks that a model's config counts.
 
     It is the `ModuleList` of that length whose items are `GradientCheckpointingLayer`s or are named in the model's
     `_no_split_modules`: the two marks by which transformers itself knows a block. A few old architectures bear neither:
     there it is the only list of that length whose items are of one class. Of a multimodal model's lists it is the one in
-    the module that holds the text part's config.
+    the module that holds the text part's config, and of an encoder-decoder's the one below a module named after the part.
+
+    Args:
+        model: A transformers model, unwrapped.
+        part: Of an encoder-decoder, "decoder" or "encoder": by default the one that was trimmed, else the decoder.
 
     Raises:
         ValueError: If the model is no transformers model, or has no such list, or more than one.
@@ -49,18 +55,14 @@ def find_stack(model: nn.Module) -> Stack:
             f"Expected a transformers model (with a config), got {type(model).__name__}. Unwrap it first, or use "
             "drop_prepared_layers for a model that an Accelerator has prepared."
         )
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"Expected a model with one stack of blocks, got the encoder-decoder {type(model).__name__}, which cannot "
-            "be trimmed yet."
-        )
-    text_config = config.get_text_config(decoder=True)
-    depth = num_hidden_layers(config)
+    part = resolve_part(config, part)
+    text_config = part_config(config, part)
+    depth = num_hidden_layers(config, part)
     no_split = set(getattr(model, "_no_split_modules", None) or ())
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
+        if isinstance(module, nn.ModuleList) and len(module) == depth and part in (None, _part_of(name))
     ]
     found = [
         (name, module)
@@ -77,7 +79,13 @@ def find_stack(model: nn.Module) -> Stack:
             "trimmed, or its config does not describe it."
         )
     name, blocks = found[0]
-    return Stack(name, blocks, text_config, depth_name(config))
+    return Stack(name, blocks, text_config, depth_name(config, part), part)
+
+
+def _part_of(name: str) -> str | None:
+    """Of which part of an encoder-decoder a module is, by the first word in its path that says so."""
+    words = (re.fullmatch(r"(?:\w+_)?(encoder|decoder)", word) for word in name.split("."))
+    return next((word[1] for word in words if word), None)
 
 
 def _owner_config(model: nn.Module, name: str) -> type:

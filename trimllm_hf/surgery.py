@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .adapters import adapter_readings, adapters_of, base_of, mark
 from .depth_config import readings
 from .guard import Renumbering, compare, rebuild
 from .layer_map import LayerMap
@@ -24,7 +25,7 @@ class PlannedDrop:
     """A drop that has passed the guard. `apply` cannot fail halfway: it only deletes and assigns.
 
     Attributes:
-        model: The unwrapped model.
+        model: The unwrapped model, without PEFT's wrapper.
         layer_map: The map after the drop.
     """
 
@@ -34,6 +35,7 @@ class PlannedDrop:
     positions: frozenset[int]
     config_values: dict[str, Any]
     renumbering: Renumbering
+    adapters: dict[str, Any]  # the configs of its adapters as they will be
 
     @property
     def leaving(self) -> list[nn.Parameter]:
@@ -55,21 +57,28 @@ class PlannedDrop:
         for position in sorted(self.positions, reverse=True):
             del self.stack.blocks[position]
         modules = dict(self.model.named_modules())
-        for (name, attribute), (before, after) in self.renumbering.items():
+        for (name, field), (before, after) in self.renumbering.configs.items():
+            if getattr(modules[name].config, field, None) == before:
+                setattr(modules[name].config, field, after)
+        for (name, attribute), (before, after) in self.renumbering.attributes.items():
             now = getattr(modules[name], attribute, None)
             if (list(now) if isinstance(now, tuple) else now) == before:  # a value that the user changed stays
                 setattr(modules[name], attribute, after)
         self.model.config.trim = self.layer_map.to_dict()
+        for name, config in adapters_of(self.model).items():
+            vars(config).update(vars(self.adapters[name]))
+        mark(self.model, self.stack.name, self.layer_map)
         return self.layer_map
 
 
 def plan_drop(
-    model: PreTrainedModel,
+    model: nn.Module,
     layers: Sequence[int],
     unit: str = "block",
     step: int | None = None,
     importance: str | None = None,
     scores: Sequence[float] | None = None,
+    part: str | None = None,
 ) -> PlannedDrop:
     """Check a drop without changing anything; see `drop_layers`. `step`, `importance`, `scores` go into the history.
 
@@ -78,39 +87,47 @@ def plan_drop(
     """
     if unit != "block":
         raise ValueError(f"Expected unit='block', got {unit!r}. Other units cannot be dropped yet.")
-    stack = find_stack(model)
-    layer_map = LayerMap.from_config(model.config).drop(layers, step=step, importance=importance, scores=scores)
+    base: PreTrainedModel = base_of(model)
+    stack = find_stack(base, part)
+    adapters = adapters_of(base)
+    layer_map = LayerMap.from_config(base.config, part).drop(layers, step=step, importance=importance, scores=scores)
     kept = [position for position in range(len(stack)) if position not in set(layers)]
     _keep_an_attention(stack, kept)
     refusal: ValueError | None = None
-    full = rebuild(model, {})
+    full = rebuild(base, {}, stack.part, adapters)
+    inner_name = find_stack(full, stack.part).name
     for values in readings(stack.config, stack.depth_name, kept):
-        try:
-            renumbering = compare(model, stack, kept, values, full)
-        except ValueError as error:
-            refusal = refusal or error  # of the likeliest reading
-            continue
-        return PlannedDrop(model, layer_map, stack, frozenset(layers), values, renumbering)
+        for configs in adapter_readings(adapters, full, inner_name, kept):
+            try:
+                renumbering = compare(base, stack, kept, values, full, configs)
+            except ValueError as error:
+                refusal = refusal or error  # of the likeliest reading
+                continue
+            return PlannedDrop(base, layer_map, stack, frozenset(layers), values, renumbering, configs)
     assert refusal is not None
     raise refusal
 
 
-def drop_layers(model: PreTrainedModel, layers: Sequence[int], unit: str = "block") -> LayerMap:
+def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block", part: str | None = None) -> LayerMap:
     """Drop layers of an unwrapped model, in place.
 
     Args:
-        model: A transformers model that no engine has wrapped; for one that is, use `drop_prepared_layers`.
+        model: A transformers model, or one with adapters (PeftModel), that no engine has wrapped; for one that is, use
+            `drop_prepared_layers`.
         layers: Positions in the model as it is now, from 0.
         unit: "block", a whole layer.
+        part: Of an encoder-decoder (T5, BART), the stack to drop from: "decoder" or "encoder". By default the one that
+            was trimmed before, else the decoder.
 
     Returns:
         The kept-layer map, in the numbering of the base model. It also stands in `model.config.trim`.
 
     Raises:
         ValueError: If a layer is out of range, repeated, or all are named; if the architecture has no single stack of
-            blocks; or if the trimmed config would describe another model than the trimmed one. Nothing has changed then.
+            blocks; if its other part was trimmed before; or if the trimmed config would describe another model than the
+            trimmed one. Nothing has changed then.
     """
-    return plan_drop(model, layers, unit).apply()
+    return plan_drop(model, layers, unit, part=part).apply()
 
 
 _WITHOUT_CACHE = {"linear_attention", "conv", "moe", "recurrent", "mamba"}

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .depth import PARTS, depth_name, num_hidden_layers, part_config, resolve_part
+from .plain import is_count, is_list_of, shown
+
+__all__ = ["DropRecord", "LayerMap", "depth_name", "num_hidden_layers", "part_config", "resolve_part"]
+
 VERSION = 1
+MOST_LAYERS = 100_000  # a map from a hostile file must not fill the memory
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME, which takes seconds to import
+ADAPTER_MAP = "trim_map.json"  # beside an adapter, which has no config.json
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class LayerMap:
         base_num_layers: Depth of the base model.
         kept_layers: Kept layers, ascending; position in this tuple is the layer's number in the trimmed model.
         unit: What was dropped, "block".
+        part: Of an encoder-decoder, the stack that these layers are of: "decoder" or "encoder". The other is whole.
         base_model: Hub id or path of the base model, if known.
         base_revision: Commit of the base model, if known.
         history: The drops, oldest first.
@@ -48,26 +56,31 @@ class LayerMap:
     unit: str = "block"
     base_model: str | None = None
     base_revision: str | None = None
+    part: str | None = None
     history: tuple[DropRecord, ...] = ()
 
     def __post_init__(self) -> None:
-        if not _is_count(self.base_num_layers) or self.base_num_layers < 1:
+        if not is_count(self.base_num_layers) or self.base_num_layers < 1:
             raise ValueError(f"Expected base_num_layers of at least 1, got {self.base_num_layers!r}.")
+        if self.base_num_layers > MOST_LAYERS:
+            raise ValueError(f"Expected base_num_layers of at most {MOST_LAYERS}, got {shown(self.base_num_layers)}.")
         kept = self.kept_layers
-        if not isinstance(kept, tuple) or not kept or not all(_is_count(layer) for layer in kept):
-            raise ValueError(f"Expected kept_layers to be whole numbers, at least one, got {_shown(kept)}.")
+        if not isinstance(kept, tuple) or not kept or not all(is_count(layer) for layer in kept):
+            raise ValueError(f"Expected kept_layers to be whole numbers, at least one, got {shown(kept)}.")
         if any(a >= b for a, b in pairwise(kept)):
-            raise ValueError(f"Expected kept_layers in ascending order without repeats, got {_shown(kept)}.")
+            raise ValueError(f"Expected kept_layers in ascending order without repeats, got {shown(kept)}.")
         if kept[-1] >= self.base_num_layers:
             raise ValueError(
                 f"Expected kept_layers from 0 to {self.base_num_layers - 1} (the base has {self.base_num_layers} "
-                f"layers), got {_shown(kept)}."
+                f"layers), got {shown(kept)}."
             )
         if self.unit != "block":
             raise ValueError(f"Expected unit 'block', got {self.unit!r}. Install a newer trimllm_hf to read this map.")
+        if self.part is not None and self.part not in PARTS:
+            raise ValueError(f"Expected part 'decoder', 'encoder' or null, got {shown(self.part)}.")
         for name in ("base_model", "base_revision"):
             if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"Expected {name} to be text or null, got {_shown(getattr(self, name))}.")
+                raise ValueError(f"Expected {name} to be text or null, got {shown(getattr(self, name))}.")
 
     @property
     def num_layers(self) -> int:
@@ -101,14 +114,13 @@ class LayerMap:
         layers = list(layers)
         if not layers:
             raise ValueError(f"Expected at least one layer to drop, got none. The model has {self.num_layers}.")
-        wrong = [layer for layer in layers if not _is_count(layer) or layer >= self.num_layers]
+        wrong = [layer for layer in layers if not is_count(layer) or layer >= self.num_layers]
         if wrong:
             raise ValueError(
-                f"Expected layers from 0 to {self.num_layers - 1} (the model has {self.num_layers} now), got "
-                f"{_shown(wrong)}."
+                f"Expected layers from 0 to {self.num_layers - 1} (the model has {self.num_layers} now), got {shown(wrong)}."
             )
         if len(set(layers)) != len(layers):
-            raise ValueError(f"Expected each layer once, got {_shown(layers)}.")
+            raise ValueError(f"Expected each layer once, got {shown(layers)}.")
         if len(layers) == self.num_layers:
             raise ValueError(f"Expected at least one layer to stay, got all {self.num_layers} to drop.")
         order = sorted(range(len(layers)), key=lambda i: layers[i])
@@ -128,6 +140,11 @@ class LayerMap:
         Raises:
             ValueError: If `other` is of another base depth or keeps layers that this model no longer has.
         """
+        if other.part != self.part:
+            raise ValueError(
+                f"Expected a model whose map is of the part {other.part!r}, got one of the part {self.part!r}. Load the "
+                "full-depth base model instead."
+            )
         if other.base_num_layers != self.base_num_layers:
             raise ValueError(
                 f"Expected a base model of {other.base_num_layers} layers, got one of {self.base_num_layers}. Load the "
@@ -160,38 +177,49 @@ class LayerMap:
             ValueError: If it is damaged, contradicts itself, or was written by a newer version.
         """
         if not isinstance(plain, dict):
-            raise ValueError(f"Expected a kept-layer map (a dict), got {_shown(plain)}.")
+            raise ValueError(f"Expected a kept-layer map (a dict), got {shown(plain)}.")
         fields = dict(plain)
         version = fields.pop("version", None)
         if version != VERSION or isinstance(version, bool):
             raise ValueError(
-                f"Expected a kept-layer map of version {VERSION}, got {_shown(version)}. Install a newer trimllm_hf."
+                f"Expected a kept-layer map of version {VERSION}, got {shown(version)}. Install a newer trimllm_hf."
             )
         history = fields.pop("history", [])
         kept = fields.pop("kept_layers", None)
-        known = {"base_num_layers", "unit", "base_model", "base_revision"}
+        known = {"base_num_layers", "unit", "base_model", "base_revision", "part"}
         if not set(fields) <= known or "base_num_layers" not in fields:
-            raise ValueError(f"Expected the keys {sorted(known)}, got {_shown(sorted(map(str, fields)))}.")
+            raise ValueError(f"Expected the keys {sorted(known)}, got {shown(sorted(map(str, fields)))}.")
         if not isinstance(kept, list | tuple):
-            raise ValueError(f"Expected kept_layers to be a list, got {_shown(kept)}.")
+            raise ValueError(f"Expected kept_layers to be a list, got {shown(kept)}.")
         if not isinstance(history, list | tuple):
-            raise ValueError(f"Expected history to be a list, got {_shown(history)}.")
+            raise ValueError(f"Expected history to be a list, got {shown(history)}.")
         records = tuple(_record_from_dict(record) for record in history)
         return cls(kept_layers=tuple(kept), history=records, **fields)
 
     @classmethod
-    def from_config(cls, config: PreTrainedConfig) -> LayerMap:
+    def from_config(cls, config: PreTrainedConfig, part: str | None = None) -> LayerMap:
         """The map of a model by its config; an untrimmed model keeps all its layers.
 
+        Args:
+            config: The model's config.
+            part: Of an encoder-decoder, the stack: by default the one that was trimmed, else the decoder.
+
         Raises:
-            ValueError: If `config.trim` is damaged or does not fit the config's depth.
+            ValueError: If `config.trim` is damaged, does not fit the config's depth, or is of the other part.
         """
-        depth = num_hidden_layers(config)
+        part = resolve_part(config, part)
+        depth = num_hidden_layers(config, part)
         plain = getattr(config, "trim", None)
         if plain is None:
             name = getattr(config, "_name_or_path", "") or None
-            return cls(depth, tuple(range(depth)), base_model=name, base_revision=getattr(config, "_commit_hash", None))
+            revision = getattr(config, "_commit_hash", None)
+            return cls(depth, tuple(range(depth)), base_model=name, base_revision=revision, part=part)
         layer_map = cls.from_dict(plain)
+        if layer_map.part != part:
+            raise ValueError(
+                f"Expected the part {layer_map.part!r}, of which config.trim is, got {part!r}. A map is of one stack: of "
+                "an encoder-decoder either the decoder or the encoder is trimmed."
+            )
         if layer_map.num_layers != depth:
             raise ValueError(
                 f"Expected config.trim to keep as many layers as the config's depth of {depth}, got "
@@ -203,7 +231,7 @@ class LayerMap:
     def from_checkpoint(cls, folder: str | Path) -> LayerMap | None:
         """The map of a Trainer's checkpoint folder, or None where the folder says nothing of it.
 
-        trainer_state.json is asked first: a sharded checkpoint has no config.json.
+        trainer_state.json is asked first: a sharded checkpoint has no config.json. An adapter has a file of ours instead.
 
         Raises:
             ValueError: If the folder does not exist, or what it says is damaged or contradicts itself.
@@ -212,42 +240,17 @@ class LayerMap:
         if not folder.is_dir():
             raise ValueError(f"Expected a checkpoint folder, got {str(folder)!r}, which is not a folder.")
         of_state = _map_in(folder / TRAINER_STATE, "stateful_callbacks", "TrimCallback", "attributes", "layer_map")
-        of_config = _map_in(folder / "config.json", "trim")
-        if of_state is None or not (folder / "config.json").is_file():
+        name = "config.json" if (folder / "config.json").is_file() else ADAPTER_MAP
+        of_config = _map_in(folder / "config.json", "trim") if name == "config.json" else _map_in(folder / name)
+        if of_state is None or not (folder / name).is_file():
             return of_state or of_config
         kept_by_config = of_config.kept_layers if of_config else tuple(range(of_state.base_num_layers))
         if kept_by_config != of_state.kept_layers:
             raise ValueError(
-                f"Expected {folder} to agree with itself, got kept layers {list(kept_by_config)} by config.json and "
+                f"Expected {folder} to agree with itself, got kept layers {list(kept_by_config)} by {name} and "
                 f"{list(of_state.kept_layers)} by {TRAINER_STATE}. Use an earlier checkpoint."
             )
         return of_state
-
-
-def num_hidden_layers(config: PreTrainedConfig) -> int:
-    """Depth by a model's config (its text part, for a multimodal one).
-
-    Raises:
-        ValueError: If the config has no whole-number depth.
-    """
-    depth = getattr(config.get_text_config(decoder=True), depth_name(config), None)
-    if not _is_count(depth) or depth < 1:
-        raise ValueError(f"Expected a config with num_hidden_layers, got {type(config).__name__} with {_shown(depth)}.")
-    return depth
-
-
-def depth_name(config: PreTrainedConfig) -> str:
-    """The config's field for the depth. The decoder of an encoder-decoder's config, alone in a model, has its own."""
-    text_config = config.get_text_config(decoder=True)
-    mapped = text_config.attribute_map.get("num_hidden_layers")
-    if not config.is_encoder_decoder and (getattr(config, "is_decoder", False) or mapped == "encoder_layers"):
-        for name in ("decoder_layers", "num_decoder_layers"):
-            if hasattr(text_config, name):
-                return name
-    name = text_config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    if name not in vars(text_config) and "num_layers" in vars(text_config):
-        return "num_layers"  # LongCat: num_hidden_layers counts its attentions, two a block
-    return name
 
 
 def _map_in(file: Path, *path: str) -> LayerMap | None:
@@ -265,28 +268,14 @@ def _map_in(file: Path, *path: str) -> LayerMap | None:
 
 def _record_from_dict(plain: Any) -> DropRecord:
     if not isinstance(plain, dict) or not set(plain) <= {"dropped", "step", "importance", "scores"}:
-        raise ValueError(f"Expected a history entry of dropped, step, importance, scores, got {_shown(plain)}.")
+        raise ValueError(f"Expected a history entry of dropped, step, importance, scores, got {shown(plain)}.")
     dropped, step, scores = plain.get("dropped"), plain.get("step"), plain.get("scores")
-    if not _is_list_of(dropped, _is_count) or not (step is None or _is_count(step)):
-        raise ValueError(f"Expected whole numbers in a history entry, got {_shown(plain)}.")
-    if not (scores is None or _is_list_of(scores, lambda score: isinstance(score, int | float))):
-        raise ValueError(f"Expected numbers as a history entry's scores, got {_shown(plain)}.")
+    if not is_list_of(dropped, is_count) or not (step is None or is_count(step)):
+        raise ValueError(f"Expected whole numbers in a history entry, got {shown(plain)}.")
+    if not (scores is None or is_list_of(scores, lambda score: isinstance(score, int | float))):
+        raise ValueError(f"Expected numbers as a history entry's scores, got {shown(plain)}.")
     if not isinstance(plain.get("importance"), str | None):
-        raise ValueError(f"Expected text as a history entry's importance, got {_shown(plain)}.")
+        raise ValueError(f"Expected text as a history entry's importance, got {shown(plain)}.")
     return DropRecord(
         tuple(dropped), step, plain.get("importance"), None if scores is None else tuple(float(s) for s in scores)
     )
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_list_of(value: Any, test: Any) -> TypeGuard[list[Any]]:
-    return isinstance(value, list | tuple) and all(test(item) for item in value)
-
-
-def _shown(value: Any) -> str:
-    """A value for an error message, cut short: it may come from a hostile file."""
-    text = repr(list(value) if isinstance(value, Iterable) and not isinstance(value, str | dict) else value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -17,7 +17,7 @@ from torch.utils.benchmark.utils.timer import timer  # waits for the accelerator
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from ..stack import find_stack
-from .latency_report import LatencyReport, Run, Speedup, Spread, median_interval
+from .report import LatencyReport, Run, Speedup, Spread, median_interval
 from .sizes import byte_bound, evaluating, sizes_of
 
 

@@ -1,0 +1,196 @@
+"""Encoder-decoders: one stack is trimmed, the other stays whole, and the map says which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
+
+from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers, load_kept_layers, score_layers, trim_like
+from trimllm_hf.stack import find_stack
+
+SOURCE = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(0))
+TARGET = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def seq2seq(family: str = "bart") -> PreTrainedModel:
+    """A tiny encoder-decoder: an encoder of six blocks, a decoder of five."""
+    torch.manual_seed(0)
+    if family == "t5":
+        config: Any = T5Config(
+            vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=6, num_decoder_layers=5, num_heads=4,
+            decoder_start_token_id=0,
+        )  # fmt: skip
+        return T5ForConditionalGeneration(config).eval()
+    if family == "bert2bert":
+        sizes: Any = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+        encoder, decoder = BertConfig(num_hidden_layers=6, **sizes), BertConfig(num_hidden_layers=5, **sizes)
+        config = EncoderDecoderConfig.from_encoder_decoder_configs(
+            encoder, decoder, decoder_start_token_id=1, pad_token_id=0
+        )
+        return EncoderDecoderModel(config).eval()
+    config = BartConfig(
+        vocab_size=97, d_model=32, encoder_layers=6, decoder_layers=5, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, pad_token_id=1, forced_eos_token_id=None,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    with torch.no_grad():  # the default initialization makes layers that hardly change their input
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=SOURCE, labels=TARGET).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "depths"),
+    [
+        ("bart", "decoder", (6, 3)),
+        ("bart", "encoder", (4, 5)),
+        ("t5", "decoder", (6, 3)),
+        ("bert2bert", "decoder", (6, 3)),
+        ("bert2bert", "encoder", (4, 5)),
+    ],
+)
+def test_one_part_goes_and_the_other_stays(tmp_path: Path, family: str, part: str, depths: tuple[int, int]) -> None:
+    model = seq2seq(family)
+    base = seq2seq(family)
+    other = "encoder" if part == "decoder" else "decoder"
+    layer_map = drop_layers(model, [1, 3], part=part)
+    assert layer_map.part == part and layer_map.dropped_layers == (1, 3)
+    assert (len(find_stack(model, "encoder")), len(find_stack(model, "decoder"))) == depths
+    for mine, theirs in zip(find_stack(model, other).blocks, find_stack(base, other).blocks, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
+    model.save_pretrained(tmp_path)
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(logits(again), logits(model))
+    assert LayerMap.from_config(again.config) == layer_map
+    arguments: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert torch.equal(again.generate(SOURCE, **arguments), again.generate(SOURCE, use_cache=False, **arguments))
+
+
+def test_modules_with_a_config_of_their_own_follow() -> None:
+    model = seq2seq("t5")
+    drop_layers(model, [1, 3])
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (6, 3)
+    rebuilt = T5ForConditionalGeneration(T5Config(**{**model.config.to_dict(), "trim": None}))
+    for part in ("encoder", "decoder"):
+        mine, theirs = getattr(model, part).config, getattr(rebuilt, part).config
+        assert (mine.num_layers, mine.num_decoder_layers) == (theirs.num_layers, theirs.num_decoder_layers)
+
+
+def test_t5_keeps_its_first_block_and_an_encoder_as_deep_as_its_decoder() -> None:
+    model = seq2seq("t5")
+    with pytest.raises(ValueError, match="Nothing was changed"):
+        drop_layers(model, [0])  # it holds the relative positions of all
+    drop_layers(model, [2], part="encoder")
+    with pytest.raises(ValueError, match=r"at least 5 encoder layers .*cache"):
+        drop_layers(model, [2], part="encoder")
+    with pytest.raises(IndexError):  # what the refusal is for, in stock transformers; when it goes, so may the refusal
+        config = T5Config(**{**seq2seq("t5").config.to_dict(), "num_layers": 4})
+        T5ForConditionalGeneration(config).generate(SOURCE, max_new_tokens=3)
+
+
+def test_one_map_is_of_one_part() -> None:
+    model = seq2seq()
+    drop_layers(model, [1], part="encoder")
+    with pytest.raises(ValueError, match=r"part 'encoder'.*got 'decoder'"):
+        drop_layers(model, [1], part="decoder")
+    drop_layers(model, [1])  # the part that was trimmed before
+    assert LayerMap.from_config(model.config).kept_layers == (0, 3, 4, 5)
+
+
+@pytest.mark.parametrize(("part", "said"), [("decoder", "one stack of layers"), ("middle", "'decoder', 'encoder' or None")])
+def test_a_part_that_is_not_there_is_refused(part: str, said: str) -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match=said):
+        drop_layers(model, [1], part=part)
+    with pytest.raises(ValueError, match=said):
+        score_layers(model, [{"input_ids": SOURCE, "labels": SOURCE}], part=part)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("family", ["bart", "t5", "bert2bert"])
+def test_scores_are_of_the_part(family: str, part: str) -> None:
+    model = seq2seq(family)
+    batch = {"input_ids": SOURCE, "labels": TARGET}
+    blocks = find_stack(model, part).blocks
+    scores = score_layers(model, [batch], part=part)
+    assert len(scores) == len(blocks) and not hasattr(model.config, "trim")
+    for position, block in enumerate(blocks):
+
+        def skip(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        handle = block.register_forward_hook(skip, with_kwargs=True)
+        with torch.no_grad():
+            assert scores[position].item() == pytest.approx(model(**batch).loss.item(), abs=1e-5)
+        handle.remove()
+    influence = score_layers(model, [batch], "block_influence", part=part)
+    assert len(influence) == len(blocks) and (influence > 0).all()
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_training_and_resume(tmp_path: Path, part: str) -> None:
+    def trainer(model: PreTrainedModel, folder: str) -> TrimTrainer:
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / folder), max_steps=6, per_device_train_batch_size=4, save_steps=3, use_cpu=True,
+            report_to=[], disable_tqdm=True, seed=3, logging_strategy="no",
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(4)
+        data = [
+            {
+                "input_ids": torch.randint(3, 90, (9,), generator=generator),
+                "labels": torch.randint(3, 90, (6,), generator=generator),
+            }
+            for _ in range(40)
+        ]
+        trim = TrimConfig(target_layers=3, part=part, drop_every="2", calibration_size=4)
+        if part == "encoder":
+            trim = TrimConfig(target_layers=4, part=part, drop_every="2", calibration_size=4)
+        return TrimTrainer(model, arguments, train_dataset=data, trim=trim)
+
+    whole = trainer(seq2seq(), "whole")
+    whole.train()
+    assert len(find_stack(whole.model, part)) == {"encoder": 4, "decoder": 3}[part]
+    assert LayerMap.from_config(whole.model.config).part == part
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    resumed = trainer(seq2seq(), "resumed")
+    resumed.train(resume_from_checkpoint=checkpoint)
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    trimmed = seq2seq()
+    assert trim_like(trimmed, tmp_path / "whole" / "checkpoint-6").part == part
+    assert len(find_stack(trimmed, part)) == len(find_stack(whole.model, part))
+
+
+@pytest.mark.parametrize(("family", "part"), [("bart", "decoder"), ("bart", "encoder"), ("t5", "decoder")])
+def test_only_the_kept_layers_of_a_part_are_loaded(tmp_path: Path, family: str, part: str) -> None:
+    model = seq2seq(family)
+    model.save_pretrained(tmp_path)
+    kept = [layer for layer in range(len(find_stack(model, part))) if layer not in (1, 3)]
+    loaded = load_kept_layers(tmp_path, kept, AutoModelForSeq2SeqLM, part=part)
+    drop_layers(model, [1, 3], part=part)
+    assert torch.equal(logits(loaded), logits(model))
+    assert LayerMap.from_config(loaded.config).kept_layers == tuple(kept)

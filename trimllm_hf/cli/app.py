@@ -1,0 +1,68 @@
+"""The app, what every command answers with, and how it ends: 0 done, 1 refused or failed, 2 called wrongly.
+
+A command imports what is slow to import (torch, most of transformers) inside its function: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+
+
+_REFUSALS = (ValueError, OSError, HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError)
+
+
+class Refusing(TyperGroup):
+    """Ends a command that is refused, or that fails, with what was said and exit status 1 in place of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _REFUSALS as error:
+            Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/]", escape(str(error)))
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=Refusing,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+    help="Drop the least important layers of a Hugging Face model; look at, measure and publish what is left.",
+)
+
+
+@app.callback()
+def main() -> None:
+    """Keep `trimllm` a group of commands, however few there are."""
+
+
+def answer(plain: Any, as_json: bool, render: Callable[[], RenderableType | list[RenderableType]]) -> None:
+    """Print a command's answer on stdout: as JSON, or as `render` shows it to a person."""
+    if as_json:
+        typer.echo(json.dumps(plain, indent=2, ensure_ascii=False))
+        return
+    shown = render()
+    console = Console(highlight=False)
+    for part in shown if isinstance(shown, list) else [shown]:
+        console.print(part)
+
+
+def table(title: str | None, *columns: str, rows: list[tuple[Any, ...]]) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    made = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        made.add_row(*map(str, row))
+    return made
