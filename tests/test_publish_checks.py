@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -40,8 +41,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 def check(folder: Path) -> None:
     contents = contents_of(folder, {"the token": "a-token-of-some-length"})
-    check_model(contents)
-    check_card(contents)
+    check_card(contents, check_model(contents))
 
 
 def edit_json(file: Path, **changes: object) -> None:
@@ -172,6 +172,19 @@ def spoil_custom_code(folder: Path) -> None:
     edit_map(folder, kept_layers=[0, 2, 3])
 
 
+def spoil_report_of_other_layers(folder: Path) -> None:
+    (folder / "trim_report.json").write_text(json.dumps({"trimmed": {"map": {"kept_layers": [0, 1, 2, 3]}}}))
+
+
+def spoil_report_of_other_weights(folder: Path) -> None:
+    shard = next(folder.glob("model-00001*"))
+    digest = hashlib.sha256(shard.read_bytes()).hexdigest()
+    report = {"trimmed": {"sha256": {shard.name: digest, "config.json": "of an earlier version, which is no matter"}}}
+    (folder / "trim_report.json").write_text(json.dumps(report))
+    check(folder)
+    save_file({name: tensor + 1 for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+
+
 def spoil_no_card(folder: Path) -> None:
     (folder / "README.md").unlink()
 
@@ -215,6 +228,8 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "an unknown architecture": (spoil_unknown_architecture, "Expected a config that transformers reads"),
     "an unknown class": (spoil_unknown_class, r"got \['NotInTransformers'\]"),
     "code of its own": (spoil_custom_code, "the config's 3 layers, got none numbered 0 to 2"),
+    "a report of other layers": (spoil_report_of_other_layers, "measurements of others .* differs in the kept layers"),
+    "a report of other weights": (spoil_report_of_other_weights, "measurements of others .* differs in model-00001"),
     "no card": (spoil_no_card, "Expected a model card in .*README.md, got none"),
     "no metadata": (change_card("---\n", ""), "got no metadata"),
     "half a card": (change_card("tags: [pruned]\n---\n", "tags: [pru"), "got no metadata"),

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from .contents import CARD, Contents
+from ..layer_map import LayerMap
+from .card import REPORT
+from .contents import CARD, Contents, checksum, read_json
+from .folder import is_repo_id
 
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
 PLACEHOLDER = "[More Information Needed]"  # of the Hub's own template
 
 
-def check_card(contents: Contents) -> ModelCard:
+def check_card(contents: Contents, layer_map: LayerMap) -> ModelCard:
     """The folder's card, once its metadata are found right and nothing in it waits to be filled in.
 
     Raises:
@@ -41,7 +41,28 @@ def check_card(contents: Contents) -> ModelCard:
         raise ValueError(
             f"Expected a finished card in {path}, got {'; '.join(problems)}. Mend it by hand, or render it again."
         )
+    _check_report(contents, layer_map)
     return card
+
+
+def _check_report(contents: Contents, layer_map: LayerMap) -> None:
+    """The report that the card is rendered from must be of these weights, not of those of an earlier run."""
+    if REPORT not in contents.sizes:
+        return
+    report: Any = read_json(contents.folder / REPORT)
+    trimmed = (report.get("trimmed") if isinstance(report, dict) else None) or {}
+    kept = (trimmed.get("map") or {}).get("kept_layers", list(layer_map.kept_layers))
+    stale = [
+        name
+        for name, digest in (trimmed.get("sha256") or {}).items()
+        if name.endswith(".safetensors")
+        and (name not in contents.sizes or checksum(contents.folder / name, large=True) != digest)
+    ]
+    if stale or kept != list(layer_map.kept_layers):
+        raise ValueError(
+            f"Expected the card in {contents.folder} to tell of these weights, got measurements of others ({REPORT} differs "
+            f"in {stale[0] if stale else 'the kept layers'}). Render it again (trimllm card {contents.folder})."
+        )
 
 
 def _problems(data: dict[str, Any]) -> list[str]:
@@ -51,7 +72,7 @@ def _problems(data: dict[str, Any]) -> list[str]:
     if not data.get("library_name"):
         found.append("no library_name (without 'transformers' the Hub shows no way to load it)")
     for base in _as_list(data.get("base_model")):
-        if not _is_repo_id(base):
+        if not is_repo_id(base):
             found.append(f"base_model {base!r}, which is no model id of the Hub (leave it out for a base of your own)")
     relation = data.get("base_model_relation")
     if relation is not None and relation not in RELATIONS:
@@ -65,13 +86,3 @@ def _problems(data: dict[str, Any]) -> list[str]:
 
 def _as_list(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _is_repo_id(value: Any) -> bool:
-    if not isinstance(value, str) or os.path.isabs(value) or value.startswith((".", "~")):
-        return False
-    try:
-        validate_repo_id(value)
-    except HFValidationError:
-        return False
-    return True

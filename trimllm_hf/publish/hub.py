@@ -118,7 +118,7 @@ def push(
         raise ValueError("Expected a token with write access, got none. Run hf auth login, or set HF_TOKEN.")
     contents = contents_of(folder, {**secrets_of_environment(), "the token": token})
     layer_map = check_model(contents)
-    card = check_card(contents)
+    card = check_card(contents, layer_map)
     api = HfApi(token=token)
     with _nothing_sent(repo_id):
         user, repo_id = _may_write(api, repo_id, create_pr or to_pull)
@@ -141,10 +141,11 @@ def push(
 
 
 def tag_name(layer_map: LayerMap) -> str | None:
-    """The tag of a depth: trim-16of32. None for a model that keeps all its layers."""
+    """The tag of a depth: trim-16of32, trim-decoder-6of12 for a part. None for a model that keeps all its layers."""
     if layer_map.num_layers == layer_map.base_num_layers:
         return None
-    return f"trim-{layer_map.num_layers}of{layer_map.base_num_layers}"
+    part = f"{layer_map.part}-" if layer_map.part else ""
+    return f"trim-{part}{layer_map.num_layers}of{layer_map.base_num_layers}"
 
 
 def _may_write(api: HfApi, repo_id: str, by_pull: bool) -> tuple[str, str]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +13,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from transformers.utils import logging
+
+from .contents import checksum
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -99,19 +99,7 @@ def difference(folder: Path, files: Mapping[str, int], held: Mapping[str, RepoFi
 def _same(path: Path, size: int, held: RepoFile) -> bool:
     if size != held.size:
         return False
-    status = path.stat()
-    digest = _digest(path, held.lfs is not None, status.st_size, status.st_mtime_ns)
-    return digest == (held.blob_id if held.lfs is None else held.lfs.sha256)
-
-
-@cache
-def _digest(path: Path, large: bool, size: int, changed: int) -> str:
-    """Checksum of git of a small file, sha256 of a large one; once per state of the file."""
-    digest = hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % size)
-    with path.open("rb") as opened:
-        while piece := opened.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    return checksum(path, held.lfs is not None) == (held.blob_id if held.lfs is None else held.lfs.sha256)
 
 
 def files_at(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
