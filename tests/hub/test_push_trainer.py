@@ -27,6 +27,7 @@ def test_a_trainer_publishes(place: Place, tmp_path: Path, strategy: str) -> Non
     command = [sys.executable, Path(__file__).with_name("train.py"), tmp_path / "out", name, strategy]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert ("hub_token is part of the arguments" in done.stderr) == (strategy == "checkpoint")
     first, second = re.search(r"first: (\w+)", done.stdout), re.search(r"second: (\w+)", done.stdout)
     assert first and second and first[1] == second[1], done.stdout
     last, *earlier = hub.history(name)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo, HfApi
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from ..engines.host import finish_current_push
@@ -30,6 +31,11 @@ class PushHost(_Base):
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make the repository, as the Trainer does; tried again where the Hub is busy."""
+        if self.args.hub_token and self.args.hub_strategy != HubStrategy.END:
+            logger.warning(
+                "hub_token is part of the arguments, which the Trainer pickles and pushes at each save: whoever reads the "
+                "repository can read it. Give it by hf auth login or HF_TOKEN, or set hub_strategy='end'."
+            )
         retried(partial(super().init_hf_repo, *args, **kwargs), "Making the repository")
 
     def push_to_hub(  # type: ignore[override]  # the Trainer's promises a commit to every process, and gives it to one
