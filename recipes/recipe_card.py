@@ -55,12 +55,13 @@ def _fill(data: TrimCardData, rows: list[dict[str, Any]], recipe: Any, questions
         bounds = {kind: (row["loss"], row["half_width"]) for kind, row in of.items()}
         data.outside = [
             Quality(
-                metric="loss per token (lower is better)",
+                metric="loss",
                 **{kind: Score(loss, loss - half, loss + half) for kind, (loss, half) in bounds.items()},
                 dataset="/".join(Path(recipe.general_file).parts[-2:]),
                 split="its first pieces",
                 n=rows[0]["pieces"],
                 interval="95%, a piece being one observation",
+                note="Per token; lower is better",
             )
         ]
     data.not_for = ["As a source of advice: no answer of it was checked by anybody who knows the subject."]
