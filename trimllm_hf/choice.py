@@ -12,7 +12,10 @@ from transformers.utils import logging
 from .calibration import Batch, calibration_batches, draw, own_randomness
 from .config import TrimConfig
 from .engines import Engine
-from .importance import needs_data, score_layers
+from .importance import METRICS, Metric, from_compute_metrics, get_metric, is_joint, needs_data, score_layers
+from .importance.gradient import refuse_no_gradient, weights_times_gradients
+from .importance.order import Chosen, choose, choose_window
+from .layer_map import LayerMap
 from .stack import find_stack
 from .surgery import PlannedDrop, plan_drop
 
@@ -20,7 +23,7 @@ logger = logging.get_logger("transformers.trimllm_hf")
 
 
 class LayerChoice:
-    """Chooses the least important layer of the model as it is at that time.
+    """Chooses the least important layers of the model as it is at that time.
 
     Args:
         config: The settings.
@@ -30,11 +33,16 @@ class LayerChoice:
         dataset: The calibration examples; None: drawn from the training set.
 
     Raises:
-        ValueError: If there are no examples.
+        ValueError: If there are no examples, or there is no metric as the settings name it.
     """
 
     def __init__(self, config: TrimConfig, trainer: Trainer, engine: Engine, dataloader: Any, dataset: Any = None) -> None:
         self.config, self.engine = config, engine
+        if config.importance == "taylor":
+            refuse_no_gradient(engine)
+        self.metric = metric_of(config, trainer)
+        self.margin: float | None = None  # of the last drop: how much higher the score of the next candidate was
+        self._gradients: tuple[int, dict[int, float]] | None = None  # step, and each block's score by its gradients
         self.batches: list[Batch] = []
         self.stand_in: Batch | None = None  # for a process whose share of the calibration set is empty
         if not needs_data(config.importance):
@@ -47,51 +55,109 @@ class LayerChoice:
                 examples, collate, trainer.args.per_device_train_batch_size, columns, engine.rank, engine.world_size
             )
 
-    def next_drop(self, model: PreTrainedModel, step: int, progress: bool = False) -> PlannedDrop:
-        """Score the layers, and plan to drop the least important one; the same on every process, or an error on all.
+    def next_drop(self, model: PreTrainedModel, step: int, progress: bool = False, count: int = 1) -> PlannedDrop:
+        """Score the layers, and plan to drop the least important; the same on every process, or an error on all.
 
         Args:
             model: The unwrapped model.
             step: Optimizer step, for the map's history.
             progress: Whether to show a bar.
+            count: How many layers go by these scores; `at_once` says it.
 
         Raises:
             ValueError: If the layers cannot be scored, or the guard refuses. Nothing has changed.
         """
+        config = self.config
         try:
-            scores = score_layers(
-                model,
-                self.batches,
-                self.config.importance,
-                self.config.unit,
-                seed=self.config.calibration_seed + len(find_stack(model, self.config.part)),
-                memory_gb=self.config.scan_memory_gb,
-                together=self.engine,
-                stand_in=self.stand_in,
-                progress=progress,
-                part=self.config.part,
-            )
-            position = least_important(scores, self.config.protect_first, self.config.protect_last)
+            chosen = self._choose(model, step, progress, count)
             drop = plan_drop(
                 model,
-                [position],
-                self.config.unit,
+                chosen.positions,
+                config.unit,
                 step=step,
-                importance=self.config.importance,
-                scores=[scores[position].item()],
-                part=self.config.part,
+                importance=config.importance,
+                scores=chosen.scores,
+                part=config.part,
             )
         except Exception as error:  # one process must not drop, or wait, alone
             self.engine.fail(error)
             raise
         self.engine.agree(torch.zeros(1))  # nobody failed: all of them drop
+        self.margin = chosen.margin
         return drop
 
+    def at_once(self, due: int) -> int:
+        """How many of the layers that are due to drop by one scoring: one, unless they are chosen together."""
+        return 1 if self.config.rescore and not is_joint(self.config.importance) else due
 
-def least_important(scores: torch.Tensor, protect_first: int, protect_last: int) -> int:
-    """Position of the lowest score outside the protected ends; of equal ones, the deepest."""
-    candidates = range(protect_first, len(scores) - protect_last)
-    return min(candidates, key=lambda position: (scores[position].item(), -position))
+    def take_gradients(self, model: PreTrainedModel, step: int) -> None:
+        """Score by the gradients that the parameters hold now, for a drop after the optimizer step `step`."""
+        blocks = find_stack(model, self.config.part).blocks
+        shares = weights_times_gradients(model, self.config.unit)
+        self._gradients = step, {id(block): share for block, share in zip(blocks, shares.tolist(), strict=True)}
+
+    def _choose(self, model: PreTrainedModel, step: int, progress: bool, count: int) -> Chosen:
+        config = self.config
+        ends = config.protect_first, config.protect_last
+        scores = self._scores_by_training(model, step)
+        if scores is None:
+            scores = self._score(model, config.importance, progress, count)
+        if is_joint(config.importance):
+            return choose_window(scores, count, *ends)
+        breaker = config.tie_breaker
+        return choose(scores, count, *ends, None if breaker is None else lambda: self._score(model, breaker, progress))
+
+    def _score(self, model: PreTrainedModel, importance: str, progress: bool, window: int = 1) -> torch.Tensor:
+        return score_layers(
+            model,
+            self.batches,
+            importance,
+            self.config.unit,
+            metric=self.metric,
+            window=window,
+            seed=self.config.calibration_seed + len(find_stack(model, self.config.part)),
+            memory_gb=self.config.scan_memory_gb,
+            progress=progress,
+            part=self.config.part,
+            together=self.engine,
+            stand_in=self.stand_in,
+        )
+
+    def _scores_by_training(self, model: PreTrainedModel, step: int) -> torch.Tensor | None:
+        """The scores by the gradients of the step that was just made, if there are any that are numbers."""
+        if self._gradients is None or self._gradients[0] != step:
+            return None
+        shares = self._gradients[1]
+        blocks = find_stack(model, self.config.part).blocks
+        scores = self.engine.agree(torch.tensor([shares[id(block)] for block in blocks], dtype=torch.float64))
+        # in half precision a step may overflow, and is skipped
+        return scores if torch.isfinite(scores).all() and scores.any() else None
+
+
+def drop_log(layer_map: LayerMap, step: int, margin: float | None, parameters: int) -> tuple[str, dict[str, float]]:
+    """What to tell of the last drop, and to log: to a person, and to TensorBoard and its like."""
+    record, depth = layer_map.history[-1], layer_map.num_layers
+    score = max(record.scores or (float("nan"),))
+    layers = f"layer{'s' * (len(record.dropped) > 1)} {', '.join(map(str, record.dropped))}"
+    to_next = "no other candidate" if margin is None else f"margin to the next best {margin:.4g}"
+    line = (
+        f"Step {step}: dropped {layers} of {layer_map.base_num_layers} ({record.importance} {score:.4f}, {to_next}); "
+        f"{depth} layers, {parameters:,} parameters left."
+    )
+    logs = {"trim/num_layers": depth, "trim/parameters": parameters, "trim/score": score}
+    return line, logs if margin is None else {**logs, "trim/margin": margin}
+
+
+def metric_of(config: TrimConfig, trainer: Trainer) -> str | Metric:
+    """What a run's scan measures: a metric by its name, or a key of what the Trainer's `compute_metrics` returns.
+
+    Raises:
+        ValueError: If the Trainer has no `compute_metrics` for a name that is not known.
+    """
+    name, compute_metrics = config.scan_metric, trainer.compute_metrics
+    if name in METRICS or compute_metrics is None:
+        return get_metric(name)
+    return from_compute_metrics(name, compute_metrics, trainer.preprocess_logits_for_metrics, config.scan_greater_is_better)
 
 
 def _drawn(config: TrimConfig, dataset: Any) -> list[Any]:
