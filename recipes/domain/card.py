@@ -86,7 +86,7 @@ def fill(
     if "exact_match" in of["trimmed"]:
         note = "Greedily generated, as far as the longest choice; letter case and white space aside"
         shares = _shares(of, "exact_match", len(test))
-        data.quality.append(Quality(metric="exact match", **shares, n=len(test), **on_test, note=note))
+        data.quality.append(Quality(metric="exact_match", **shares, n=len(test), **on_test, note=note))
     data.outside = outside(of, recipe)
     data.not_for = list(domain.not_for)
     if recipe.demo:
@@ -106,7 +106,7 @@ def outside(of: Mapping[str, Mapping[str, Any]], recipe: DomainArguments) -> lis
     if "loss" in of["trimmed"]:
         found.append(
             Quality(
-                metric="loss per token (lower is better)",
+                metric="loss",
                 **{
                     kind: Score(row["loss"], row["loss"] - row["half_width"], row["loss"] + row["half_width"])
                     for kind, row in of.items()
@@ -115,6 +115,7 @@ def outside(of: Mapping[str, Mapping[str, Any]], recipe: DomainArguments) -> lis
                 split="its first pieces",
                 n=of["trimmed"]["pieces"],
                 interval="95%, a piece being one observation",
+                note="Per token; lower is better",
             )
         )
     return found
