@@ -29,10 +29,10 @@ def load_splits(recipe: DomainArguments, domain: Domain, encoder: Fits, seed: in
     """
     rows, sources = read_splits(recipe, domain)
     shapes = {split: shape_of(part, sources[split]) for split, part in rows.items()}
+    part_apart(rows, sources, shapes, recipe.drop_overlap)
     if "validation" not in rows and "train" in rows:
         rows["train"], rows["validation"] = hold_out(rows["train"], shapes["train"], seed)
         sources["validation"], shapes["validation"] = f"what was held out of {sources['train']}", shapes["train"]
-    part_apart(rows, sources, shapes, recipe.drop_overlap)
     asking = Asking(domain.asks, common_labels(rows, sources, shapes), recipe.max_choices)
     questions = {}
     for split, part in rows.items():
