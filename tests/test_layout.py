@@ -32,6 +32,7 @@ FLOORS = {
     "importance": 2,
     "latency": 2,
     "surgery": 3,
+    "sparse_update": 3,
     "auto": 4,
     "prepared": 4,
     "loading": 4,

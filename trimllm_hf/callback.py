@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -21,8 +21,8 @@ from .adapters import adapters_of, base_of, mark
 from .calibration import Batch, calibration_batches, draw, own_randomness
 from .config import TrimConfig
 from .depth_check import refuse_other_depths, wrong_depth
-from .engines import Engine, attach
-from .engines.host import find_trainer, unwrapped
+from .engines import Crew, Engine, attach
+from .engines.host import OptimizerHost, find_trainer, unwrapped
 from .importance import needs_data, score_layers
 from .layer_map import LayerMap
 from .prepared import apply_drop
@@ -65,6 +65,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.layer_map: LayerMap | None = None
         self.start_num_layers: int | None = None  # depth when this run began: the plan counts from it
         self.plan: Plan = {}
+        self.trained_layers: list[int] | None = None  # of the sparse update, in the base's numbering
         self.calibration_given = calibration_dataset is not None
         self._engine: Engine | None = None
         self._watched: weakref.ref[nn.Module] | None = None
@@ -79,6 +80,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "layer_map": None if self.layer_map is None else self._plain_map(),
                 "start_num_layers": self.start_num_layers,
                 "calibration_given": self.calibration_given,
+                "trained_layers": self.trained_layers,
                 "num_processes": 1 if self._engine is None else self._engine.world_size,
             },
         }
@@ -86,6 +88,11 @@ class TrimCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Watch the model, so that weights of another depth are refused instead of loaded by index."""
         needs_data(self.config.importance)  # raises on an unknown name
+        if self.config.trainable_ratio is not None and not isinstance(self.trainer, OptimizerHost):
+            raise ValueError(
+                f"Expected TrimTrainer (or TrimTrainerMixin) for trainable_ratio={self.config.trainable_ratio}, got a "
+                "TrimCallback in another Trainer: a callback comes too late, when the optimizer is made."
+            )
         if kwargs["model"] is not None:
             self._watch(kwargs["model"])
 
@@ -110,7 +117,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
         if self.plan:
             self._check_plan(model, target)
-            self._batches = self._calibration_batches(args, kwargs["train_dataloader"])
+            self._batches = self.calibration_batches(args, kwargs["train_dataloader"], self._engine)
         self._drop_what_is_due(state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -131,6 +138,12 @@ class TrimCallback(TrainerCallback, ExportableState):
         of_checkpoint = LayerMap.from_dict(plain) if isinstance(plain, dict) else plain
         if (of_checkpoint.part, of_checkpoint.kept_layers) != (of_model.part, of_model.kept_layers):
             raise ValueError(wrong_depth(of_model.kept_layers, of_checkpoint.kept_layers))
+        if attributes.get("trained_layers") and self.trained_layers is None:
+            layers = attributes["trained_layers"]
+            raise ValueError(
+                f"Expected the trainable_ratio of the run that is resumed, in which the layers {layers} train, got None. "
+                "Set it as it was."
+            )
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
         model.config.trim = self._plain_map()
 
@@ -155,11 +168,12 @@ class TrimCallback(TrainerCallback, ExportableState):
         if depth > target:
             plan_drop(model, [self.config.protect_first], part=self.config.part)
 
-    def _calibration_batches(self, args: TrainingArguments, dataloader: Any) -> list[Batch]:
+    def calibration_batches(self, args: TrainingArguments, dataloader: Any, crew: Crew) -> list[Batch]:
+        """This process's share of the calibration set, collated as for training."""
         if not needs_data(self.config.importance):
             return []
         examples = self.calibration_dataset
-        assert self.trainer is not None and self._engine is not None
+        assert self.trainer is not None
         if examples is None and self.calibration_given:
             raise ValueError(
                 "Expected the calibration_dataset that this run began with, got none: the Trainer made this callback "
@@ -181,7 +195,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         with own_randomness(self.config.calibration_seed):  # a collator may draw
             (self._stand_in,) = calibration_batches(examples[:1], collate, 1, columns)
             return calibration_batches(
-                examples, collate, args.per_device_train_batch_size, columns, self._engine.rank, self._engine.world_size
+                examples, collate, args.per_device_train_batch_size, columns, crew.rank, crew.world_size
             )
 
     def _drop_what_is_due(self, state: TrainerState, control: TrainerControl) -> None:
@@ -200,20 +214,9 @@ class TrimCallback(TrainerCallback, ExportableState):
         model = unwrapped(self.trainer)
         depth = self.layer_map.num_layers
         try:
-            scores = score_layers(
-                model,
-                self._batches,
-                self.config.importance,
-                self.config.unit,
-                agree=self._engine.agree,
-                seed=self.config.calibration_seed + depth,
-                memory_gb=self.config.scan_memory_gb,
-                sweep=self._engine.sweeps,
-                stand_in=self._stand_in,
-                progress=state.is_local_process_zero and not self.trainer.args.disable_tqdm,
-                part=self.config.part,
-            )
-            position = least_important(scores, self.config.protect_first, self.config.protect_last)
+            scores = self.score(model, self._batches, self._engine, self.config.calibration_seed + depth)
+            trained = [i for i, layer in enumerate(self.layer_map.kept_layers) if layer in (self.trained_layers or ())]
+            position = least_important(scores, self.config.protect_first, self.config.protect_last, trained)
             drop = plan_drop(
                 model,
                 [position],
@@ -238,6 +241,23 @@ class TrimCallback(TrainerCallback, ExportableState):
             {"trim/num_layers": depth - 1, "trim/parameters": parameters, "trim/score": scores[position].item()}
         )
 
+    def score(self, model: nn.Module, batches: list[Batch], crew: Crew, seed: int) -> torch.Tensor:
+        """Scores of the model's layers by the settings, the same on every process."""
+        assert self.trainer is not None
+        return score_layers(
+            model,
+            batches,
+            self.config.importance,
+            self.config.unit,
+            agree=crew.agree,
+            seed=seed,
+            memory_gb=self.config.scan_memory_gb,
+            sweep=crew.sweeps,
+            stand_in=self._stand_in,
+            progress=self.trainer.is_local_process_zero() and not self.trainer.args.disable_tqdm,
+            part=self.config.part,
+        )
+
     def regrow(self, edit: Callable[[], LayerMap]) -> None:
         """Run an edit that gives the model other layers, and take up the map that it returns."""
         assert self._engine is not None and self.trainer is not None
@@ -249,9 +269,10 @@ class TrimCallback(TrainerCallback, ExportableState):
         return self.layer_map.to_dict()
 
 
-def least_important(scores: torch.Tensor, protect_first: int, protect_last: int) -> int:
-    """Position of the lowest score outside the protected ends; of equal ones, the deepest."""
-    candidates = range(protect_first, len(scores) - protect_last)
+def least_important(scores: torch.Tensor, protect_first: int, protect_last: int, spared: Sequence[int] = ()) -> int:
+    """Position of the lowest score outside the protected ends; of equal ones, the deepest. Spared ones go last."""
+    unprotected = range(protect_first, len(scores) - protect_last)
+    candidates = [position for position in unprotected if position not in spared] or unprotected
     return min(candidates, key=lambda position: (scores[position].item(), -position))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -34,6 +35,21 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
         f"Expected a complete checkpoint in {str(output_dir)!r}, got {len(numbered)} unfinished ones. Train from the start "
         "(resume_from_checkpoint=False) or name a checkpoint elsewhere."
     )
+
+
+def callback_attributes(folder: str | Path) -> dict[str, Any]:
+    """What TrimCallback noted in a checkpoint; empty where the run had none.
+
+    Raises:
+        ValueError: If the checkpoint's state cannot be read.
+    """
+    try:
+        state = json.loads((Path(folder) / TRAINER_STATE).read_text(encoding="utf-8"))
+        saved = state.get("stateful_callbacks", {}).get("TrimCallback") or {}
+        attributes: dict[str, Any] = saved.get("attributes", {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"Expected a complete {TRAINER_STATE} in {folder}, got: {error}. Use another checkpoint.") from None
+    return attributes
 
 
 def unfinished(folder: Path) -> str | None:

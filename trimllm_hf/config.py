@@ -48,6 +48,22 @@ class TrimConfig:
     layers_per_drop: int = field(default=1, metadata={"help": "Layers dropped at a time, re-scored after each one of them."})
     protect_first: int = field(default=1, metadata={"help": "Layers at the input side that are never dropped."})
     protect_last: int = field(default=1, metadata={"help": "Layers at the output side that are never dropped."})
+    trainable_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "TrimLLM's sparse update: the share of the layers that train, above 0 and up to 1, to the nearest whole "
+            "number, at least one. The most important ones, chosen once before the first step; the others are frozen, and "
+            "dropped first. Default: all layers train. Needs TrimTrainer."
+        },
+    )
+    train_embeddings: bool = field(
+        default=False,
+        metadata={"help": "With trainable_ratio: whether the embeddings train, and a head that is tied to them."},
+    )
+    train_head: bool = field(
+        default=True,
+        metadata={"help": "With trainable_ratio: whether the head trains, with whatever else is outside of the layers."},
+    )
     calibration_size: int = field(
         default=64,
         metadata={"help": "Training examples set aside to score layers by. Never taken from the evaluation data."},
@@ -77,6 +93,11 @@ class TrimConfig:
             _at_least("target_layers", self.target_layers, 1)
         if self.unit != "block":
             raise ValueError(f"Expected unit='block', got {self.unit!r}. Other units cannot be trimmed yet.")
+        if self.trainable_ratio is not None and not 0 < self.trainable_ratio <= 1:
+            raise ValueError(
+                f"Expected trainable_ratio above 0 and up to 1, or None, got {self.trainable_ratio}. It is the share of the "
+                "layers that train: 0.25 trains a quarter of them."
+            )
         if self.part not in (None, "decoder", "encoder"):
             raise ValueError(f"Expected part='decoder', 'encoder' or None, got {self.part!r}.")
         if self.drop_every not in ("auto", "once", "epoch"):
@@ -117,6 +138,11 @@ class TrimConfig:
                 f"protect_last={self.protect_last}), got {said}. Raise the target or protect fewer layers."
             )
         return target
+
+    def resolve_trainable(self, num_layers: int) -> int:
+        """How many of `num_layers` layers train: `trainable_ratio` of them, to the nearest number (.5 up), at least one."""
+        ratio = 1.0 if self.trainable_ratio is None else self.trainable_ratio
+        return max(1, math.floor(ratio * num_layers + 0.5))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values."""

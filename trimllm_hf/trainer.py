@@ -10,11 +10,13 @@ from transformers.utils import logging
 from .auto import regrow_like, trim_like
 from .calibration import set_aside
 from .callback import TrimCallback
-from .checkpoints import last_complete_checkpoint
+from .checkpoints import callback_attributes, last_complete_checkpoint
 from .config import TrimConfig
-from .engines.host import BestModelHost, unwrapped
+from .engines import unprepared
+from .engines.host import BestModelHost, OptimizerHost, unwrapped
 from .importance import needs_data
 from .layer_map import LayerMap
+from .sparse_update import check_room, most_important, train_only
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -24,13 +26,14 @@ else:
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
-class TrimTrainerMixin(BestModelHost, _Base):
+class TrimTrainerMixin(BestModelHost, OptimizerHost, _Base):
     """Trimming for any subclass of Trainer: `class MyTrainer(TrimTrainerMixin, SFTTrainer): pass`.
 
     Over a plain Trainer with `TrimCallback` it adds: calibration examples are taken out of the training set;
     `train(resume_from_checkpoint=…)` of a Trainer made with the full-depth model gives the model the checkpoint's layers
     first, and passes over checkpoints that a kill left half written; `load_best_model_at_end` loads a best checkpoint of
-    another depth with the layers that belong to it.
+    another depth with the layers that belong to it; `trainable_ratio`, TrimLLM's sparse update, which has to be settled
+    before an optimizer is made.
 
     Args:
         trim: How far to trim, which layers, and when.
@@ -47,6 +50,12 @@ class TrimTrainerMixin(BestModelHost, _Base):
             raise ValueError(f"Expected trim=TrimConfig(…), got {trim!r}. For training without trimming use Trainer.")
         self._resume_from: str | None = None
         super().__init__(*args, **kwargs)
+        if trim.trainable_ratio is not None and self.optimizer is not None:
+            raise ValueError(
+                f"Expected the Trainer to make the optimizer, with trainable_ratio={trim.trainable_ratio}, got one that is "
+                "made already (optimizers=…). Freeze layers yourself and leave trainable_ratio out, or pass "
+                "optimizer_cls_and_kwargs."
+            )
         if any(isinstance(callback, TrimCallback) for callback in self.callback_handler.callbacks):
             raise ValueError("Expected one TrimCallback, got one in callbacks as well. TrimTrainer adds it: pass trim=.")
         if calibration_dataset is None and self.train_dataset is not None and needs_data(trim.importance):
@@ -82,10 +91,53 @@ class TrimTrainerMixin(BestModelHost, _Base):
             trim_like(model, self._resume_from)
         return model
 
+    def before_optimizer(self, dataloader: Any) -> None:
+        """Choose the blocks that train and freeze the others, if `trainable_ratio` is set; once for all of a run."""
+        callback = self._trim_callback
+        if callback.config.trainable_ratio is None:
+            return
+        model = unwrapped(self)
+        layer_map = LayerMap.from_config(model.config, callback.config.part)
+        if self._resume_from is not None:
+            callback.trained_layers = callback_attributes(self._resume_from).get("trained_layers")
+            if callback.trained_layers is None:
+                raise ValueError(
+                    f"Expected a checkpoint of a run with trainable_ratio, got {self._resume_from}, in which all layers "
+                    "train. Leave trainable_ratio out to resume it."
+                )
+        if callback.trained_layers is None:
+            callback.trained_layers = [layer_map.kept_layers[position] for position in self._choose(layer_map, dataloader)]
+        kept = list(layer_map.kept_layers)
+        train_only(model, [kept.index(layer) for layer in callback.trained_layers if layer in kept], callback.config)
+
+    def _choose(self, layer_map: LayerMap, dataloader: Any) -> list[int]:
+        callback, depth, model = self._trim_callback, layer_map.num_layers, unwrapped(self)
+        count = callback.config.resolve_trainable(depth)
+        target = callback.config.resolve_target(layer_map.base_num_layers, depth)
+        with unprepared(self.accelerator, model) as crew:
+            try:
+                batches = callback.calibration_batches(self.args, dataloader, crew)
+                scores = callback.score(model, batches, crew, callback.config.calibration_seed)
+            except Exception as error:
+                crew.fail(error)
+                raise
+        chosen = most_important(scores, count)
+        going = check_room(chosen, depth, target, callback.config)
+        late = f" {going} of them will go as well, last, to reach {target}." if going else ""
+        logger.info(
+            f"Training {count} of {depth} layers: {[layer_map.kept_layers[position] for position in chosen]}, by "
+            f"{callback.config.importance}.{late}"
+        )
+        return chosen
+
+    @property
+    def _trim_callback(self) -> TrimCallback:
+        return next(held for held in self.callback_handler.callbacks if isinstance(held, TrimCallback))
+
     def before_best_model(self, checkpoint: str) -> None:
         """Give the model the depth of the best checkpoint, which the Trainer is about to load."""
         best = LayerMap.from_checkpoint(checkpoint)
-        callback = next(held for held in self.callback_handler.callbacks if isinstance(held, TrimCallback))
+        callback = self._trim_callback
         if best is None or callback.layer_map is None or best.kept_layers == callback.layer_map.kept_layers:
             return
         logger.warning(

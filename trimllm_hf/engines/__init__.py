@@ -7,7 +7,8 @@ changes objects in place: every reference that a Trainer, an Accelerator or a us
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -15,14 +16,15 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from .agreement import Alone, Processes
 from .ddp import DDPEngine
 from .local import Leaving, LocalEngine
 
 T = TypeVar("T")
 
 
-class Engine(Protocol):
-    """What the callback needs of an engine."""
+class Crew(Protocol):
+    """The processes of a run, and what they agree on."""
 
     rank: int
     world_size: int
@@ -34,6 +36,10 @@ class Engine(Protocol):
     def fail(self, error: Exception) -> None:
         """Tell the processes that are at, or on their way to, `agree` that this one has failed."""
 
+
+class Engine(Crew, Protocol):
+    """What the callback needs of an engine."""
+
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit`, which takes modules out of the unwrapped model, and mend optimizer and wrapper.
 
@@ -41,6 +47,29 @@ class Engine(Protocol):
 
         Parameters that stay keep their optimizer state, bit by bit; those that went are held by nothing here.
         """
+
+
+@contextmanager
+def unprepared(accelerator: Accelerator, model: nn.Module) -> Iterator[Crew]:
+    """The processes of a run whose model no engine holds yet; within, forward passes of the model work.
+
+    They run where the model is: under FSDP2, and ZeRO-3 where the model was not made in shards, that is the CPU.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.NO:
+        yield Alone()
+        return
+    crew = Processes()
+    if kind != DistributedType.DEEPSPEED:
+        yield crew
+        return
+    from .deepspeed import gathered_by_module, is_sharded
+
+    crew.sweeps = not is_sharded(model)
+    if accelerator.state.deepspeed_plugin.zero_stage < 3:
+        model.to(accelerator.device)  # as DeepSpeed will
+    with gathered_by_module(model):
+        yield crew
 
 
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine:

@@ -8,6 +8,21 @@ import torch
 import torch.distributed as dist
 
 
+class Alone:
+    """A run of one process; see `engines.Engine`."""
+
+    rank = 0
+    world_size = 1
+    sweeps = True
+
+    def agree(self, total: torch.Tensor) -> torch.Tensor:
+        """One process agrees with itself."""
+        return total
+
+    def fail(self, error: Exception) -> None:
+        """There is nobody to tell."""
+
+
 class Processes:
     """The processes of a run; see `engines.Engine`."""
 

@@ -10,7 +10,8 @@ Each private name of DeepSpeed that is used here is checked by `tests/test_priva
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -122,6 +123,39 @@ def refuse_unsupported(engine: Any) -> None:
                 f"Expected plain ZeRO-1, 2 or 3, got {name} in the DeepSpeed config. Layers cannot be dropped under it: "
                 "use ZeRO-1, 2 or 3, with offload to the CPU if memory is short."
             )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model was made in shards (under ZeRO-3, by `from_pretrained` after the TrainingArguments)."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+@contextmanager
+def gathered_by_module(model: nn.Module) -> Iterator[None]:
+    """Let a model in shards run before it has an engine: each module gathers its own parameters for its own forward."""
+    from deepspeed.zero import GatheredParameters
+
+    held: dict[nn.Module, list[Any]] = {}
+
+    def gather(module: nn.Module, _: Any) -> None:
+        parameters = GatheredParameters(list(module.parameters(recurse=False)))
+        parameters.__enter__()
+        held.setdefault(module, []).append(parameters)
+
+    def release(module: nn.Module, *_: Any) -> None:
+        if held.get(module):
+            held[module].pop().__exit__(None, None, None)
+
+    handles = []
+    for module in model.modules() if is_sharded(model) else ():
+        if next(module.parameters(recurse=False), None) is not None:
+            handles.append(module.register_forward_pre_hook(gather, prepend=True))
+            handles.append(module.register_forward_hook(release, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def param_groups(zero: Any) -> list[list[nn.Parameter]]:
