@@ -71,12 +71,18 @@ def calibration_batches(
         world_size: Number of processes.
 
     Raises:
-        ValueError: If there is no example at all.
+        ValueError: If there is no example at all, or they have none of the columns.
     """
     if not examples:
         raise ValueError("Expected at least one calibration example, got none. Give a calibration set with examples.")
     share = list(examples[rank::world_size])
     if columns is not None:
+        for example in examples[:1]:  # the same on each process
+            if not set(columns) & set(example):
+                raise ValueError(
+                    f"Expected calibration examples processed like the training set, with its columns {list(columns)}, got "
+                    f"{list(example)}. Tokenize them as the training set is, or leave calibration_dataset out."
+                )
         share = [{name: example[name] for name in columns if name in example} for example in share]
     return [collate(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
 

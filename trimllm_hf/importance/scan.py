@@ -116,9 +116,10 @@ class _Scanner:
                     continue
                 outputs.close()  # gives the blocks their own forward back
             if not self.told:
+                name = type(base_of(self.model)).__name__
                 logger.warning_once(
-                    f"{type(self.model).__name__} cannot be run on several candidates at once: scoring them one by one, "
-                    "which takes about twice the time."
+                    f"{name} cannot be run on several candidates at once here: scoring them one by one, which takes about "
+                    "twice the time."
                 )
             for position in group:
                 yield position, self._without(position, batch)
