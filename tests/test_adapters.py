@@ -315,16 +315,21 @@ def check_refused(model: Any, said: str) -> None:
     assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_the_best_model_cannot_be_promised(tmp_path: Path) -> None:
-    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+@pytest.mark.parametrize(
+    ("of_args", "of_config"), [({"load_best_model_at_end": True}, {}), ({}, {"max_metric_drop": 0.1})], ids=["best", "stop"]
+)
+def test_going_back_to_a_deeper_model_cannot_be_promised(
+    of_args: dict[str, Any], of_config: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, **of_args}
     trainer = TrimTrainer(
         with_lora(),
-        arguments(tmp_path, load_best_model_at_end=True, **settings),
+        arguments(tmp_path, metric_for_best_model="loss", greater_is_better=False, **settings),
         train_dataset=tiny_texts(),
         eval_dataset=tiny_texts(8, seed=9),
-        trim=config(),
+        trim=config(**of_config),
     )
-    with pytest.raises(ValueError, match=r"load_best_model_at_end=False when a model with adapters is trimmed"):
+    with pytest.raises(ValueError, match=r"neither load_best_model_at_end nor max_metric_drop when a model with adapters"):
         trainer.train()
     assert trainer.model.config.num_hidden_layers == 6
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
-from itertools import islice
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -18,16 +16,19 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .adapters import adapters_of, base_of, mark
-from .calibration import Batch, calibration_batches, draw, own_randomness
+from .auto import regrow_like
+from .budget import Budget
+from .choice import LayerChoice
 from .config import TrimConfig
 from .depth_check import refuse_other_depths, wrong_depth
-from .engines import Crew, Engine, attach
+from .engines import Engine, attach
 from .engines.host import OptimizerHost, find_trainer, unwrapped
-from .importance import needs_data, score_layers
+from .importance import needs_data
 from .layer_map import LayerMap
 from .prepared import apply_drop
 from .schedule import Plan, layers_due, plan_drops
 from .stack import find_stack
+from .stopping import MetricRule
 from .surgery import plan_drop
 
 logger = logging.get_logger("transformers.trimllm_hf")  # below transformers' logger: its verbosity and handlers
@@ -66,11 +67,15 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.start_num_layers: int | None = None  # depth when this run began: the plan counts from it
         self.plan: Plan = {}
         self.trained_layers: list[int] | None = None  # of the sparse update, in the base's numbering
+        self.model_step: int | None = None  # the step that the model is of, if the run ended with an earlier one
         self.calibration_given = calibration_dataset is not None
+        self.stop: dict[str, Any] = {}  # where the run stands with its stop rules
+        self.budget: dict[str, Any] = {}
+        self._rule: MetricRule | None = None
+        self._budget: Budget | None = None
         self._engine: Engine | None = None
         self._watched: weakref.ref[nn.Module] | None = None
-        self._batches: list[Batch] | None = None
-        self._stand_in: Batch | None = None  # for a process whose share of the calibration set is empty
+        self._choice: LayerChoice | None = None
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json holds: the settings, the map, and where the run began."""
@@ -81,6 +86,8 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "start_num_layers": self.start_num_layers,
                 "calibration_given": self.calibration_given,
                 "trained_layers": self.trained_layers,
+                "stop": self._rule.state() if self._rule else self.stop,
+                "budget": self._budget.state() if self._budget else self.budget,
                 "num_processes": 1 if self._engine is None else self._engine.world_size,
             },
         }
@@ -105,7 +112,11 @@ class TrimCallback(TrainerCallback, ExportableState):
         saved = stateful.setdefault(type(self).__name__, self.state())  # a checkpoint may be from before this callback
         self._restore(saved["attributes"], model, state)
         assert self.layer_map is not None and self.start_num_layers is not None
-        target = self.config.resolve_target(self.layer_map.base_num_layers, self.layer_map.num_layers)
+        self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
+        target = self._least = self.config.resolve_target(self.layer_map.base_num_layers, self.layer_map.num_layers)
+        if self.config.has_budget:
+            self._budget = Budget(self.config, self._engine, args, self.budget)
+            target = self._budget.target(model, self._least)
         self.plan = plan_drops(
             self.config,
             self.start_num_layers,
@@ -114,19 +125,50 @@ class TrimCallback(TrainerCallback, ExportableState):
             _steps_per_epoch(args, kwargs["train_dataloader"]),
         )
         self._take_adapters(base_of(model), args)
-        self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
+        if self.config.max_metric_drop is not None:
+            self._rule = MetricRule(self.config, trainer, self._engine, self.plan, self.stop)
         if self.plan:
             self._check_plan(model, target)
-            self._batches = self.calibration_batches(args, kwargs["train_dataloader"], self._engine)
-        self._drop_what_is_due(state, control)
+            self._check_best_model(args)
+            self._refuse_lost_calibration_set()
+            self._choice = LayerChoice(
+                self.config, trainer, self._engine, kwargs["train_dataloader"], self.calibration_dataset
+            )
+        if self._rule is None or self._rule.allows(state.global_step):
+            self._drop_what_is_due(state, control)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Drop what an evaluation after the step before has allowed."""
+        if self._rule is not None and self._rule.allows(state.global_step):
+            self._drop_what_is_due(state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Drop what is due after this optimizer step."""
-        self._drop_what_is_due(state, control)
+        """Drop what is due after this optimizer step; under a stop rule on a metric, have the model evaluated first."""
+        if self._rule is None:
+            self._drop_what_is_due(state, control)
+        elif self._rule.must_evaluate(state.global_step, self._due(state)):
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Judge the model by the metric, where there is a stop rule on it."""
+        if self._rule is not None and self._engine is not None:  # not after training
+            assert self.layer_map is not None
+            self._rule.evaluated(kwargs["metrics"], state.global_step, self.layer_map, self._due(state) > 0)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remove models that no checkpoint has to go back to."""
+        if self._rule is not None:
+            self._rule.tidy()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let go of the calibration batches and of the engine's references."""
-        self._batches = self._engine = None
+        """Let go of the calibration batches and of the engine's references; what is saved from here is a whole model."""
+        if self._engine is not None and self.trainer is not None:
+            if self._rule is not None:
+                self._end_with_what_passed(self._rule, self.trainer)
+            if self._budget is not None:
+                self._budget.report(unwrapped(self.trainer))
+            self._engine.save_whole()
+        self._choice = self._engine = None
 
     def _restore(self, attributes: dict[str, Any], model: PreTrainedModel, state: TrainerState) -> None:
         """Take up the run that the checkpoint holds; a run that starts now begins with the model's own map."""
@@ -134,6 +176,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         plain = attributes["layer_map"]
         if state.global_step == 0 or plain is None:
             self.layer_map, self.start_num_layers = of_model, of_model.num_layers
+            self.stop, self.budget = {}, {}
             return
         of_checkpoint = LayerMap.from_dict(plain) if isinstance(plain, dict) else plain
         if (of_checkpoint.part, of_checkpoint.kept_layers) != (of_model.part, of_model.kept_layers):
@@ -145,15 +188,17 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "Set it as it was."
             )
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
+        self.stop, self.budget = attributes.get("stop", {}), attributes.get("budget", {})
         model.config.trim = self._plain_map()
 
     def _take_adapters(self, base: PreTrainedModel, args: TrainingArguments) -> None:
         assert self.layer_map is not None
-        if adapters_of(base) and args.load_best_model_at_end and (self.plan or self.layer_map.dropped_layers):
+        deeper = args.load_best_model_at_end or self.config.max_metric_drop is not None
+        if adapters_of(base) and deeper and (self.plan or self.layer_map.dropped_layers):
             raise ValueError(
-                "Expected load_best_model_at_end=False when a model with adapters is trimmed, got True: a checkpoint holds "
-                "the adapter only, and the best one may need layers of the base that are gone by then. Load it yourself: "
-                "trim_like(base, checkpoint) on the full-depth base, then PeftModel.from_pretrained(base, checkpoint)."
+                "Expected neither load_best_model_at_end nor max_metric_drop when a model with adapters is trimmed: to go "
+                "back it would need layers of the base that are gone by then, and a checkpoint holds the adapter only. Load "
+                "one yourself: trim_like(base, checkpoint), then PeftModel.from_pretrained(base, checkpoint)."
             )
         mark(base, find_stack(base, self.config.part).name, self.layer_map)
 
@@ -168,112 +213,84 @@ class TrimCallback(TrainerCallback, ExportableState):
         if depth > target:
             plan_drop(model, [self.config.protect_first], part=self.config.part)
 
-    def calibration_batches(self, args: TrainingArguments, dataloader: Any, crew: Crew) -> list[Batch]:
-        """This process's share of the calibration set, collated as for training."""
-        if not needs_data(self.config.importance):
-            return []
-        examples = self.calibration_dataset
-        assert self.trainer is not None
-        if examples is None and self.calibration_given:
+    def _check_best_model(self, args: TrainingArguments) -> None:
+        """Refuse what would fail at the very end: the best checkpoint may be deeper than the model by then."""
+        assert self._engine is not None
+        if args.load_best_model_at_end and max(self.plan) > 0 and not self._engine.regrows:
+            raise ValueError(
+                "Expected load_best_model_at_end=False, got True: where the engine cuts parameters into shards, a best "
+                "checkpoint from before a drop could not be loaded into the smaller model. Drop everything at the start "
+                "(drop_every='once'), or set it to False and choose among the checkpoints: each is a complete model."
+            )
+
+    def _refuse_lost_calibration_set(self) -> None:
+        if self.calibration_dataset is None and self.calibration_given and needs_data(self.config.importance):
             raise ValueError(
                 "Expected the calibration_dataset that this run began with, got none: the Trainer made this callback "
                 "anew. Set restore_callback_states_from_checkpoint=False; TrimCallback restores its state by itself."
             )
-        if examples is None:
-            dataset: Any = self.trainer.train_dataset
-            logger.warning(
-                f"TrimCallback scores layers on {self.config.calibration_size} examples of the training set, which are "
-                "trained on as well. Use TrimTrainer, which sets them aside, or pass calibration_dataset."
-            )
-            if hasattr(dataset, "__len__"):
-                size = min(self.config.calibration_size, len(dataset))
-                examples = [dataset[i] for i in draw(len(dataset), size, self.config.calibration_seed)]
-            else:
-                examples = list(islice(iter(dataset), self.config.calibration_size))
-        examples = list(examples)
-        collate, columns = dataloader.collate_fn, getattr(dataloader.dataset, "column_names", None)
-        with own_randomness(self.config.calibration_seed):  # a collator may draw
-            (self._stand_in,) = calibration_batches(examples[:1], collate, 1, columns)
-            return calibration_batches(
-                examples, collate, args.per_device_train_batch_size, columns, crew.rank, crew.world_size
-            )
+
+    def _due(self, state: TrainerState) -> int:
+        """How many layers have to go now, as far as no evaluation stands in the way."""
+        assert self.layer_map is not None and self.start_num_layers is not None and self.trainer is not None
+        step, depth = state.global_step, self.layer_map.num_layers
+        if self._rule is not None:
+            if not self._rule.is_open(step):
+                return 0
+            step = self._rule.plan_step(step)
+        due = layers_due(self.plan, step, self.start_num_layers - depth)
+        if self._budget is None or not self.plan:
+            return due
+        if self._budget.met(unwrapped(self.trainer)):
+            return 0
+        if due == 0 and step >= max(self.plan):  # further than planned: under a stop rule, each one is evaluated
+            return min(depth - self._least, self.config.layers_per_drop if self._rule else depth)
+        return due
 
     def _drop_what_is_due(self, state: TrainerState, control: TrainerControl) -> None:
-        assert self.layer_map is not None and self.start_num_layers is not None
-        dropped = self.start_num_layers - self.layer_map.num_layers
-        due = layers_due(self.plan, state.global_step, dropped)
         should_log = control.should_log
-        for _ in range(due):
+        due = self._due(state)
+        while due > 0:
             self._drop_one(state)
+            due = self._due(state) if self._rule is None else min(due - 1, self._due(state))
         control.should_log = should_log  # logging a drop clears it, and this step's loss would go unlogged
 
     def _drop_one(self, state: TrainerState) -> None:
-        """Score, choose, drop: one layer, by scores of the model as it is now."""
-        assert self.trainer is not None and self._engine is not None and self._batches is not None
-        assert self.layer_map is not None
+        """Choose by scores of the model as it is now, and drop: one layer."""
+        assert self.trainer is not None and self._engine is not None and self._choice is not None
         model = unwrapped(self.trainer)
-        depth = self.layer_map.num_layers
-        try:
-            scores = self.score(model, self._batches, self._engine, self.config.calibration_seed + depth)
-            trained = [i for i, layer in enumerate(self.layer_map.kept_layers) if layer in (self.trained_layers or ())]
-            position = least_important(scores, self.config.protect_first, self.config.protect_last, trained)
-            drop = plan_drop(
-                model,
-                [position],
-                self.config.unit,
-                step=state.global_step,
-                importance=self.config.importance,
-                scores=[scores[position].item()],
-                part=self.config.part,
-            )
-        except Exception as error:  # one process must not drop, or wait, alone
-            self._engine.fail(error)
-            raise
-        self._engine.agree(torch.zeros(1))  # nobody failed: all of them drop
-        self.layer_map = apply_drop(self._engine, drop)
-        (gone,) = self.layer_map.history[-1].dropped
-        parameters = get_model_param_count(model)
+        progress = state.is_local_process_zero and not self.trainer.args.disable_tqdm
+        kept = [] if self.layer_map is None else self.layer_map.kept_layers
+        trained = [position for position, layer in enumerate(kept) if layer in (self.trained_layers or ())]
+        self.layer_map = apply_drop(self._engine, self._choice.next_drop(model, state.global_step, progress, trained))
+        if self._rule is not None:
+            self._rule.dropped(state.global_step)
+        record, depth, parameters = self.layer_map.history[-1], self.layer_map.num_layers, get_model_param_count(model)
+        assert record.scores is not None
         logger.info(
-            f"Step {state.global_step}: dropped layer {gone} of {self.layer_map.base_num_layers} "
-            f"({self.config.importance} {scores[position]:.4f}); {depth - 1} layers, {parameters:,} parameters left."
+            f"Step {state.global_step}: dropped layer {record.dropped[0]} of {self.layer_map.base_num_layers} "
+            f"({record.importance} {record.scores[0]:.4f}); {depth} layers, {parameters:,} parameters left."
         )
-        self.trainer.log(
-            {"trim/num_layers": depth - 1, "trim/parameters": parameters, "trim/score": scores[position].item()}
-        )
+        self.trainer.log({"trim/num_layers": depth, "trim/parameters": parameters, "trim/score": record.scores[0]})
 
-    def score(self, model: nn.Module, batches: list[Batch], crew: Crew, seed: int) -> torch.Tensor:
-        """Scores of the model's layers by the settings, the same on every process."""
-        assert self.trainer is not None
-        return score_layers(
-            model,
-            batches,
-            self.config.importance,
-            self.config.unit,
-            agree=crew.agree,
-            seed=seed,
-            memory_gb=self.config.scan_memory_gb,
-            sweep=crew.sweeps,
-            stand_in=self._stand_in,
-            progress=self.trainer.is_local_process_zero() and not self.trainer.args.disable_tqdm,
-            part=self.config.part,
-        )
+    def _end_with_what_passed(self, rule: MetricRule, trainer: Trainer) -> None:
+        """Give the model back the layers and weights with which it last passed, if it does not pass now."""
+        passed = rule.passed_instead(trainer.state.global_step)
+        if passed is not None:
+            model, (folder, layer_map, self.model_step) = unwrapped(trainer), passed
+            self.regrow(lambda: regrow_like(model, folder, layer_map))
+            trainer.log({"trim/num_layers": layer_map.num_layers, "trim/parameters": get_model_param_count(model)})
 
     def regrow(self, edit: Callable[[], LayerMap]) -> None:
-        """Run an edit that gives the model other layers, and take up the map that it returns."""
+        """Run an edit that gives the model other layers when training is over, and take up the map that it returns."""
         assert self._engine is not None and self.trainer is not None
-        blocks = find_stack(unwrapped(self.trainer)).blocks
+        blocks = find_stack(unwrapped(self.trainer), self.config.part).blocks
         self.layer_map = self._engine.edit(edit, lambda: list(blocks.parameters()))
+        self.trainer.optimizer = self.trainer.lr_scheduler = None  # made for other layers; a later train() makes them anew
 
     def _plain_map(self) -> dict[str, Any]:
         assert isinstance(self.layer_map, LayerMap)
         return self.layer_map.to_dict()
-
-
-def least_important(scores: torch.Tensor, protect_first: int, protect_last: int, spared: Sequence[int] = ()) -> int:
-    """Position of the lowest score outside the protected ends; of equal ones, the deepest. Spared ones go last."""
-    unprotected = range(protect_first, len(scores) - protect_last)
-    candidates = [position for position in unprotected if position not in spared] or unprotected
-    return min(candidates, key=lambda position: (scores[position].item(), -position))
 
 
 def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

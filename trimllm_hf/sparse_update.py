@@ -50,20 +50,18 @@ def train_only(model: nn.Module, positions: Collection[int], config: TrimConfig)
             parameter.requires_grad_(False)
 
 
-def check_room(trained: Sequence[int], num_layers: int, target: int, config: TrimConfig) -> int:
-    """How many of the trained blocks will have to go, once there is no other that may.
+def check_room(trained: Sequence[int], num_layers: int, target: int, config: TrimConfig) -> None:
+    """Refuse a plan by which all blocks that train would have to go, once there is no other that may.
 
     Raises:
-        ValueError: If all of them would.
+        ValueError: With the arithmetic.
     """
     unprotected = set(range(config.protect_first, num_layers - config.protect_last))
     others = unprotected - set(trained)
-    going = max(0, num_layers - target - len(others))
-    if going >= len(trained):
+    if num_layers - target - len(others) >= len(trained):
         raise ValueError(
             f"Expected a target that leaves a block that trains, got {target} of {num_layers} layers: besides the "
             f"{len(trained)} that train (trainable_ratio={config.trainable_ratio}) only {len(others)} may be dropped "
             f"(protect_first={config.protect_first}, protect_last={config.protect_last}). Raise trainable_ratio or the "
             "target, or protect fewer layers."
         )
-    return going

@@ -10,12 +10,15 @@ from transformers.utils import logging
 from .auto import regrow_like, trim_like
 from .calibration import set_aside
 from .callback import TrimCallback
-from .checkpoints import callback_attributes, last_complete_checkpoint
+from .checkpoints import callback_attributes, last_complete_checkpoint, processes_of
+from .choice import LayerChoice
 from .config import TrimConfig
-from .engines import unprepared
+from .engines import refuse_other_processes, unprepared
 from .engines.host import BestModelHost, OptimizerHost, unwrapped
 from .importance import needs_data
 from .layer_map import LayerMap
+from .publish.card_data import TrimCardData
+from .publish.card_host import CardHost
 from .sparse_update import check_room, most_important, train_only
 
 if TYPE_CHECKING:
@@ -26,29 +29,38 @@ else:
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
-class TrimTrainerMixin(BestModelHost, OptimizerHost, _Base):
+class TrimTrainerMixin(CardHost, BestModelHost, OptimizerHost, _Base):
     """Trimming for any subclass of Trainer: `class MyTrainer(TrimTrainerMixin, SFTTrainer): pass`.
 
     Over a plain Trainer with `TrimCallback` it adds: calibration examples are taken out of the training set;
     `train(resume_from_checkpoint=…)` of a Trainer made with the full-depth model gives the model the checkpoint's layers
     first, and passes over checkpoints that a kill left half written; `load_best_model_at_end` loads a best checkpoint of
     another depth with the layers that belong to it; `trainable_ratio`, TrimLLM's sparse update, which has to be settled
-    before an optimizer is made.
+    before an optimizer is made; the model card, by `save_model` and, with latency measured, `create_model_card`.
 
     Args:
         trim: How far to trim, which layers, and when.
         calibration_dataset: Examples to score layers by, processed like the training set. Without it,
             `trim.calibration_size` examples of the training set are set aside (of a streaming one: the first).
+        card_data: What only you know and the card should say; can be filled later, as `trainer.card_data`.
         *args, **kwargs: As for the Trainer.
 
     Raises:
         ValueError: If `trim` is missing, a TrimCallback is passed as well, or the training set is too small.
     """
 
-    def __init__(self, *args: Any, trim: TrimConfig | None = None, calibration_dataset: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        trim: TrimConfig | None = None,
+        calibration_dataset: Any = None,
+        card_data: TrimCardData | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not isinstance(trim, TrimConfig):
             raise ValueError(f"Expected trim=TrimConfig(…), got {trim!r}. For training without trimming use Trainer.")
         self._resume_from: str | None = None
+        self.card_data = TrimCardData() if card_data is None else card_data
         super().__init__(*args, **kwargs)
         if trim.trainable_ratio is not None and self.optimizer is not None:
             raise ValueError(
@@ -62,6 +74,7 @@ class TrimTrainerMixin(BestModelHost, OptimizerHost, _Base):
             calibration_dataset, self.train_dataset = set_aside(
                 self.train_dataset, trim.calibration_size, trim.calibration_seed
             )
+            self.calibration_set_aside = True
         self.calibration_dataset = calibration_dataset
         callback = TrimCallback(trim, trainer=self, calibration_dataset=calibration_dataset)
         self.add_callback(callback)
@@ -77,12 +90,20 @@ class TrimTrainerMixin(BestModelHost, OptimizerHost, _Base):
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             self._resume_from = str(resume_from_checkpoint)
+            refuse_other_processes(self.accelerator, processes_of(self._resume_from))
             if self.model_init is None:
                 trim_like(unwrapped(self), self._resume_from)
+        self.training_finished = False
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._resume_from = None
+        self.training_finished = True
+        return output
+
+    def trim_callback(self) -> TrimCallback:
+        """The callback that this Trainer trims by."""
+        return next(held for held in self.callback_handler.callbacks if isinstance(held, TrimCallback))
 
     def call_model_init(self, trial: Any = None) -> Any:
         """Make the model by `model_init`, with the layers of the checkpoint that is being resumed from."""
@@ -93,7 +114,7 @@ class TrimTrainerMixin(BestModelHost, OptimizerHost, _Base):
 
     def before_optimizer(self, dataloader: Any) -> None:
         """Choose the blocks that train and freeze the others, if `trainable_ratio` is set; once for all of a run."""
-        callback = self._trim_callback
+        callback = self.trim_callback()
         if callback.config.trainable_ratio is None:
             return
         model = unwrapped(self)
@@ -111,33 +132,23 @@ class TrimTrainerMixin(BestModelHost, OptimizerHost, _Base):
         train_only(model, [kept.index(layer) for layer in callback.trained_layers if layer in kept], callback.config)
 
     def _choose(self, layer_map: LayerMap, dataloader: Any) -> list[int]:
-        callback, depth, model = self._trim_callback, layer_map.num_layers, unwrapped(self)
+        callback, depth, model = self.trim_callback(), layer_map.num_layers, unwrapped(self)
         count = callback.config.resolve_trainable(depth)
-        target = callback.config.resolve_target(layer_map.base_num_layers, depth)
-        with unprepared(self.accelerator, model) as crew:
-            try:
-                batches = callback.calibration_batches(self.args, dataloader, crew)
-                scores = callback.score(model, batches, crew, callback.config.calibration_seed)
-            except Exception as error:
-                crew.fail(error)
-                raise
+        config = callback.config
+        with unprepared(self.accelerator, model) as together:
+            choice = LayerChoice(config, self, together, dataloader, callback.calibration_dataset)
+            scores = choice.scores(model, self.is_local_process_zero() and not self.args.disable_tqdm)
         chosen = most_important(scores, count)
-        going = check_room(chosen, depth, target, callback.config)
-        late = f" {going} of them will go as well, last, to reach {target}." if going else ""
-        logger.info(
-            f"Training {count} of {depth} layers: {[layer_map.kept_layers[position] for position in chosen]}, by "
-            f"{callback.config.importance}.{late}"
-        )
+        if not config.has_budget:
+            check_room(chosen, depth, config.resolve_target(layer_map.base_num_layers, depth), config)
+        layers = [layer_map.kept_layers[position] for position in chosen]
+        logger.info(f"Training {count} of {depth} layers, by {config.importance}: {layers}.")
         return chosen
-
-    @property
-    def _trim_callback(self) -> TrimCallback:
-        return next(held for held in self.callback_handler.callbacks if isinstance(held, TrimCallback))
 
     def before_best_model(self, checkpoint: str) -> None:
         """Give the model the depth of the best checkpoint, which the Trainer is about to load."""
         best = LayerMap.from_checkpoint(checkpoint)
-        callback = self._trim_callback
+        callback = self.trim_callback()
         if best is None or callback.layer_map is None or best.kept_layers == callback.layer_map.kept_layers:
             return
         logger.warning(
@@ -146,7 +157,6 @@ class TrimTrainerMixin(BestModelHost, OptimizerHost, _Base):
             "load_best_model_at_end=False."
         )
         callback.regrow(lambda: regrow_like(unwrapped(self), checkpoint))
-        self.optimizer = self.lr_scheduler = None  # made for the other layers; a later train() makes them anew
 
 
 class TrimTrainer(TrimTrainerMixin, Trainer):

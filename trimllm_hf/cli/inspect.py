@@ -3,70 +3,80 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
 
-from .app import Json, answer, app, size, table
+from .app import Json, answer, app, table
 
 
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    what_if: Annotated[bool, typer.Option("--what-if", help="Print what the model would weigh at every depth.")] = False,
     as_json: Json = False,
 ) -> None:
     """Print which layers of its base a model keeps, when the others went, and what it weighs.
 
-    Only config.json and the headers of the weight files are read; of a Hub model that is a few kilobytes.
+    Only config.json and the headers of the weight files are read; of a Hub model that is a few kilobytes. With --what-if
+    config.json alone: for every depth parameters, bytes, cache per token, and how much faster decoding can be at most.
 
-    **Example:** `trimllm inspect runs/medical`
+    **Examples:** `trimllm inspect runs/medical`, `trimllm inspect org/base --what-if`
     """
     from transformers import AutoConfig
 
     from ..layer_map import LayerMap
+    from ..publish.figures import text_strip
+    from ..publish.folder import describe_weights
 
     config = AutoConfig.from_pretrained(model, revision=revision)
+    if what_if:
+        _what_if(model, config, as_json)
+        return
     layer_map = LayerMap.from_config(config)
     plain = {
         "model": model,
         "model_type": config.model_type,
         "trimmed": getattr(config, "trim", None) is not None,
-        "strip": strip(layer_map),
+        "strip": text_strip(layer_map.to_dict()),
         "num_layers": layer_map.num_layers,
         "dropped_layers": layer_map.dropped_layers,
         "map": layer_map.to_dict(),
-        "weights": weights(model, revision),
+        "weights": describe_weights(model, revision),
     }
     answer(plain, as_json, lambda: _shown(plain, layer_map))
 
 
-def strip(layer_map: Any) -> str:
-    """The base's layers in a row: █ kept, ░ dropped."""
-    kept = set(layer_map.kept_layers)
-    return "".join("█" if layer in kept else "░" for layer in range(layer_map.base_num_layers))
+def _what_if(model: str, config: Any, as_json: bool) -> None:
+    from ..latency.depths import depths
+    from ..publish.figures import size
 
+    found, equal = depths(config)
+    plain = {"model": model, "equal_blocks": equal, "depths": [asdict(depth) for depth in found]}
 
-def weights(model: str, revision: str | None) -> dict[str, Any]:
-    """Files, parameters and bytes, by the headers of the safetensors files."""
-    from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
+    def show() -> list[RenderableType]:
+        rows = [
+            (
+                d.num_layers,
+                f"{d.parameters:,}",
+                size(d.weight_bytes),
+                "-" if d.kv_cache_bytes_per_token is None else size(d.kv_cache_bytes_per_token),
+                "-" if d.byte_bound is None else f"{d.byte_bound:.2f}",
+            )
+            for d in found
+        ]
+        heads = ("layers", "parameters", "weights", "cache per token", "decoding, times as fast at most")
+        notes = [] if equal else ["The blocks differ in size: a depth is given for blocks of average size."]
+        return [table(model, *heads, rows=rows), *notes]
 
-    if Path(model).is_dir():
-        found = get_local_safetensors_metadata(model)
-    else:
-        found = get_safetensors_metadata(model, revision=revision)
-    tensors = [tensor for file in found.files_metadata.values() for tensor in file.tensors.values()]
-    return {
-        "files": sorted(found.files_metadata),
-        "parameters": sum(found.parameter_count.values()),
-        "parameters_by_dtype": found.parameter_count,
-        "bytes": sum(end - start for start, end in (tensor.data_offsets for tensor in tensors)),
-    }
+    answer(plain, as_json, show)
 
 
 def _shown(plain: dict[str, Any], layer_map: Any) -> list[RenderableType]:
+    from ..publish.figures import size
+
     held = plain["weights"]
     base = layer_map.base_model or "a base that is not named"
     if plain["trimmed"]:

@@ -11,34 +11,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from .agreement import Alone, Processes
+from .agreement import Alone, Processes, Together
 from .ddp import DDPEngine
 from .local import Leaving, LocalEngine
 
 T = TypeVar("T")
 
 
-class Crew(Protocol):
-    """The processes of a run, and what they agree on."""
-
-    rank: int
-    world_size: int
-    sweeps: bool  # whether processes may call a block different numbers of times
-
-    def agree(self, total: torch.Tensor) -> torch.Tensor:
-        """The sum of `total` over all processes, the same on each of them; or the error of one that has failed."""
-
-    def fail(self, error: Exception) -> None:
-        """Tell the processes that are at, or on their way to, `agree` that this one has failed."""
-
-
-class Engine(Crew, Protocol):
+class Engine(Together, Protocol):
     """What the callback needs of an engine."""
+
+    regrows: bool  # whether `edit` may bring in parameters that the optimizer does not have
 
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit`, which takes modules out of the unwrapped model, and mend optimizer and wrapper.
@@ -48,9 +35,12 @@ class Engine(Crew, Protocol):
         Parameters that stay keep their optimizer state, bit by bit; those that went are held by nothing here.
         """
 
+    def save_whole(self) -> None:
+        """From now on a Trainer's save writes the whole model, also where its checkpoints hold shards."""
+
 
 @contextmanager
-def unprepared(accelerator: Accelerator, model: nn.Module) -> Iterator[Crew]:
+def unprepared(accelerator: Accelerator, model: nn.Module) -> Iterator[Together]:
     """The processes of a run whose model no engine holds yet; within, forward passes of the model work.
 
     They run where the model is: under FSDP2, and ZeRO-3 where the model was not made in shards, that is the CPU.
@@ -58,18 +48,13 @@ def unprepared(accelerator: Accelerator, model: nn.Module) -> Iterator[Crew]:
     kind = accelerator.distributed_type
     if kind == DistributedType.NO:
         yield Alone()
-        return
-    crew = Processes()
-    if kind != DistributedType.DEEPSPEED:
-        yield crew
-        return
-    from .deepspeed import gathered_by_module, is_sharded
+    elif kind != DistributedType.DEEPSPEED:
+        yield Processes()
+    else:
+        from . import deepspeed_shards
 
-    crew.sweeps = not is_sharded(model)
-    if accelerator.state.deepspeed_plugin.zero_stage < 3:
-        model.to(accelerator.device)  # as DeepSpeed will
-    with gathered_by_module(model):
-        yield crew
+        with deepspeed_shards.unprepared(accelerator, model) as together:
+            yield together
 
 
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine:
@@ -85,6 +70,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine
             "Expected one model a process, got torch.nn.DataParallel. Launch with torchrun or accelerate launch "
             "(DistributedDataParallel), or show one device to the process (CUDA_VISIBLE_DEVICES=0)."
         )
+    _refuse_cut_layers(accelerator, model)
     if kind == DistributedType.NO:
         return LocalEngine(model, optimizer)
     if kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU):
@@ -92,7 +78,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine
     if kind == DistributedType.FSDP:
         from .fsdp import FSDPEngine
 
-        return FSDPEngine(model, optimizer)
+        return FSDPEngine(model, optimizer, accelerator.state.fsdp_plugin)
     if kind == DistributedType.DEEPSPEED:
         from .deepspeed import DeepSpeedEngine
 
@@ -101,3 +87,31 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine
         f"Expected one process, DistributedDataParallel, FSDP2 or DeepSpeed ZeRO, got {kind.value}. Layers cannot be "
         "dropped under it: launch with one of those."
     )
+
+
+def _refuse_cut_layers(accelerator: Accelerator, model: nn.Module) -> None:
+    """Refuse what cuts a layer's arithmetic among processes, beside or instead of data parallelism."""
+    parallelism = accelerator.parallelism_config
+    refused = {
+        "tensor": (parallelism is not None and parallelism.tp_enabled) or (getattr(model, "tp_size", None) or 1) > 1,
+        "context": parallelism is not None and parallelism.cp_enabled,
+        "sequence": parallelism is not None and parallelism.sp_enabled,
+    }
+    for name, found in refused.items():
+        if found:
+            raise ValueError(
+                f"Expected data parallelism alone, got {name} parallelism. Layers cannot be dropped under it: leave it out, "
+                "and use FSDP2 or DeepSpeed ZeRO-3 for a model that does not fit one device."
+            )
+
+
+def refuse_other_processes(accelerator: Accelerator, saved: int | None) -> None:
+    """Refuse a checkpoint that `saved` processes (None: not known) made, where the engine can only resume it with as many.
+
+    Raises:
+        ValueError: Saying how to resume it. Nothing has changed.
+    """
+    if saved is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from .deepspeed import refuse_other_processes
+
+        refuse_other_processes(accelerator.state.deepspeed_plugin, saved, accelerator.num_processes)

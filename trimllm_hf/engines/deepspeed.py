@@ -10,7 +10,7 @@ Each private name of DeepSpeed that is used here is checked by `tests/test_priva
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -23,20 +23,47 @@ from .sharded_state import LocalState, SpreadState
 
 T = TypeVar("T")
 
+_MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps", "_global_grad_norm", "lr_scheduler")
 
 
 class DeepSpeedEngine(Processes):
     """A model in DeepSpeed's engine under ZeRO; see `engines.Engine`."""
 
-    sweeps: bool
+    regrows = False
 
     def __init__(self, model: Any, optimizer: Any) -> None:
         refuse_unsupported(model)
         self.wrapper: Any = model
         self.optimizer = optimizer  # Accelerate's wrapper around the ZeRO optimizer
         super().__init__()
-        self.sweeps = self.wrapper.zero_optimization_stage() < 3  # there each call of a block's parts gathers
+
+    @contextmanager
+    def hold(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """ZeRO-3: gather once, and take off the hooks that would gather, release and record at each call."""
+        if self.wrapper.zero_optimization_stage() < 3:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        offload = self.wrapper.optimizer.parameter_offload
+        coordinator = offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():  # what it has fetched ahead by its record of training is on the way
+            coordinator._invalidate_trace()
+        modules = list(modules)
+        parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+        apart = [p for p in parameters if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
+        fetching = {handle.id for handle in (*offload.forward_hooks, *offload.backward_hooks)}
+        had = [(module, name, vars(module)[name]) for module in modules for name in _MODULE_HOOKS]
+        with GatheredParameters(apart, enabled=bool(apart)):
+            try:
+                for module, name, hooks in had:
+                    vars(module)[name] = type(hooks)((key, hook) for key, hook in hooks.items() if key not in fetching)
+                yield
+            finally:
+                for module, name, hooks in had:
+                    vars(module)[name] = hooks
 
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit` and partition what stays anew; parameters, moments and steps read back bit by bit."""
@@ -88,6 +115,35 @@ class DeepSpeedEngine(Processes):
         self.optimizer.optimizer = zero
         return result
 
+    def save_whole(self) -> None:
+        """ZeRO-3 gathers the weights for a Trainer's save only if the config says so."""
+        self.wrapper._config.zero_config.gather_16bit_weights_on_model_save = True
+
+
+def refuse_other_processes(plugin: Any, saved: int, running: int) -> None:
+    """Refuse to resume partitions that another number of processes saved, unless they are read as universal ones.
+
+    Under ZeRO-3 universal ones are refused too: DeepSpeed 0.19 gives all parameter groups the settings of the first one
+    (weight decay) and one step counter, which then counts each group's step.
+
+    Raises:
+        ValueError: With what to do instead.
+    """
+    config = plugin.deepspeed_config
+    universal = config.get("checkpoint", {}).get("load_universal", False)
+    if saved == running or (universal and plugin.zero_stage < 3):
+        return
+    convert = (
+        "run `python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder "
+        "CHECKPOINT/global_stepN --output_folder CHECKPOINT/global_stepN_universal` and set "
+        '"checkpoint": {"load_universal": true} in the DeepSpeed config'
+    )
+    instead = "DeepSpeed cannot read ZeRO-3's into other ones rightly" if plugin.zero_stage == 3 else f"or {convert}"
+    raise ValueError(
+        f"Expected a checkpoint that {running} processes saved, got one of {saved}: ZeRO's partitions do not fit. "
+        f"Launch {saved} processes; {instead}."
+    )
+
 
 def refuse_unsupported(engine: Any) -> None:
     """Refuse what is not ZeRO-1, 2 or 3 in its plain form.
@@ -123,39 +179,6 @@ def refuse_unsupported(engine: Any) -> None:
                 f"Expected plain ZeRO-1, 2 or 3, got {name} in the DeepSpeed config. Layers cannot be dropped under it: "
                 "use ZeRO-1, 2 or 3, with offload to the CPU if memory is short."
             )
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a model was made in shards (under ZeRO-3, by `from_pretrained` after the TrainingArguments)."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-@contextmanager
-def gathered_by_module(model: nn.Module) -> Iterator[None]:
-    """Let a model in shards run before it has an engine: each module gathers its own parameters for its own forward."""
-    from deepspeed.zero import GatheredParameters
-
-    held: dict[nn.Module, list[Any]] = {}
-
-    def gather(module: nn.Module, _: Any) -> None:
-        parameters = GatheredParameters(list(module.parameters(recurse=False)))
-        parameters.__enter__()
-        held.setdefault(module, []).append(parameters)
-
-    def release(module: nn.Module, *_: Any) -> None:
-        if held.get(module):
-            held[module].pop().__exit__(None, None, None)
-
-    handles = []
-    for module in model.modules() if is_sharded(model) else ():
-        if next(module.parameters(recurse=False), None) is not None:
-            handles.append(module.register_forward_pre_hook(gather, prepend=True))
-            handles.append(module.register_forward_hook(release, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def param_groups(zero: Any) -> list[list[nn.Parameter]]:

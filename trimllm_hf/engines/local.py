@@ -17,6 +17,8 @@ Leaving = Callable[[], list[nn.Parameter]]
 class LocalEngine(Alone):
     """A model and an optimizer that no parallel wrapper holds; see `engines.Engine`."""
 
+    regrows = True
+
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -28,6 +30,9 @@ class LocalEngine(Alone):
         result = edit()
         forget(self.optimizer, gone)
         return result
+
+    def save_whole(self) -> None:
+        """The model is whole as it is."""
 
 
 def forget(optimizer: Any, leaving: Sequence[nn.Parameter]) -> None:
