@@ -12,8 +12,8 @@ from tiny import tiny_model, tiny_texts
 from transformers import Trainer, TrainerCallback
 
 from trimllm_hf import TrimCallback, TrimConfig, TrimTrainer, score_layers
-from trimllm_hf.choice import least_important
-from trimllm_hf.sparse_update import check_room, most_important, train_only
+from trimllm_hf.importance.order import choose
+from trimllm_hf.sparse_update import check_room, train_only
 
 
 def trainer_of(folder: Path, model: Any = None, trim: TrimConfig | None = None, **changes: Any) -> TrimTrainer:
@@ -69,7 +69,7 @@ def test_the_most_important_blocks_train_and_the_others_go_first(tmp_path: Path)
     model = tiny_model()
     trainer = trainer_of(tmp_path, model, callbacks=[watch])
     calibration = [{name: value[None] for name, value in example.items()} for example in trainer.calibration_dataset]
-    expected = most_important(score_layers(tiny_model(), calibration), 3)  # half of six
+    expected = sorted(score_layers(tiny_model(), calibration).argsort()[3:].tolist())  # half of six
     trainer.train()
     assert set(map(tuple, watch.trained.values())) == {tuple(expected)} and len(watch.trained) == 12
     assert set(expected) <= set(model.config.trim["kept_layers"])
@@ -165,9 +165,10 @@ def test_resume_with_another_setting_is_refused(tmp_path: Path) -> None:
 
 def test_trained_blocks_go_last_and_never_all() -> None:
     scores = torch.tensor([5.0, 1.0, 2.0, 3.0, 0.5, 4.0])
-    assert least_important(scores, 1, 1, [1, 4]) == 2
-    assert least_important(scores, 1, 1, [1, 2, 3, 4]) == 4  # no other may go
-    assert most_important(torch.tensor([1.0, 2.0, 2.0, 2.0]), 2) == [1, 2]
+    assert choose(scores, 1, 1, 1, spared=[1, 4]).positions == [2]
+    assert choose(scores, 1, 1, 1, spared=[1, 2, 3, 4]).positions == [4]  # no other may go
+    three = choose(scores, 3, 1, 1, spared=[1, 3, 4])
+    assert (three.positions, three.scores) == ([1, 2, 4], [1.0, 2.0, 0.5])
     check_room([1, 2, 3], 6, 3, config(target_layers=3))  # 4 goes, then two of the three
     check_room([0, 5], 6, 2, config())
     with pytest.raises(ValueError, match=r"leaves a block that trains, got 2 of 6 layers: besides the 2.*only 2 may"):
@@ -208,6 +209,11 @@ def test_gradients_of_frozen_layers_are_not_to_be_had(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"all weights of the layers to train, .*got frozen ones .*another importance"):
         trainer.train()
     assert trainer.model.config.num_hidden_layers == 6
+
+
+def test_a_score_of_windows_says_nothing_of_a_layer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"score of single layers for trainable_ratio=0.5, got 'angular'"):
+        trainer_of(tmp_path, trim=config(trainable_ratio=0.5, importance="angular", layers_per_drop=2))
 
 
 def test_a_chosen_block_without_anything_to_train_is_refused(tmp_path: Path) -> None:

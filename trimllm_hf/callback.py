@@ -18,15 +18,16 @@ from transformers.utils import logging
 from .adapters import adapters_of, base_of, mark
 from .auto import regrow_like
 from .budget import Budget
-from .choice import LayerChoice
+from .choice import LayerChoice, drop_log
 from .config import TrimConfig
 from .depth_check import refuse_other_depths, wrong_depth
 from .engines import Engine, attach
-from .engines.host import OptimizerHost, find_trainer, unwrapped
+from .engines.host import find_trainer, unwrapped
 from .importance import needs_data
 from .layer_map import LayerMap
 from .prepared import apply_drop
 from .schedule import Plan, layers_due, plan_drops
+from .sparse_update import refuse_bare_callback, refuse_other_share
 from .stack import find_stack
 from .stopping import MetricRule
 from .surgery import plan_drop
@@ -39,7 +40,7 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     `Trainer(callbacks=[TrimCallback(TrimConfig(target_layers=16))])` is all that a script needs, in one process and under
     data-parallel training (DDP), with `Trainer` and its subclasses. The kept-layer map goes into `model.config.trim`, the
-    checkpoints' trainer_state.json, and the logs (`trim/num_layers`, `trim/parameters`, `trim/score`).
+    checkpoints' trainer_state.json, and the logs (`trim/num_layers`, `trim/parameters`, `trim/score`, `trim/margin`).
 
     Args:
         config: The settings (or, as a Trainer hands them back on resume, a dict of them).
@@ -94,12 +95,9 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Watch the model, so that weights of another depth are refused instead of loaded by index."""
-        needs_data(self.config.importance)  # raises on an unknown name
-        if self.config.trainable_ratio is not None and not isinstance(self.trainer, OptimizerHost):
-            raise ValueError(
-                f"Expected TrimTrainer (or TrimTrainerMixin) for trainable_ratio={self.config.trainable_ratio}, got a "
-                "TrimCallback in another Trainer: a callback comes too late, when the optimizer is made."
-            )
+        for name in (self.config.importance, self.config.tie_breaker or self.config.importance):
+            needs_data(name)  # raises on an unknown one
+        refuse_bare_callback(self.config, self.trainer)
         if kwargs["model"] is not None:
             self._watch(kwargs["model"])
 
@@ -131,9 +129,8 @@ class TrimCallback(TrainerCallback, ExportableState):
             self._check_plan(model, target)
             self._check_best_model(args)
             self._refuse_lost_calibration_set()
-            self._choice = LayerChoice(
-                self.config, trainer, self._engine, kwargs["train_dataloader"], self.calibration_dataset
-            )
+            data = kwargs["train_dataloader"], self.calibration_dataset
+            self._choice = LayerChoice(self.config, trainer, self._engine, *data, spared=self.trained_layers or ())
         if self._rule is None or self._rule.allows(state.global_step):
             self._drop_what_is_due(state, control)
 
@@ -141,6 +138,17 @@ class TrimCallback(TrainerCallback, ExportableState):
         """Drop what an evaluation after the step before has allowed."""
         if self._rule is not None and self._rule.allows(state.global_step):
             self._drop_what_is_due(state, control)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Score by the gradients of this step, where that is the importance and a drop may follow."""
+        if self.config.importance == "taylor" and self._choice is not None and self.trainer is not None:
+            assert self.layer_map is not None and self.start_num_layers is not None
+            step = state.global_step + 1
+            dropped = self.start_num_layers - self.layer_map.num_layers
+            if self._rule is not None or self._budget is not None or layers_due(self.plan, step, dropped):
+                self._choice.take_gradients(unwrapped(self.trainer), step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Drop what is due after this optimizer step; under a stop rule on a metric, have the model evaluated first."""
@@ -181,12 +189,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         of_checkpoint = LayerMap.from_dict(plain) if isinstance(plain, dict) else plain
         if (of_checkpoint.part, of_checkpoint.kept_layers) != (of_model.part, of_model.kept_layers):
             raise ValueError(wrong_depth(of_model.kept_layers, of_checkpoint.kept_layers))
-        if attributes.get("trained_layers") and self.trained_layers is None:
-            layers = attributes["trained_layers"]
-            raise ValueError(
-                f"Expected the trainable_ratio of the run that is resumed, in which the layers {layers} train, got None. "
-                "Set it as it was."
-            )
+        refuse_other_share(attributes.get("trained_layers"), self.trained_layers)
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
         self.stop, self.budget = attributes.get("stop", {}), attributes.get("budget", {})
         model.config.trim = self._plain_map()
@@ -251,27 +254,23 @@ class TrimCallback(TrainerCallback, ExportableState):
         should_log = control.should_log
         due = self._due(state)
         while due > 0:
-            self._drop_one(state)
-            due = self._due(state) if self._rule is None else min(due - 1, self._due(state))
+            assert self._choice is not None
+            count = self._choice.at_once(due if self._budget is None else min(due, self.config.layers_per_drop))
+            self._drop(state, count)
+            due = self._due(state) if self._rule is None else min(due - count, self._due(state))
         control.should_log = should_log  # logging a drop clears it, and this step's loss would go unlogged
 
-    def _drop_one(self, state: TrainerState) -> None:
-        """Choose by scores of the model as it is now, and drop: one layer."""
+    def _drop(self, state: TrainerState, count: int) -> None:
+        """Choose by scores of the model as it is now, and drop."""
         assert self.trainer is not None and self._engine is not None and self._choice is not None
         model = unwrapped(self.trainer)
         progress = state.is_local_process_zero and not self.trainer.args.disable_tqdm
-        kept = [] if self.layer_map is None else self.layer_map.kept_layers
-        trained = [position for position, layer in enumerate(kept) if layer in (self.trained_layers or ())]
-        self.layer_map = apply_drop(self._engine, self._choice.next_drop(model, state.global_step, progress, trained))
+        self.layer_map = apply_drop(self._engine, self._choice.next_drop(model, state.global_step, progress, count))
         if self._rule is not None:
             self._rule.dropped(state.global_step)
-        record, depth, parameters = self.layer_map.history[-1], self.layer_map.num_layers, get_model_param_count(model)
-        assert record.scores is not None
-        logger.info(
-            f"Step {state.global_step}: dropped layer {record.dropped[0]} of {self.layer_map.base_num_layers} "
-            f"({record.importance} {record.scores[0]:.4f}); {depth} layers, {parameters:,} parameters left."
-        )
-        self.trainer.log({"trim/num_layers": depth, "trim/parameters": parameters, "trim/score": record.scores[0]})
+        line, logs = drop_log(self.layer_map, state.global_step, self._choice.margin, get_model_param_count(model))
+        logger.info(line)
+        self.trainer.log(logs)
 
     def _end_with_what_passed(self, rule: MetricRule, trainer: Trainer) -> None:
         """Give the model back the layers and weights with which it last passed, if it does not pass now."""

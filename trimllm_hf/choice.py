@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -15,8 +15,10 @@ from .calibration import Batch, calibration_batches, draw, own_randomness
 from .config import TrimConfig
 from .engines.agreement import Together
 from .engines.host import unwrapped
-from .importance import needs_data, needs_gradients, score_layers
-from .importance.gradient import refuse_frozen
+from .importance import METRICS, Metric, from_compute_metrics, get_metric, is_joint, needs_data, score_layers
+from .importance.gradient import refuse_frozen, refuse_no_gradient, weights_times_gradients
+from .importance.order import Chosen, choose, choose_window
+from .layer_map import LayerMap
 from .stack import find_stack
 from .surgery import PlannedDrop, plan_drop
 
@@ -24,7 +26,7 @@ logger = logging.get_logger("transformers.trimllm_hf")
 
 
 class LayerChoice:
-    """Chooses the least important layer of the model as it is at that time.
+    """Chooses the least important layers of the model as it is at that time.
 
     Args:
         config: The settings.
@@ -32,19 +34,33 @@ class LayerChoice:
         engine: How the processes agree.
         dataloader: The training run's: it tells how examples become batches.
         dataset: The calibration examples; None: drawn from the training set.
+        spared: Layers that go last, in the base's numbering.
 
     Raises:
-        ValueError: If there are no examples, or the score is of gradients and layers are frozen.
+        ValueError: If there are no examples, there is no metric as the settings name it, or layers are frozen and the
+            score is of their gradients.
     """
 
-    def __init__(self, config: TrimConfig, trainer: Trainer, engine: Together, dataloader: Any, dataset: Any = None) -> None:
-        self.config, self.engine = config, engine
+    def __init__(
+        self,
+        config: TrimConfig,
+        trainer: Trainer,
+        engine: Together,
+        dataloader: Any,
+        dataset: Any = None,
+        spared: Collection[int] = (),
+    ) -> None:
+        self.config, self.engine, self.spared = config, engine, spared
+        if config.importance == "taylor":
+            refuse_no_gradient(engine)
+            refuse_frozen(unwrapped(trainer), config.unit)
+        self.metric = metric_of(config, trainer)
+        self.margin: float | None = None  # of the last drop: how much higher the score of the next candidate was
+        self._gradients: tuple[int, dict[int, float]] | None = None  # step, and each block's score by its gradients
         self.batches: list[Batch] = []
         self.stand_in: Batch | None = None  # for a process whose share of the calibration set is empty
         if not needs_data(config.importance):
             return
-        if needs_gradients(config.importance):
-            refuse_frozen(unwrapped(trainer), config.unit)
         examples = _drawn(config, trainer.train_dataset) if dataset is None else list(dataset)
         collate, columns = dataloader.collate_fn, getattr(dataloader.dataset, "column_names", None)
         with own_randomness(config.calibration_seed):  # a collator may draw
@@ -53,52 +69,42 @@ class LayerChoice:
                 examples, collate, trainer.args.per_device_train_batch_size, columns, engine.rank, engine.world_size
             )
 
-    def scores(self, model: PreTrainedModel, progress: bool = False) -> torch.Tensor:
-        """The scores of the layers, the same on every process, or an error on all."""
-        with self._or_none():
-            return self._scores(model, progress)
+    def most_important(self, model: PreTrainedModel, count: int, progress: bool = False) -> list[int]:
+        """Positions of the `count` layers of the highest scores, ascending; the same on every process, or an error on all.
 
-    def next_drop(
-        self, model: PreTrainedModel, step: int, progress: bool = False, spared: Sequence[int] = ()
-    ) -> PlannedDrop:
-        """Score the layers, and plan to drop the least important one; the same on every process, or an error on all.
+        Of equal ones, the shallower: the deeper is dropped first.
+        """
+        with self._or_none():
+            scores = self._score(model, self.config.importance, progress)
+        order = sorted(range(len(scores)), key=lambda position: (-scores[position].item(), position))
+        return sorted(order[:count])
+
+    def next_drop(self, model: PreTrainedModel, step: int, progress: bool = False, count: int = 1) -> PlannedDrop:
+        """Score the layers, and plan to drop the least important; the same on every process, or an error on all.
 
         Args:
             model: The unwrapped model.
             step: Optimizer step, for the map's history.
             progress: Whether to show a bar.
-            spared: Positions of layers that go last.
+            count: How many layers go by these scores; `at_once` says it.
 
         Raises:
             ValueError: If the layers cannot be scored, or the guard refuses. Nothing has changed.
         """
+        config = self.config
         with self._or_none():
-            scores = self._scores(model, progress)
-            position = least_important(scores, self.config.protect_first, self.config.protect_last, spared)
+            chosen = self._choose(model, step, progress, count)
             drop = plan_drop(
                 model,
-                [position],
-                self.config.unit,
+                chosen.positions,
+                config.unit,
                 step=step,
-                importance=self.config.importance,
-                scores=[scores[position].item()],
-                part=self.config.part,
+                importance=config.importance,
+                scores=chosen.scores,
+                part=config.part,
             )
+        self.margin = chosen.margin
         return drop
-
-    def _scores(self, model: PreTrainedModel, progress: bool) -> torch.Tensor:
-        return score_layers(
-            model,
-            self.batches,
-            self.config.importance,
-            self.config.unit,
-            seed=self.config.calibration_seed + len(find_stack(model, self.config.part)),
-            memory_gb=self.config.scan_memory_gb,
-            together=self.engine,
-            stand_in=self.stand_in,
-            progress=progress,
-            part=self.config.part,
-        )
 
     @contextmanager
     def _or_none(self) -> Iterator[None]:
@@ -110,12 +116,80 @@ class LayerChoice:
             raise
         self.engine.agree(torch.zeros(1))
 
+    def at_once(self, due: int) -> int:
+        """How many of the layers that are due to drop by one scoring: one, unless they are chosen together."""
+        return 1 if self.config.rescore and not is_joint(self.config.importance) else due
 
-def least_important(scores: torch.Tensor, protect_first: int, protect_last: int, spared: Sequence[int] = ()) -> int:
-    """Position of the lowest score outside the protected ends; of equal ones, the deepest. Spared ones go last."""
-    unprotected = range(protect_first, len(scores) - protect_last)
-    candidates = [position for position in unprotected if position not in spared] or unprotected
-    return min(candidates, key=lambda position: (scores[position].item(), -position))
+    def take_gradients(self, model: PreTrainedModel, step: int) -> None:
+        """Score by the gradients that the parameters hold now, for a drop after the optimizer step `step`."""
+        blocks = find_stack(model, self.config.part).blocks
+        shares = weights_times_gradients(model, self.config.unit)
+        self._gradients = step, {id(block): share for block, share in zip(blocks, shares.tolist(), strict=True)}
+
+    def _choose(self, model: PreTrainedModel, step: int, progress: bool, count: int) -> Chosen:
+        config = self.config
+        ends = config.protect_first, config.protect_last
+        scores = self._scores_by_training(model, step)
+        if scores is None:
+            scores = self._score(model, config.importance, progress, count)
+        if is_joint(config.importance):
+            return choose_window(scores, count, *ends)
+        breaker = config.tie_breaker
+        tie_scores = None if breaker is None else lambda: self._score(model, breaker, progress)
+        kept = LayerMap.from_config(model.config, config.part).kept_layers
+        return choose(scores, count, *ends, tie_scores, [i for i, layer in enumerate(kept) if layer in self.spared])
+
+    def _score(self, model: PreTrainedModel, importance: str, progress: bool, window: int = 1) -> torch.Tensor:
+        return score_layers(
+            model,
+            self.batches,
+            importance,
+            self.config.unit,
+            metric=self.metric,
+            window=window,
+            seed=self.config.calibration_seed + len(find_stack(model, self.config.part)),
+            memory_gb=self.config.scan_memory_gb,
+            progress=progress,
+            part=self.config.part,
+            together=self.engine,
+            stand_in=self.stand_in,
+        )
+
+    def _scores_by_training(self, model: PreTrainedModel, step: int) -> torch.Tensor | None:
+        """The scores by the gradients of the step that was just made, if there are any that are numbers."""
+        if self._gradients is None or self._gradients[0] != step:
+            return None
+        shares = self._gradients[1]
+        blocks = find_stack(model, self.config.part).blocks
+        scores = self.engine.agree(torch.tensor([shares[id(block)] for block in blocks], dtype=torch.float64))
+        # in half precision a step may overflow, and is skipped
+        return scores if torch.isfinite(scores).all() and scores.any() else None
+
+
+def drop_log(layer_map: LayerMap, step: int, margin: float | None, parameters: int) -> tuple[str, dict[str, float]]:
+    """What to tell of the last drop, and to log: to a person, and to TensorBoard and its like."""
+    record, depth = layer_map.history[-1], layer_map.num_layers
+    score = max(record.scores or (float("nan"),))
+    layers = f"layer{'s' * (len(record.dropped) > 1)} {', '.join(map(str, record.dropped))}"
+    to_next = "no other candidate" if margin is None else f"margin to the next best {margin:.4g}"
+    line = (
+        f"Step {step}: dropped {layers} of {layer_map.base_num_layers} ({record.importance} {score:.4f}, {to_next}); "
+        f"{depth} layers, {parameters:,} parameters left."
+    )
+    logs = {"trim/num_layers": depth, "trim/parameters": parameters, "trim/score": score}
+    return line, logs if margin is None else {**logs, "trim/margin": margin}
+
+
+def metric_of(config: TrimConfig, trainer: Trainer) -> str | Metric:
+    """What a run's scan measures: a metric by its name, or a key of what the Trainer's `compute_metrics` returns.
+
+    Raises:
+        ValueError: If the Trainer has no `compute_metrics` for a name that is not known.
+    """
+    name, compute_metrics = config.scan_metric, trainer.compute_metrics
+    if name in METRICS or compute_metrics is None:
+        return get_metric(name)
+    return from_compute_metrics(name, compute_metrics, trainer.preprocess_logits_for_metrics, config.scan_greater_is_better)
 
 
 def _drawn(config: TrimConfig, dataset: Any) -> list[Any]:

@@ -7,18 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import torch
 from torch import nn
 
 from .adapters import base_of
 from .config import TrimConfig
+from .engines.host import OptimizerHost
+from .importance import is_joint
 from .stack import find_stack
-
-
-def most_important(scores: torch.Tensor, count: int) -> list[int]:
-    """Positions of the `count` highest scores, ascending; of equal ones, the shallower: the deeper is dropped first."""
-    order = sorted(range(len(scores)), key=lambda position: (-scores[position].item(), position))
-    return sorted(order[:count])
 
 
 def train_only(model: nn.Module, positions: Collection[int], config: TrimConfig) -> None:
@@ -64,4 +59,36 @@ def check_room(trained: Sequence[int], num_layers: int, target: int, config: Tri
             f"{len(trained)} that train (trainable_ratio={config.trainable_ratio}) only {len(others)} may be dropped "
             f"(protect_first={config.protect_first}, protect_last={config.protect_last}). Raise trainable_ratio or the "
             "target, or protect fewer layers."
+        )
+
+
+def refuse_bare_callback(config: TrimConfig, trainer: object) -> None:
+    """Refuse the setting where no TrimTrainer can freeze layers before the optimizer is made.
+
+    Raises:
+        ValueError: Saying what to use instead.
+    """
+    ratio = config.trainable_ratio
+    if ratio is not None and not isinstance(trainer, OptimizerHost):
+        raise ValueError(
+            f"Expected TrimTrainer (or TrimTrainerMixin) for trainable_ratio={ratio}, got a TrimCallback in another "
+            "Trainer: a callback comes too late, when the optimizer is made."
+        )
+    if ratio is not None and is_joint(config.importance):
+        raise ValueError(
+            f"Expected a score of single layers for trainable_ratio={ratio}, got {config.importance!r}, which scores "
+            "successive layers together. Use another importance, like 'block_influence'."
+        )
+
+
+def refuse_other_share(of_checkpoint: Sequence[int] | None, trained: Sequence[int] | None) -> None:
+    """Refuse to resume a run with a sparse update as one without.
+
+    Raises:
+        ValueError: Naming the layers that train in the checkpoint.
+    """
+    if of_checkpoint and trained is None:
+        raise ValueError(
+            f"Expected the trainable_ratio of the run that is resumed, in which the layers {list(of_checkpoint)} train, got "
+            "None. Set it as it was."
         )

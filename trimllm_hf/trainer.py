@@ -19,7 +19,7 @@ from .importance import needs_data
 from .layer_map import LayerMap
 from .publish.card_data import TrimCardData
 from .publish.card_host import CardHost
-from .sparse_update import check_room, most_important, train_only
+from .sparse_update import check_room, train_only
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -137,8 +137,7 @@ class TrimTrainerMixin(CardHost, BestModelHost, OptimizerHost, _Base):
         config = callback.config
         with unprepared(self.accelerator, model) as together:
             choice = LayerChoice(config, self, together, dataloader, callback.calibration_dataset)
-            scores = choice.scores(model, self.is_local_process_zero() and not self.args.disable_tqdm)
-        chosen = most_important(scores, count)
+            chosen = choice.most_important(model, count, self.is_local_process_zero() and not self.args.disable_tqdm)
         if not config.has_budget:
             check_room(chosen, depth, config.resolve_target(layer_map.base_num_layers, depth), config)
         layers = [layer_map.kept_layers[position] for position in chosen]
