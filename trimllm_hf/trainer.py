@@ -19,6 +19,7 @@ from .importance import needs_data
 from .layer_map import LayerMap
 from .publish.card_data import TrimCardData
 from .publish.card_host import CardHost
+from .publish.push_host import PushHost
 from .sparse_update import check_room, train_only
 
 if TYPE_CHECKING:
@@ -29,14 +30,15 @@ else:
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
-class TrimTrainerMixin(CardHost, BestModelHost, OptimizerHost, _Base):
+class TrimTrainerMixin(PushHost, CardHost, BestModelHost, OptimizerHost, _Base):
     """Trimming for any subclass of Trainer: `class MyTrainer(TrimTrainerMixin, SFTTrainer): pass`.
 
     Over a plain Trainer with `TrimCallback` it adds: calibration examples are taken out of the training set;
     `train(resume_from_checkpoint=…)` of a Trainer made with the full-depth model gives the model the checkpoint's layers
     first, and passes over checkpoints that a kill left half written; `load_best_model_at_end` loads a best checkpoint of
     another depth with the layers that belong to it; `trainable_ratio`, TrimLLM's sparse update, which has to be settled
-    before an optimizer is made; the model card, by `save_model` and, with latency measured, `create_model_card`.
+    before an optimizer is made; the model card, by `save_model` and, with latency measured, `create_model_card`; a last
+    push to the Hub that is checked and lands whole or not at all.
 
     Args:
         trim: How far to trim, which layers, and when.
