@@ -211,6 +211,11 @@ def test_gradients_of_frozen_layers_are_not_to_be_had(tmp_path: Path) -> None:
     assert trainer.model.config.num_hidden_layers == 6
 
 
+def test_half_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="unit='block' with trainable_ratio"):
+        config(trainable_ratio=0.5, unit="sublayer")
+
+
 def test_a_score_of_windows_says_nothing_of_a_layer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"score of single layers for trainable_ratio=0.5, got 'angular'"):
         trainer_of(tmp_path, trim=config(trainable_ratio=0.5, importance="angular", layers_per_drop=2))

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .surgery import drop_layers
     from .trainer import TrimTrainer, TrimTrainerMixin
 
+# models that lack halves become known to the Auto classes
+import_module(".auto_config", __name__).register_when_imported()
+
 __version__ = "0.1.0.dev0"
 
 # The file of each public name; a test compares it with the imports above.

@@ -150,11 +150,11 @@ class TrimTrainerMixin(PushHost, CardHost, BestModelHost, OptimizerHost, _Base):
         """Give the model the depth of the best checkpoint, which the Trainer is about to load."""
         best = LayerMap.from_checkpoint(checkpoint)
         callback = self.trim_callback()
-        if best is None or callback.layer_map is None or best.kept_layers == callback.layer_map.kept_layers:
+        if best is None or callback.layer_map is None or best.keeps_the_same(callback.layer_map):
             return
         logger.warning(
-            f"The best checkpoint, {checkpoint}, keeps {best.num_layers} layers and not the {callback.layer_map.num_layers} "
-            "that training ended with: the model gets its layers back. To end with the trimmed model, set "
+            f"The best checkpoint, {checkpoint}, keeps the layers {best} and not those "
+            f"that training ended with: the model gets its layers back. To end with the trimmed model, set "
             "load_best_model_at_end=False."
         )
         callback.regrow(lambda: regrow_like(unwrapped(self), checkpoint))

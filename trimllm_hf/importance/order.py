@@ -31,23 +31,27 @@ def choose(
     protect_first: int = 0,
     protect_last: int = 0,
     tie_scores: Callable[[], torch.Tensor] | None = None,
+    candidates: Sequence[int] | None = None,
     spared: Sequence[int] = (),
 ) -> Chosen:
-    """The `count` lowest scores outside the protected ends. Of equal ones the lowest tie score goes, then the deepest.
+    """The `count` lowest scores among the candidates. Of equal ones the lowest tie score goes, then the deepest.
 
     Args:
         scores: Of shape (layers,).
         count: How many layers go.
         protect_first: Layers at the input side that stay.
         protect_last: Layers at the output side that stay.
+        candidates: The positions to choose from; by default those outside the protected ends.
         tie_scores: Makes the scores that break ties, of the same shape; called only if there is a tie to break.
-        spared: Positions that go only when there is no other.
+        spared: Candidates that go only when there is no other.
     """
-    unprotected = range(protect_first, len(scores) - protect_last)
-    candidates = [position for position in unprotected if position not in spared]
+    if candidates is None:
+        candidates = range(protect_first, len(scores) - protect_last)
     surely: list[int] = []
-    if len(candidates) < count:
-        surely, candidates = candidates, [position for position in unprotected if position in spared]
+    if spared:
+        surely, candidates = [i for i in candidates if i not in spared], [i for i in candidates if i in spared]
+        if len(surely) >= count:
+            surely, candidates = [], surely
         count -= len(surely)
     values = {position: scores[position].item() for position in candidates}
     lowest = sorted(values.values())
