@@ -34,7 +34,7 @@ FLOORS = {
     "latency": 2,
     "importance": 3,
     "surgery": 3,
-    "sparse_update": 3,
+    "sparse_update": 4,
     "choice": 4,
     "auto": 4,
     "auto_config": 4,
