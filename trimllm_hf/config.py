@@ -91,9 +91,8 @@ class TrimConfig:
     trainable_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "TrimLLM's sparse update: the share of the layers that train, above 0 and up to 1, to the nearest whole "
-            "number, at least one. The most important ones, chosen once before the first step; the others are frozen, and "
-            "dropped first. Default: all layers train. Needs TrimTrainer."
+            "help": "TrimLLM's sparse update: the share of the layers that train, to the nearest whole number; the most "
+            "important ones, chosen once before the first step. The others are frozen, and dropped first. Needs TrimTrainer."
         },
     )
     train_embeddings: bool = field(
@@ -169,10 +168,7 @@ class TrimConfig:
         if self.target_layers is not None:
             _at_least("target_layers", self.target_layers, 1)
         if self.trainable_ratio is not None and not 0 < self.trainable_ratio <= 1:
-            raise ValueError(
-                f"Expected trainable_ratio above 0 and up to 1, or None, got {self.trainable_ratio}. It is the share of the "
-                "layers that train: 0.25 trains a quarter of them."
-            )
+            raise ValueError(f"Expected trainable_ratio above 0 and up to 1, or None, got {self.trainable_ratio}.")
         if self.unit not in ("block", "sublayer"):
             raise ValueError(f"Expected unit='block' or 'sublayer', got {self.unit!r}.")
         if self.unit == "sublayer" and self.trainable_ratio is not None:
