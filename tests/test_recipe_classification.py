@@ -61,20 +61,21 @@ def test_the_first_blocks_of_a_decoder_are_kept(run: Any, tmp_path: Path) -> Non
 
 def test_an_encoder_learns_with_a_head(run: Any, tmp_path: Path) -> None:
     """Two of BERT's six blocks learn a task that the first word decides, and the head knows the labels' names."""
-    rows = run("bert", "--depths", "2", "--max_steps", "60", "--learning_rate", "3e-3", "--max_eval_samples", "30")
+    rows = run("bert", "--depths", "2", "--max_steps", "40", "--learning_rate", "1e-2", "--max_eval_samples", "30")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / "2-of-6")
     assert model.config.num_hidden_layers == 2 and model.config.id2label == dict(enumerate(LABELS))
+    assert "text-classification" in (tmp_path / "runs" / "2-of-6" / "README.md").read_text()
     assert rows[0]["questions"] == 30 and rows[0]["accuracy"] - 3 * rows[0]["standard_error"] > 1 / 3
 
 
 def test_a_decoder_learns_the_words_of_the_verbalizer(run: Any, tmp_path: Path) -> None:
     words = json.dumps(dict(zip(LABELS, ("bad", "good", "so"), strict=True)))
-    rows = run("llama", "--depths", "2", "--max_steps", "60", "--learning_rate", "3e-3", "--verbalizer", words)
+    rows = run("llama", "--depths", "6", "--max_steps", "40", "--learning_rate", "3e-3", "--verbalizer", words)
     assert rows[0]["accuracy"] - 3 * rows[0]["standard_error"] > 1 / 3
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "runs" / "2-of-6")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "2-of-6")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "runs" / "6-of-6")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "6-of-6")
     prompt = tokenizer(f"{WORDS[4]} w20 w30\nQuestion: What is this about?\nAnswer:", return_tensors="pt").input_ids
     assert tokenizer.decode(model(prompt).logits[0, -1].argmax()) in ("bad", "good", "so")
 
