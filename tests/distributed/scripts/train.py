@@ -7,6 +7,8 @@ TrimCallback. DeepSpeed and FSDP2 run on the CPU only by the detours below: `use
 """
 
 import argparse
+import copy
+import gc
 import json
 import os
 import signal
@@ -124,6 +126,15 @@ def read_all(model: Any, optimizer: Any) -> dict[int, dict[str, torch.Tensor]]:
     return {id(parameter): fp32_and_state(parameter, optimizer) for parameter in model.parameters()}
 
 
+def bytes_held() -> int:
+    """What all tensors of this process hold, each storage counted once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in local if not tensor.is_meta)}
+    return sum(storages.values())
+
+
 class Before(TrainerCallback):
     """Reads everything before TrimCallback's turn."""
 
@@ -144,6 +155,7 @@ class After(TrainerCallback):
         self.before = before
         self.alive: list[int] = []
         self.unchanged: list[bool] = []
+        self.bytes: list[int] = []
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         now = {id(parameter) for parameter in model.parameters()}
@@ -153,6 +165,8 @@ class After(TrainerCallback):
             pairs = [(self.before.seen[key][name], value) for key in after for name, value in after[key].items()]
             self.unchanged.append(len(pairs) >= 3 * len(after) and all(torch.equal(a, b) for a, b in pairs))
             self.before.seen = {}
+        if state.global_step in (2, 4, 7):
+            self.bytes.append(bytes_held())
         if state.global_step in (4, 7):
             self.alive.append(sum(1 for ref in self.before.refs if ref() is not None and id(ref()) not in now))
 
@@ -207,6 +221,7 @@ def main() -> None:
 
         transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     model = tiny_model(tie_word_embeddings=True)  # before the arguments: under ZeRO-3 they make models be born in shards
+    block = copy.deepcopy(model.model.layers[0])
     args = TrainingArguments(
         output_dir=options.folder,
         max_steps=12,
@@ -257,6 +272,8 @@ def main() -> None:
         "rates": [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry],
         "alive": after.alive,
         "unchanged": after.unchanged,
+        "bytes": after.bytes,
+        "block_bytes": sum(parameter.numel() for parameter in block.parameters()) * 4,
     }
     (Path(options.folder) / f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
