@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .adapters import adapters_of, base_of, mark
 from .auto import regrow_like
 from .budget import Budget
-from .choice import LayerChoice, drop_log
+from .choice import LayerChoice, check_drops, drop_log
 from .config import TrimConfig
 from .depth_check import refuse_other_depths, wrong_depth
 from .engines import Engine, attach
@@ -29,7 +29,6 @@ from .prepared import apply_drop
 from .schedule import Plan, layers_due, plan_drops
 from .stack import find_stack
 from .stopping import MetricRule
-from .surgery import plan_drop
 
 logger = logging.get_logger("transformers.trimllm_hf")  # below transformers' logger: its verbosity and handlers
 
@@ -107,7 +106,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._restore(saved["attributes"], model, state)
         assert self.layer_map is not None and self.start_num_layers is not None
         self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
-        target = self._least = self.config.resolve_target(self.layer_map.base_num_layers, self.layer_map.num_layers)
+        base_layers = self.layer_map.base_num_layers * (2 if self.config.unit == "sublayer" else 1)
+        target = self._least = self.config.resolve_target(base_layers, self._num_layers())
         if self.config.has_budget:
             self._budget = Budget(self.config, self._engine, args, self.budget)
             target = self._budget.target(model, self._least)
@@ -122,7 +122,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self.config.max_metric_drop is not None:
             self._rule = MetricRule(self.config, trainer, self._engine, self.plan, self.stop)
         if self.plan:
-            self._check_plan(model, target)
+            check_drops(model, self.config, self._num_layers() - target)
             self._check_best_model(args)
             self._refuse_lost_calibration_set()
             self._choice = LayerChoice(
@@ -143,7 +143,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self.config.importance == "taylor" and self._choice is not None and self.trainer is not None:
             assert self.layer_map is not None and self.start_num_layers is not None
             step = state.global_step + 1
-            dropped = self.start_num_layers - self.layer_map.num_layers
+            dropped = self.start_num_layers - self._num_layers()
             if self._rule is not None or self._budget is not None or layers_due(self.plan, step, dropped):
                 self._choice.take_gradients(unwrapped(self.trainer), step)
 
@@ -180,12 +180,12 @@ class TrimCallback(TrainerCallback, ExportableState):
         of_model = LayerMap.from_config(model.config, self.config.part)
         plain = attributes["layer_map"]
         if state.global_step == 0 or plain is None:
-            self.layer_map, self.start_num_layers = of_model, of_model.num_layers
+            self.layer_map, self.start_num_layers = of_model, of_model.num_units(self.config.unit)
             self.stop, self.budget = {}, {}
             return
         of_checkpoint = LayerMap.from_dict(plain) if isinstance(plain, dict) else plain
-        if (of_checkpoint.part, of_checkpoint.kept_layers) != (of_model.part, of_model.kept_layers):
-            raise ValueError(wrong_depth(of_model.kept_layers, of_checkpoint.kept_layers))
+        if not of_checkpoint.keeps_the_same(of_model):
+            raise ValueError(wrong_depth(of_model, of_checkpoint))
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
         self.stop, self.budget = attributes.get("stop", {}), attributes.get("budget", {})
         model.config.trim = self._plain_map()
@@ -204,12 +204,6 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self._watched is None or self._watched() is not model:
             refuse_other_depths(model, self.config.part)
             self._watched = weakref.ref(model)
-
-    def _check_plan(self, model: PreTrainedModel, target: int) -> None:
-        """Refuse now what the guard would refuse at the first drop."""
-        depth = len(find_stack(model, self.config.part))
-        if depth > target:
-            plan_drop(model, [self.config.protect_first], part=self.config.part)
 
     def _check_best_model(self, args: TrainingArguments) -> None:
         """Refuse what would fail at the very end: the best checkpoint may be deeper than the model by then."""
@@ -231,7 +225,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _due(self, state: TrainerState) -> int:
         """How many layers have to go now, as far as no evaluation stands in the way."""
         assert self.layer_map is not None and self.start_num_layers is not None and self.trainer is not None
-        step, depth = state.global_step, self.layer_map.num_layers
+        step, depth = state.global_step, self._num_layers()
         if self._rule is not None:
             if not self._rule.is_open(step):
                 return 0
@@ -263,7 +257,9 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.layer_map = apply_drop(self._engine, self._choice.next_drop(model, state.global_step, progress, count))
         if self._rule is not None:
             self._rule.dropped(state.global_step)
-        line, logs = drop_log(self.layer_map, state.global_step, self._choice.margin, get_model_param_count(model))
+        line, logs = drop_log(
+            self.layer_map, self.config.unit, state.global_step, self._choice.margin, get_model_param_count(model)
+        )
         logger.info(line)
         self.trainer.log(logs)
 
@@ -273,7 +269,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         if passed is not None:
             model, (folder, layer_map, self.model_step) = unwrapped(trainer), passed
             self.regrow(lambda: regrow_like(model, folder, layer_map))
-            trainer.log({"trim/num_layers": layer_map.num_layers, "trim/parameters": get_model_param_count(model)})
+            trainer.log({"trim/num_layers": self._num_layers(), "trim/parameters": get_model_param_count(model)})
 
     def regrow(self, edit: Callable[[], LayerMap]) -> None:
         """Run an edit that gives the model other layers when training is over, and take up the map that it returns."""
@@ -281,6 +277,11 @@ class TrimCallback(TrainerCallback, ExportableState):
         blocks = find_stack(unwrapped(self.trainer), self.config.part).blocks
         self.layer_map = self._engine.edit(edit, lambda: list(blocks.parameters()))
         self.trainer.optimizer = self.trainer.lr_scheduler = None  # made for other layers; a later train() makes them anew
+
+    def _num_layers(self) -> int:
+        """Depth now, in the unit."""
+        assert self.layer_map is not None
+        return self.layer_map.num_units(self.config.unit)
 
     def _plain_map(self) -> dict[str, Any]:
         assert isinstance(self.layer_map, LayerMap)

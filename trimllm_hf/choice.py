@@ -6,9 +6,11 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
+from .adapters import base_of
 from .calibration import Batch, calibration_batches, draw, own_randomness
 from .config import TrimConfig
 from .engines import Engine
@@ -17,6 +19,7 @@ from .importance.gradient import refuse_no_gradient, weights_times_gradients
 from .importance.order import Chosen, choose, choose_window
 from .layer_map import LayerMap
 from .stack import find_stack
+from .sublayers import attentions_that_stay
 from .surgery import PlannedDrop, plan_drop
 
 logger = logging.get_logger("transformers.trimllm_hf")
@@ -42,7 +45,7 @@ class LayerChoice:
             refuse_no_gradient(engine)
         self.metric = metric_of(config, trainer)
         self.margin: float | None = None  # of the last drop: how much higher the score of the next candidate was
-        self._gradients: tuple[int, dict[int, float]] | None = None  # step, and each block's score by its gradients
+        self._gradients: tuple[int, dict[Any, float]] | None = None  # step, and each layer's score by its gradients
         self.batches: list[Batch] = []
         self.stand_in: Batch | None = None  # for a process whose share of the calibration set is empty
         if not needs_data(config.importance):
@@ -92,9 +95,8 @@ class LayerChoice:
 
     def take_gradients(self, model: PreTrainedModel, step: int) -> None:
         """Score by the gradients that the parameters hold now, for a drop after the optimizer step `step`."""
-        blocks = find_stack(model, self.config.part).blocks
         shares = weights_times_gradients(model, self.config.unit)
-        self._gradients = step, {id(block): share for block, share in zip(blocks, shares.tolist(), strict=True)}
+        self._gradients = step, dict(zip(names_of(model, self.config), shares.tolist(), strict=True))
 
     def _choose(self, model: PreTrainedModel, step: int, progress: bool, count: int) -> Chosen:
         config = self.config
@@ -105,7 +107,8 @@ class LayerChoice:
         if is_joint(config.importance):
             return choose_window(scores, count, *ends)
         breaker = config.tie_breaker
-        return choose(scores, count, *ends, None if breaker is None else lambda: self._score(model, breaker, progress))
+        tie_scores = None if breaker is None else lambda: self._score(model, breaker, progress)
+        return choose(scores, count, tie_scores=tie_scores, candidates=droppable(model, config))
 
     def _score(self, model: PreTrainedModel, importance: str, progress: bool, window: int = 1) -> torch.Tensor:
         return score_layers(
@@ -115,7 +118,7 @@ class LayerChoice:
             self.config.unit,
             metric=self.metric,
             window=window,
-            seed=self.config.calibration_seed + len(find_stack(model, self.config.part)),
+            seed=self.config.calibration_seed + len(names_of(model, self.config)),
             memory_gb=self.config.scan_memory_gb,
             progress=progress,
             part=self.config.part,
@@ -128,17 +131,63 @@ class LayerChoice:
         if self._gradients is None or self._gradients[0] != step:
             return None
         shares = self._gradients[1]
-        blocks = find_stack(model, self.config.part).blocks
-        scores = self.engine.agree(torch.tensor([shares[id(block)] for block in blocks], dtype=torch.float64))
+        names = names_of(model, self.config)
+        scores = self.engine.agree(torch.tensor([shares[name] for name in names], dtype=torch.float64))
         # in half precision a step may overflow, and is skipped
         return scores if torch.isfinite(scores).all() and scores.any() else None
 
 
-def drop_log(layer_map: LayerMap, step: int, margin: float | None, parameters: int) -> tuple[str, dict[str, float]]:
+def check_drops(model: nn.Module, config: TrimConfig, to_drop: int) -> None:
+    """Refuse now what the guard would refuse at the first drop, and what would leave no layer to choose at a later one.
+
+    Raises:
+        ValueError: If a layer cannot be dropped, or not so many of them. Nothing has changed.
+    """
+    candidates = droppable(model, config)
+    if to_drop > len(candidates):
+        raise ValueError(
+            f"Expected a target that leaves at most {len(candidates)} layers to drop (the others are protected, and "
+            f"of sublayers the first attention of each type), got {to_drop}. Raise target_layers or target_ratio."
+        )
+    if to_drop > 0:
+        plan_drop(model, candidates[:1], config.unit, part=config.part)
+
+
+def droppable(model: nn.Module, config: TrimConfig) -> list[int]:
+    """The positions from which a layer may be chosen: those outside the protected ends.
+
+    Of sublayers also without the attentions from which the cache reads its length.
+    """
+    base: PreTrainedModel = base_of(model)
+    layer_map = LayerMap.from_config(base.config, config.part)
+    layers = layer_map.kept_layers
+    inside = layers[config.protect_first : len(layers) - config.protect_last]
+    if config.unit == "block":
+        return [layers.index(layer) for layer in inside]
+    stay = attentions_that_stay(find_stack(base, config.part), layers, range(len(layers)))
+    return [
+        position
+        for position, (layer, half) in enumerate(layer_map.sublayers)
+        if layer in inside and not (half == "attention" and layer in stay)
+    ]
+
+
+def names_of(model: nn.Module, config: TrimConfig) -> tuple[Any, ...]:
+    """The model's layers in the base's numbering, in the order of their scores: blocks, or sublayers."""
+    layer_map = LayerMap.from_config(base_of(model).config, config.part)
+    return layer_map.kept_layers if config.unit == "block" else layer_map.sublayers
+
+
+def drop_log(
+    layer_map: LayerMap, unit: str, step: int, margin: float | None, parameters: int
+) -> tuple[str, dict[str, float]]:
     """What to tell of the last drop, and to log: to a person, and to TensorBoard and its like."""
-    record, depth = layer_map.history[-1], layer_map.num_layers
+    record, depth = layer_map.history[-1], layer_map.num_units(unit)
     score = max(record.scores or (float("nan"),))
     layers = f"layer{'s' * (len(record.dropped) > 1)} {', '.join(map(str, record.dropped))}"
+    if record.halves is not None:
+        named = zip(record.halves, record.dropped, strict=True)
+        layers = ", ".join(f"the {half} of layer {layer}" for half, layer in named)
     to_next = "no other candidate" if margin is None else f"margin to the next best {margin:.4g}"
     line = (
         f"Step {step}: dropped {layers} of {layer_map.base_num_layers} ({record.importance} {score:.4f}, {to_next}); "
