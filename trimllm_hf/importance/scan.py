@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
+from ..adapters import base_of
 from ..calibration import Batch, model_inputs, num_tokens
 from ..engines.agreement import Together
 from ..stack import find_stack
@@ -155,8 +156,8 @@ class _Scanner:
                     continue
                 outputs.close()  # gives the blocks their own forward back
             logger.warning_once(
-                f"{type(self.model).__name__} cannot be run on several candidates at once: scoring them one by one, "
-                "which takes about twice the time."
+                f"{type(base_of(self.model)).__name__} cannot be run on several candidates at once here: scoring them one "
+                "by one, which takes about twice the time."
             )
             for position in group:
                 yield self._without(position, batch)
