@@ -18,6 +18,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .calibration import Batch, calibration_batches, draw, own_randomness
+from .choices import next_drop, rehearse
 from .config import TrimConfig
 from .depth_check import refuse_other_depths, wrong_depth
 from .engines import Engine, attach
@@ -66,6 +67,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.plan: Plan = {}
         self.calibration_given = calibration_dataset is not None
         self._engine: Engine | None = None
+        self._sizes: dict[int, int] = {}  # depth -> how many layers have to go at once
         self._watched: weakref.ref[nn.Module] | None = None
         self._batches: list[Batch] | None = None
         self._stand_in: Batch | None = None  # for a process whose share of the calibration set is empty
@@ -107,7 +109,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         )
         self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
         if self.plan:
-            self._check_plan(model, target)
+            self._sizes = rehearse(model, target, self._open, self.config.part)  # raises where there is no way
             self._batches = self._calibration_batches(args, kwargs["train_dataloader"])
         self._drop_what_is_due(state, control)
 
@@ -137,11 +139,9 @@ class TrimCallback(TrainerCallback, ExportableState):
             refuse_other_depths(model, self.config.part)
             self._watched = weakref.ref(model)
 
-    def _check_plan(self, model: PreTrainedModel, target: int) -> None:
-        """Refuse now what the guard would refuse at the first drop."""
-        depth = len(find_stack(model, self.config.part))
-        if depth > target:
-            plan_drop(model, [self.config.protect_first], part=self.config.part)
+    def _open(self, depth: int) -> range:
+        """The positions that are not protected."""
+        return range(self.config.protect_first, depth - self.config.protect_last)
 
     def _calibration_batches(self, args: TrainingArguments, dataloader: Any) -> list[Batch]:
         if not needs_data(self.config.importance):
@@ -177,12 +177,12 @@ class TrimCallback(TrainerCallback, ExportableState):
         dropped = self.start_num_layers - self.layer_map.num_layers
         due = layers_due(self.plan, state.global_step, dropped)
         should_log = control.should_log
-        for _ in range(due):
-            self._drop_one(state)
+        while due and due >= self._sizes.get(self.layer_map.num_layers, 1):  # a whole period goes at once, or waits
+            due -= self._drop(state, due)
         control.should_log = should_log  # logging a drop clears it, and this step's loss would go unlogged
 
-    def _drop_one(self, state: TrainerState) -> None:
-        """Score, choose, drop: one layer, by scores of the model as it is now."""
+    def _drop(self, state: TrainerState, most: int) -> int:
+        """Score, choose, drop: one layer, by scores of the model as it is now; or as many as have to go at once."""
         assert self.trainer is not None and self._engine is not None and self._batches is not None
         assert self.layer_map is not None
         model = unwrapped(self.trainer)
@@ -201,30 +201,36 @@ class TrimCallback(TrainerCallback, ExportableState):
                 progress=state.is_local_process_zero and not self.trainer.args.disable_tqdm,
                 part=self.config.part,
             )
-            position = least_important(scores, self.config.protect_first, self.config.protect_last)
-            drop = plan_drop(
-                model,
-                [position],
-                self.config.unit,
-                step=state.global_step,
-                importance=self.config.importance,
-                scores=[scores[position].item()],
-                part=self.config.part,
+            drop = next_drop(
+                lambda positions: plan_drop(
+                    model,
+                    positions,
+                    self.config.unit,
+                    step=state.global_step,
+                    importance=self.config.importance,
+                    scores=scores[positions].tolist(),
+                    part=self.config.part,
+                ),
+                {position: scores[position].item() for position in self._open(depth)},
+                most,
+                self._sizes.get(depth, 1),
             )
         except Exception as error:  # one process must not drop, or wait, alone
             self._engine.fail(error)
             raise
         self._engine.agree(torch.zeros(1))  # nobody failed: all of them drop
         self.layer_map = apply_drop(self._engine, drop)
-        (gone,) = self.layer_map.history[-1].dropped
+        gone = self.layer_map.history[-1].dropped
+        score = scores[sorted(drop.positions)].mean().item()
+        depth = self.layer_map.num_layers
         parameters = get_model_param_count(model)
         logger.info(
-            f"Step {state.global_step}: dropped layer {gone} of {self.layer_map.base_num_layers} "
-            f"({self.config.importance} {scores[position]:.4f}); {depth - 1} layers, {parameters:,} parameters left."
+            f"Step {state.global_step}: dropped {f'layer {gone[0]}' if len(gone) == 1 else f'layers {list(gone)}'} of "
+            f"{self.layer_map.base_num_layers} ({self.config.importance} {score:.4f}); {depth} layers, {parameters:,} "
+            "parameters left."
         )
-        self.trainer.log(
-            {"trim/num_layers": depth - 1, "trim/parameters": parameters, "trim/score": scores[position].item()}
-        )
+        self.trainer.log({"trim/num_layers": depth, "trim/parameters": parameters, "trim/score": score})
+        return len(gone)
 
     def regrow(self, edit: Callable[[], LayerMap]) -> None:
         """Run an edit that gives the model other layers, and take up the map that it returns."""
@@ -235,12 +241,6 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _plain_map(self) -> dict[str, Any]:
         assert isinstance(self.layer_map, LayerMap)
         return self.layer_map.to_dict()
-
-
-def least_important(scores: torch.Tensor, protect_first: int, protect_last: int) -> int:
-    """Position of the lowest score outside the protected ends; of equal ones, the deepest."""
-    candidates = range(protect_first, len(scores) - protect_last)
-    return min(candidates, key=lambda position: (scores[position].item(), -position))
 
 
 def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .depth_config import readings
 from .guard import Renumbering, compare, rebuild
 from .layer_map import LayerMap
+from .own_config import give_own_config
 from .stack import Stack, find_stack
 
 
@@ -49,8 +50,12 @@ class PlannedDrop:
         return [p for block in dropped for p in block.parameters() if id(p) not in staying]
 
     def apply(self) -> LayerMap:
-        """Drop the layers, in place. The model, its container of blocks and its configs stay the same objects."""
-        for config in _configs_of(self.model, self.stack):
+        """Drop the layers, in place. The model and its container of blocks stay the same objects.
+
+        So do its configs, unless another model holds one of them too: then this model gets copies.
+        """
+        give_own_config(self.model)
+        for config in _configs_of(self.model, find_stack(self.model, self.stack.part)):
             _set_values(config, self.config_values)
         for position in sorted(self.positions, reverse=True):
             del self.stack.blocks[position]
@@ -88,7 +93,7 @@ def plan_drop(
     _keep_an_attention(stack, kept)
     refusal: ValueError | None = None
     full = rebuild(model, {}, stack.part)
-    for values in readings(stack.config, stack.depth_name, kept):
+    for values in readings(stack.config, stack.depth_name, kept, stack.part):
         try:
             renumbering = compare(model, stack, kept, values, full)
         except ValueError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, PreTrainedConfig
 
 DEPTH = 6
 VOCABULARY = 99
@@ -195,6 +195,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_buckets": 4,
     },
     "siglip_vision_model": _SMALL_VISION,
+    **{  # T5's cache is as long as its encoder is deep
+        t5: {"num_decoder_layers": 4} for t5 in ("longt5", "mt5", "switch_transformers", "t5", "umt5")
+    },
     "xlstm": {"num_blocks": DEPTH, "num_heads": 4, "chunk_size": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -228,6 +231,9 @@ def tiny_model(auto_class: Any, model_type: str, seed: int = 0) -> nn.Module:
         TooBig: If it would have more than a few million parameters.
     """
     config = tiny_config(model_type)
+    text_config = config.get_text_config(decoder=True)
+    if auto_class is AutoModelForSequenceClassification and getattr(text_config, "pad_token_id", None) is None:
+        text_config.pad_token_id = 0
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in auto_class.from_config(copy.deepcopy(config)).parameters())
     if size > 4_000_000:
