@@ -48,6 +48,7 @@ from accelerate.utils import DistributedType  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from trimllm_hf import drop_prepared_layers  # noqa: E402
+from trimllm_hf.surgery import plan_drop  # noqa: E402
 
 
 def make_accelerator() -> Accelerator:
@@ -133,6 +134,7 @@ def main() -> None:
     model.train()
     parameters = model.num_parameters()
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=options.device == "cuda")
+    plan_drop(model, [1])  # as TrimCallback does when training begins: what the guard sets up once is not a drop's
     model, optimizer = accelerator.prepare(model, optimizer)
     ids = torch.randint(0, 8192, (options.batch_size, options.length), device=accelerator.device)
 

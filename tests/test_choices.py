@@ -76,7 +76,7 @@ def test_a_period_goes_at_once() -> None:
     model = periodic()
     plan = lambda layers: plan_drop(model, layers, part="decoder")  # noqa: E731
     scores = {position: float(position) for position in range(1, 4)}
-    with pytest.raises(ValueError, match="another kind of module.*Nothing was changed"):
+    with pytest.raises(ValueError, match=r"another kind of module.*Nothing was changed"):
         next_drop(plan, scores, most=1)
     assert next_drop(plan, scores, most=2).positions == {1, 2}
     assert rehearse(model, 4, lambda depth: range(1, depth - 1), "decoder") == {6: 2}

@@ -22,6 +22,7 @@ FLOORS = {
     "calibration": 0,
     "engines": 0,
     "choice_accuracy": 0,
+    "adapters": 1,
     "stack": 1,
     "schedule": 1,
     "checkpoints": 1,

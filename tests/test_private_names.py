@@ -29,6 +29,13 @@ def test_fsdp2_keeps_its_lists_under_these_names() -> None:
         assert name in source, name
 
 
+def test_peft_saves_an_adapters_weights_before_its_config() -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    source = inspect.getsource(peft.PeftModel.save_pretrained)
+    assert 0 < source.rindex("safe_save_file(") < source.rindex("peft_config.save_pretrained(output_dir")
+    assert peft.utils.SAFETENSORS_WEIGHTS_NAME == "adapter_model.safetensors"
+
+
 @pytest.mark.deepspeed
 def test_deepspeed_keeps_its_partitions_under_these_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

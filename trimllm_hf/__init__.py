@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .layer_map import LayerMap
     from .loading import load_kept_layers, write_kept_layers
     from .prepared import drop_prepared_layers
+    from .publish.card import write_card
+    from .publish.card_data import TrimCardData
     from .surgery import drop_layers
     from .trainer import TrimTrainer, TrimTrainerMixin
 
@@ -26,6 +28,7 @@ _FILES = {
     "LatencyReport": "latency.report",
     "LayerMap": "layer_map",
     "TrimCallback": "callback",
+    "TrimCardData": "publish.card_data",
     "TrimConfig": "config",
     "TrimTrainer": "trainer",
     "TrimTrainerMixin": "trainer",
@@ -36,6 +39,7 @@ _FILES = {
     "register_importance": "importance",
     "score_layers": "importance",
     "trim_like": "auto",
+    "write_card": "publish.card",
     "write_kept_layers": "loading",
 }
 
@@ -43,6 +47,7 @@ __all__ = [
     "LatencyReport",
     "LayerMap",
     "TrimCallback",
+    "TrimCardData",
     "TrimConfig",
     "TrimTrainer",
     "TrimTrainerMixin",
@@ -53,6 +58,7 @@ __all__ = [
     "register_importance",
     "score_layers",
     "trim_like",
+    "write_card",
     "write_kept_layers",
 ]
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .adapters import base_of
 from .layer_map import LayerMap
 from .stack import find_stack
 from .surgery import drop_layers
 
 
-def trim_like(model: PreTrainedModel, checkpoint: str | Path) -> LayerMap:
+def trim_like(model: nn.Module, checkpoint: str | Path) -> LayerMap:
     """Drop from a model what a checkpoint's kept-layer map says, in place.
 
     What a script calls before its Trainer is made, to resume a trimmed run with a plain `Trainer` and `TrimCallback`:
     the weights of the layers that stay are the model's own until the Trainer loads the checkpoint's.
 
     Args:
-        model: The full-depth base model, or one that still has all layers that the checkpoint keeps; not yet wrapped.
-        checkpoint: A checkpoint folder of a run that trimmed, or the folder of a trimmed model.
+        model: The full-depth base model, or one that still has all layers that the checkpoint keeps; not yet wrapped. It
+            may have adapters already.
+        checkpoint: A checkpoint folder of a run that trimmed, or the folder of a trimmed model or of an adapter for one:
+            with the base trimmed so, `PeftModel.from_pretrained(model, checkpoint)` is the model that was trained.
 
     Returns:
         The model's map after the drop. A checkpoint from before the first drop leaves the model as it is.
@@ -28,14 +32,15 @@ def trim_like(model: PreTrainedModel, checkpoint: str | Path) -> LayerMap:
         ValueError: If the folder does not exist or contradicts itself, or if the model lacks layers that the checkpoint
             keeps. Nothing has changed then.
     """
+    config = base_of(model).config
     of_checkpoint = LayerMap.from_checkpoint(checkpoint)
     if of_checkpoint is None:
-        return LayerMap.from_config(model.config)
-    of_model = LayerMap.from_config(model.config, of_checkpoint.part)
+        return LayerMap.from_config(config)
+    of_model = LayerMap.from_config(config, of_checkpoint.part)
     positions = of_model.positions_to_drop(of_checkpoint)
     if positions:
         drop_layers(model, positions, part=of_checkpoint.part)
-        model.config.trim = of_checkpoint.to_dict()
+        config.trim = of_checkpoint.to_dict()
     return of_checkpoint
 
 

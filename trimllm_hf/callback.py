@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .adapters import adapters_of, base_of, mark
 from .calibration import Batch, calibration_batches, draw, own_randomness
 from .choices import next_drop, rehearse
 from .config import TrimConfig
@@ -107,9 +108,11 @@ class TrimCallback(TrainerCallback, ExportableState):
             state.max_steps,
             _steps_per_epoch(args, kwargs["train_dataloader"]),
         )
+        self._take_adapters(base_of(model), args)
         self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
         if self.plan:
             self._sizes = rehearse(model, target, self._open, self.config.part)  # raises where there is no way
+            self._check_best_model(args)
             self._batches = self._calibration_batches(args, kwargs["train_dataloader"])
         self._drop_what_is_due(state, control)
 
@@ -118,7 +121,9 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._drop_what_is_due(state, control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let go of the calibration batches and of the engine's references."""
+        """Let go of the calibration batches and of the engine's references; what is saved from here is a whole model."""
+        if self._engine is not None:
+            self._engine.save_whole()
         self._batches = self._engine = None
 
     def _restore(self, attributes: dict[str, Any], model: PreTrainedModel, state: TrainerState) -> None:
@@ -134,6 +139,16 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
         model.config.trim = self._plain_map()
 
+    def _take_adapters(self, base: PreTrainedModel, args: TrainingArguments) -> None:
+        assert self.layer_map is not None
+        if adapters_of(base) and args.load_best_model_at_end and (self.plan or self.layer_map.dropped_layers):
+            raise ValueError(
+                "Expected load_best_model_at_end=False when a model with adapters is trimmed, got True: a checkpoint holds "
+                "the adapter only, and the best one may need layers of the base that are gone by then. Load it yourself: "
+                "trim_like(base, checkpoint) on the full-depth base, then PeftModel.from_pretrained(base, checkpoint)."
+            )
+        mark(base, find_stack(base, self.config.part).name, self.layer_map)
+
     def _watch(self, model: nn.Module) -> None:
         if self._watched is None or self._watched() is not model:
             refuse_other_depths(model, self.config.part)
@@ -142,6 +157,16 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _open(self, depth: int) -> range:
         """The positions that are not protected."""
         return range(self.config.protect_first, depth - self.config.protect_last)
+
+    def _check_best_model(self, args: TrainingArguments) -> None:
+        """Refuse what would fail at the very end: the best checkpoint may be deeper than the model by then."""
+        assert self._engine is not None
+        if args.load_best_model_at_end and max(self.plan) > 0 and not self._engine.regrows:
+            raise ValueError(
+                "Expected load_best_model_at_end=False, got True: where the engine cuts parameters into shards, a best "
+                "checkpoint from before a drop could not be loaded into the smaller model. Drop everything at the start "
+                "(drop_every='once'), or set it to False and choose among the checkpoints: each is a complete model."
+            )
 
     def _calibration_batches(self, args: TrainingArguments, dataloader: Any) -> list[Batch]:
         if not needs_data(self.config.importance):

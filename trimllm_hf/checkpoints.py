@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -46,10 +47,21 @@ def unfinished(folder: Path) -> str | None:
         state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{TRAINER_STATE}: {error}"
-    saved = state.get("stateful_callbacks", {}).get("TrimCallback") or {}
-    processes = saved.get("attributes", {}).get("num_processes", 1)
+    processes = _processes(state) or 1
     if processes > 1 and any(folder.glob("rng_state_*.pth")):  # none at all: only the model was to be saved
         for rank in range(processes):
             if not zipfile.is_zipfile(folder / f"rng_state_{rank}.pth"):
                 return f"process {rank} had not saved its random state"
     return None
+
+
+def processes_of(folder: str | Path) -> int | None:
+    """How many processes made a checkpoint; None if it does not say."""
+    path = Path(folder) / TRAINER_STATE
+    return _processes(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def _processes(state: dict[str, Any]) -> int | None:
+    saved = state.get("stateful_callbacks", {}).get("TrimCallback") or {}
+    processes: int | None = saved.get("attributes", {}).get("num_processes")
+    return processes

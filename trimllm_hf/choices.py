@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
 
+from .adapters import adapters_of, base_of
 from .guard import rebuild
 from .stack import find_stack
 from .surgery import PlannedDrop, plan_drop
@@ -43,7 +44,7 @@ def next_drop(plan: Planner, scores: Mapping[int, float], most: int, usual: int 
 
 
 def rehearse(
-    model: PreTrainedModel, target: int, open_positions: Callable[[int], Iterable[int]], part: str | None
+    model: nn.Module, target: int, open_positions: Callable[[int], Iterable[int]], part: str | None
 ) -> dict[int, int]:
     """Drop layers of a copy without memory until it has `target` of them.
 
@@ -59,7 +60,8 @@ def rehearse(
     Raises:
         ValueError: If there is no way to the target; with the least depth that can be reached.
     """
-    copy: Any = rebuild(model, {}, part)
+    base = base_of(model)
+    copy: Any = rebuild(base, {}, part, adapters_of(base))
     sizes: dict[int, int] = {}
     size = 1
     while (depth := len(find_stack(copy, part))) > target:
@@ -69,7 +71,7 @@ def rehearse(
         except ValueError as error:
             reached = f"It can be trimmed to {depth}; then: " if sizes else ""
             raise ValueError(
-                f"Expected a target that {type(model).__name__} can be trimmed to, got {target} layers. {reached}{error}"
+                f"Expected a target that {type(base).__name__} can be trimmed to, got {target} layers. {reached}{error}"
             ) from error
         size = sizes[depth] = len(drop.positions)
         drop.apply()

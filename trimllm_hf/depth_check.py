@@ -7,22 +7,36 @@ from typing import Any
 
 from torch import nn
 
+from .adapters import adapters_of, base_of
 from .stack import find_stack
 
 
 def refuse_other_depths(model: nn.Module, part: str | None = None) -> None:
     """Make `model.load_state_dict` raise on weights with another number of blocks than the model has.
 
-    A Trainer loads checkpoints with strict=False: by index, with a warning, layers would end up in the wrong places.
+    A Trainer loads checkpoints with strict=False: by index, with a warning, layers would end up in the wrong places. So
+    does PEFT with an adapter.
     """
+    model = base_of(model)
     stack = find_stack(model, part)
 
     def check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         start = f"{prefix}{stack.name}."
-        numbers = sorted({int(name.removeprefix(start).split(".")[0]) for name in state_dict if name.startswith(start)})
+        found = [
+            name.removeprefix(start).partition(".")
+            for name, tensor in state_dict.items()
+            if name.startswith(start) and getattr(tensor, "shape", None) != (0,)  # the stop in an adapter's file
+        ]
+        numbers = sorted({int(number) for number, _, _ in found})
         if not numbers:
             return
         depth = len(stack.blocks)
+        if adapters_of(module):  # an adapter may be on some of the layers only
+            has = {(str(number), rest) for number, block in enumerate(stack.blocks) for rest, _ in block.named_parameters()}
+            rests = {rest for _, _, rest in found}
+            if {(number, rest) for number, _, rest in found} ^ {pair for pair in has if pair[1] in rests}:
+                raise ValueError(wrong_depth(range(depth), numbers))
+            return
         rest = {f"{prefix}{name}" for name, _ in module.named_parameters() if not name.startswith(f"{stack.name}.")}
         # one file of a sharded checkpoint holds a part of the blocks: only a number beyond the depth is wrong in it
         whole = rest <= state_dict.keys()

@@ -13,9 +13,10 @@ import inspect
 import re
 import textwrap
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isclose
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .adapters import inject
 from .layer_map import num_hidden_layers, part_config
 from .stack import Stack, find_stack
 
@@ -45,7 +47,12 @@ class Renumbering:
 
 
 def compare(
-    model: PreTrainedModel, stack: Stack, kept: Sequence[int], values: dict[str, Any], full: nn.Module
+    model: PreTrainedModel,
+    stack: Stack,
+    kept: Sequence[int],
+    values: dict[str, Any],
+    full: nn.Module,
+    adapters: Mapping[str, Any] = MappingProxyType({}),
 ) -> Renumbering:
     """Compare the model that the config describes with the one that the trimmed config would describe.
 
@@ -55,6 +62,7 @@ def compare(
         kept: Positions that stay.
         values: What changes in the config.
         full: The model that the config describes now, by `rebuild(model, {})`.
+        adapters: The configs of its adapters as they would be, by name.
 
     Returns:
         What numbers or counts layers, each with its value now and after.
@@ -63,7 +71,7 @@ def compare(
         ValueError: If anything else would differ between a layer that stays and the one that would be loaded for it.
     """
     try:
-        trimmed = rebuild(model, values, stack.part)
+        trimmed = rebuild(model, values, stack.part, adapters)
     except Exception as error:  # a config that cannot be built shows it in as many ways as there are architectures
         raise ValueError(
             f"Expected {type(model).__name__} to be built from its trimmed config, got {type(error).__name__}: {error}. "
@@ -157,8 +165,13 @@ def _in_forward(module: nn.Module, attribute: str) -> bool:
     return False
 
 
-def rebuild(model: PreTrainedModel, values: dict[str, Any], part: str | None = None) -> nn.Module:
-    """The model that the config describes once `values` are set where it holds the depth, on the meta device."""
+def rebuild(
+    model: PreTrainedModel,
+    values: dict[str, Any],
+    part: str | None = None,
+    adapters: Mapping[str, Any] = MappingProxyType({}),
+) -> nn.Module:
+    """The model and its adapters once `values` are set where the config holds the depth, on the meta device."""
     config = copy.deepcopy(model.config)
     for name, value in values.items():
         setattr(part_config(config, part), name, value)
@@ -171,7 +184,7 @@ def rebuild(model: PreTrainedModel, values: dict[str, Any], part: str | None = N
             attention[name] = getattr(getattr(config, name), "_attn_implementation", None)
         config = type(config).from_dict(config.to_dict(), attn_implementation=attention)
         with torch.device("meta"):
-            return type(model)(config)
+            return inject(type(model)(config), adapters)
     finally:
         logging.set_verbosity(verbosity)
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .adapters import adapter_readings, adapters_of, base_of, mark
 from .depth_config import readings
 from .guard import Renumbering, compare, rebuild
 from .layer_map import LayerMap
@@ -25,7 +26,7 @@ class PlannedDrop:
     """A drop that has passed the guard. `apply` cannot fail halfway: it only deletes and assigns.
 
     Attributes:
-        model: The unwrapped model.
+        model: The unwrapped model, without PEFT's wrapper.
         layer_map: The map after the drop.
     """
 
@@ -35,6 +36,7 @@ class PlannedDrop:
     positions: frozenset[int]
     config_values: dict[str, Any]
     renumbering: Renumbering
+    adapters: dict[str, Any]  # the configs of its adapters as they will be
 
     @property
     def leaving(self) -> list[nn.Parameter]:
@@ -68,11 +70,14 @@ class PlannedDrop:
             if (list(now) if isinstance(now, tuple) else now) == before:  # a value that the user changed stays
                 setattr(modules[name], attribute, after)
         self.model.config.trim = self.layer_map.to_dict()
+        for name, config in adapters_of(self.model).items():
+            vars(config).update(vars(self.adapters[name]))
+        mark(self.model, self.stack.name, self.layer_map)
         return self.layer_map
 
 
 def plan_drop(
-    model: PreTrainedModel,
+    model: nn.Module,
     layers: Sequence[int],
     unit: str = "block",
     step: int | None = None,
@@ -87,28 +92,33 @@ def plan_drop(
     """
     if unit != "block":
         raise ValueError(f"Expected unit='block', got {unit!r}. Other units cannot be dropped yet.")
-    stack = find_stack(model, part)
-    layer_map = LayerMap.from_config(model.config, part).drop(layers, step=step, importance=importance, scores=scores)
+    base: PreTrainedModel = base_of(model)
+    stack = find_stack(base, part)
+    adapters = adapters_of(base)
+    layer_map = LayerMap.from_config(base.config, part).drop(layers, step=step, importance=importance, scores=scores)
     kept = [position for position in range(len(stack)) if position not in set(layers)]
     _keep_an_attention(stack, kept)
     refusal: ValueError | None = None
-    full = rebuild(model, {}, stack.part)
+    full = rebuild(base, {}, stack.part, adapters)
+    inner_name = find_stack(full, stack.part).name
     for values in readings(stack.config, stack.depth_name, kept, stack.part):
-        try:
-            renumbering = compare(model, stack, kept, values, full)
-        except ValueError as error:
-            refusal = refusal or error  # of the likeliest reading
-            continue
-        return PlannedDrop(model, layer_map, stack, frozenset(layers), values, renumbering)
+        for configs in adapter_readings(adapters, full, inner_name, kept):
+            try:
+                renumbering = compare(base, stack, kept, values, full, configs)
+            except ValueError as error:
+                refusal = refusal or error  # of the likeliest reading
+                continue
+            return PlannedDrop(base, layer_map, stack, frozenset(layers), values, renumbering, configs)
     assert refusal is not None
     raise refusal
 
 
-def drop_layers(model: PreTrainedModel, layers: Sequence[int], unit: str = "block", part: str | None = None) -> LayerMap:
+def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block", part: str | None = None) -> LayerMap:
     """Drop layers of an unwrapped model, in place.
 
     Args:
-        model: A transformers model that no engine has wrapped; for one that is, use `drop_prepared_layers`.
+        model: A transformers model, or one with adapters (PeftModel), that no engine has wrapped; for one that is, use
+            `drop_prepared_layers`.
         layers: Positions in the model as it is now, from 0.
         unit: "block", a whole layer.
         part: Of an encoder-decoder (T5, BART), the stack to drop from: "decoder" or "encoder". By default the one that

@@ -87,27 +87,3 @@ def test_bf16(engine: str, torchrun, tmp_path: Path) -> None:
         assert rank["distributed_type"] == TYPES[engine]
         assert rank["unchanged"] == [True, True] and rank["alive"] == [0, 0]
         assert all(0 < loss < 10 for loss in rank["losses"])
-
-
-@pytest.fixture(scope="module")
-def saved(torchrun, tmp_path_factory: pytest.TempPathFactory):
-    """An uninterrupted run of each engine that saved at each second step, made once."""
-    made: dict[str, Path] = {}
-
-    def of(engine: str) -> Path:
-        if engine not in made:
-            made[engine] = tmp_path_factory.mktemp(engine)
-            torchrun("train.py", str(made[engine]), "--engine", engine, "--save", "2", "--calibration", "8")
-        return made[engine]
-
-    return of
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [2, 4, 8], ids=["before", "between", "after"])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_resume(engine: str, step: int, torchrun, saved, tmp_path: Path) -> None:
-    run = saved(engine)
-    checkpoint = str(run / f"checkpoint-{step}")
-    torchrun("train.py", str(tmp_path), "--engine", engine, "--resume", checkpoint, "--calibration", "8")
-    check_equal(tmp_path, engine, run, 1e-6)

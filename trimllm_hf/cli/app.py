@@ -66,13 +66,3 @@ def table(title: str | None, *columns: str, rows: list[tuple[Any, ...]]) -> Tabl
     for row in rows:
         made.add_row(*map(str, row))
     return made
-
-
-def size(count: float | None) -> str:
-    """Bytes for a person: 1.50 GB, in powers of ten."""
-    if count is None:
-        return "unknown"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count:.0f} bytes"

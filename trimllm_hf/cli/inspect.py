@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
 
-from .app import Json, answer, app, size, table
+from .app import Json, answer, app, table
 
 
 @app.command()
@@ -27,6 +26,8 @@ def inspect(
     from transformers import AutoConfig
 
     from ..layer_map import LayerMap
+    from ..publish.figures import text_strip
+    from ..publish.folder import describe_weights
 
     config = AutoConfig.from_pretrained(model, revision=revision)
     layer_map = LayerMap.from_config(config)
@@ -34,39 +35,18 @@ def inspect(
         "model": model,
         "model_type": config.model_type,
         "trimmed": getattr(config, "trim", None) is not None,
-        "strip": strip(layer_map),
+        "strip": text_strip(layer_map.to_dict()),
         "num_layers": layer_map.num_layers,
         "dropped_layers": layer_map.dropped_layers,
         "map": layer_map.to_dict(),
-        "weights": weights(model, revision),
+        "weights": describe_weights(model, revision),
     }
     answer(plain, as_json, lambda: _shown(plain, layer_map))
 
 
-def strip(layer_map: Any) -> str:
-    """The base's layers in a row: █ kept, ░ dropped."""
-    kept = set(layer_map.kept_layers)
-    return "".join("█" if layer in kept else "░" for layer in range(layer_map.base_num_layers))
-
-
-def weights(model: str, revision: str | None) -> dict[str, Any]:
-    """Files, parameters and bytes, by the headers of the safetensors files."""
-    from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
-
-    if Path(model).is_dir():
-        found = get_local_safetensors_metadata(model)
-    else:
-        found = get_safetensors_metadata(model, revision=revision)
-    tensors = [tensor for file in found.files_metadata.values() for tensor in file.tensors.values()]
-    return {
-        "files": sorted(found.files_metadata),
-        "parameters": sum(found.parameter_count.values()),
-        "parameters_by_dtype": found.parameter_count,
-        "bytes": sum(end - start for start, end in (tensor.data_offsets for tensor in tensors)),
-    }
-
-
 def _shown(plain: dict[str, Any], layer_map: Any) -> list[RenderableType]:
+    from ..publish.figures import size
+
     held = plain["weights"]
     base = layer_map.base_model or "a base that is not named"
     if plain["trimmed"]:

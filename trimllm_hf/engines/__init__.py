@@ -27,6 +27,7 @@ class Engine(Protocol):
     rank: int
     world_size: int
     sweeps: bool  # whether processes may call a block different numbers of times
+    regrows: bool  # whether `edit` may bring in parameters that the optimizer does not have
 
     def agree(self, total: torch.Tensor) -> torch.Tensor:
         """The sum of `total` over all processes, the same on each of them; or the error of one that has failed."""
@@ -41,6 +42,9 @@ class Engine(Protocol):
 
         Parameters that stay keep their optimizer state, bit by bit; those that went are held by nothing here.
         """
+
+    def save_whole(self) -> None:
+        """From now on a Trainer's save writes the whole model, also where its checkpoints hold shards."""
 
 
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine:
@@ -63,7 +67,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine
     if kind == DistributedType.FSDP:
         from .fsdp import FSDPEngine
 
-        return FSDPEngine(model, optimizer)
+        return FSDPEngine(model, optimizer, accelerator.state.fsdp_plugin)
     if kind == DistributedType.DEEPSPEED:
         from .deepspeed import DeepSpeedEngine
 
@@ -72,3 +76,15 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine
         f"Expected one process, DistributedDataParallel, FSDP2 or DeepSpeed ZeRO, got {kind.value}. Layers cannot be "
         "dropped under it: launch with one of those."
     )
+
+
+def refuse_other_processes(accelerator: Accelerator, saved: int | None) -> None:
+    """Refuse a checkpoint that `saved` processes (None: not known) made, where the engine can only resume it with as many.
+
+    Raises:
+        ValueError: Saying how to resume it. Nothing has changed.
+    """
+    if saved is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from .deepspeed import refuse_other_processes
+
+        refuse_other_processes(accelerator.state.deepspeed_plugin, saved, accelerator.num_processes)

@@ -20,6 +20,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class DDPEngine(Processes):
     """A model in DistributedDataParallel; see `engines.Engine`."""
 
+    regrows = True
+
     def __init__(self, model: nn.Module, optimizer: Any, ddp_handler: Any = None) -> None:
         if not isinstance(model, DistributedDataParallel):
             raise ValueError(
@@ -40,6 +42,9 @@ class DDPEngine(Processes):
         self._rebuild_buckets()
         return result
 
+    def save_whole(self) -> None:
+        """Each process has the whole model."""
+
     def _rebuild_buckets(self) -> None:
         """Build a new DDP around the same module and give its insides to the wrapper that everybody holds.
 
@@ -53,6 +58,7 @@ class DDPEngine(Processes):
             "find_unused_parameters": wrapper.find_unused_parameters,
             "gradient_as_bucket_view": wrapper.gradient_as_bucket_view,
             "static_graph": wrapper.static_graph,
+            "init_sync": False,  # the processes' parameters are equal, and comparing them copies all of them
         }
         if self.ddp_handler is not None:
             options = {**self.ddp_handler.to_kwargs(), **options}

@@ -29,6 +29,7 @@ class DeepSpeedEngine(Processes):
     """A model in DeepSpeed's engine under ZeRO; see `engines.Engine`."""
 
     sweeps: bool
+    regrows = False
 
     def __init__(self, model: Any, optimizer: Any) -> None:
         refuse_unsupported(model)
@@ -86,6 +87,35 @@ class DeepSpeedEngine(Processes):
         state.write(zero)
         self.optimizer.optimizer = zero
         return result
+
+    def save_whole(self) -> None:
+        """ZeRO-3 gathers the weights for a Trainer's save only if the config says so."""
+        self.wrapper._config.zero_config.gather_16bit_weights_on_model_save = True
+
+
+def refuse_other_processes(plugin: Any, saved: int, running: int) -> None:
+    """Refuse to resume partitions that another number of processes saved, unless they are read as universal ones.
+
+    Under ZeRO-3 universal ones are refused too: DeepSpeed 0.19 gives all parameter groups the settings of the first one
+    (weight decay) and one step counter, which then counts each group's step.
+
+    Raises:
+        ValueError: With what to do instead.
+    """
+    config = plugin.deepspeed_config
+    universal = config.get("checkpoint", {}).get("load_universal", False)
+    if saved == running or (universal and plugin.zero_stage < 3):
+        return
+    convert = (
+        "run `python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder "
+        "CHECKPOINT/global_stepN --output_folder CHECKPOINT/global_stepN_universal` and set "
+        '"checkpoint": {"load_universal": true} in the DeepSpeed config'
+    )
+    instead = "DeepSpeed cannot read ZeRO-3's into other ones rightly" if plugin.zero_stage == 3 else f"or {convert}"
+    raise ValueError(
+        f"Expected a checkpoint that {running} processes saved, got one of {saved}: ZeRO's partitions do not fit. "
+        f"Launch {saved} processes; {instead}."
+    )
 
 
 def refuse_unsupported(engine: Any) -> None:

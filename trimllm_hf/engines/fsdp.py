@@ -20,7 +20,9 @@ T = TypeVar("T")
 class FSDPEngine(Processes):
     """A model under FSDP2; see `engines.Engine`."""
 
-    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+    regrows = False
+
+    def __init__(self, model: nn.Module, optimizer: Any, plugin: Any = None) -> None:
         if not isinstance(model, FSDPModule):
             raise ValueError(
                 f"Expected a model under FSDP2 (fully_shard), got {type(model).__name__}: FSDP1 cannot lose layers while "
@@ -29,6 +31,7 @@ class FSDPEngine(Processes):
         refuse_hidden_parameters(optimizer)
         self.model = model
         self.optimizer = optimizer
+        self.plugin = plugin
         super().__init__()
 
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
@@ -52,6 +55,11 @@ class FSDPEngine(Processes):
         if root._is_root:
             root._init_fqns()
         return result
+
+    def save_whole(self) -> None:
+        """A Trainer saves what Accelerate's plugin names: one whole model, or a shard for each process."""
+        if self.plugin is not None:
+            self.plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
 def _states(model: nn.Module) -> list[Any]:

@@ -46,6 +46,6 @@ def find_trainer(callback: TrainerCallback) -> Trainer:
 
 
 def unwrapped(trainer: Trainer) -> PreTrainedModel:
-    """The Trainer's model without any engine's wrapper."""
-    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    """The Trainer's model without any engine's wrapper and not compiled; a PeftModel keeps its own."""
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     return model

@@ -18,6 +18,7 @@ class LocalEngine:
     rank = 0
     world_size = 1
     sweeps = True
+    regrows = True
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self.model = model
@@ -37,6 +38,9 @@ class LocalEngine:
         result = edit()
         forget(self.optimizer, gone)
         return result
+
+    def save_whole(self) -> None:
+        """The model is whole as it is."""
 
 
 def forget(optimizer: Any, leaving: Sequence[nn.Parameter]) -> None:

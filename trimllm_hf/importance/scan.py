@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ..adapters import base_of
 from ..calibration import Batch, num_tokens
 from ..stack import find_stack
 from .agreement import Agree, least_and_most, on_any
@@ -166,6 +167,6 @@ def num_label_tokens(model: nn.Module, batch: Batch) -> float:
             f"Expected calibration batches with labels, got only {sorted(batch)}. Use a collator that makes labels, or a "
             "score that needs none, like 'block_influence'."
         )
-    if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    if type(base_of(model)).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         labels = labels[..., 1:]  # a causal model predicts each token but the first
     return float((labels != -100).sum())

@@ -19,6 +19,7 @@ __all__ = ["DropRecord", "LayerMap", "depth_name", "num_hidden_layers", "part_co
 VERSION = 1
 MOST_LAYERS = 100_000  # a map from a hostile file must not fill the memory
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME, which takes seconds to import
+ADAPTER_MAP = "trim_map.json"  # beside an adapter, which has no config.json
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ class LayerMap:
     def from_checkpoint(cls, folder: str | Path) -> LayerMap | None:
         """The map of a Trainer's checkpoint folder, or None where the folder says nothing of it.
 
-        trainer_state.json is asked first: a sharded checkpoint has no config.json.
+        trainer_state.json is asked first: a sharded checkpoint has no config.json. An adapter has a file of ours instead.
 
         Raises:
             ValueError: If the folder does not exist, or what it says is damaged or contradicts itself.
@@ -239,13 +240,14 @@ class LayerMap:
         if not folder.is_dir():
             raise ValueError(f"Expected a checkpoint folder, got {str(folder)!r}, which is not a folder.")
         of_state = _map_in(folder / TRAINER_STATE, "stateful_callbacks", "TrimCallback", "attributes", "layer_map")
-        of_config = _map_in(folder / "config.json", "trim")
-        if of_state is None or not (folder / "config.json").is_file():
+        name = "config.json" if (folder / "config.json").is_file() else ADAPTER_MAP
+        of_config = _map_in(folder / "config.json", "trim") if name == "config.json" else _map_in(folder / name)
+        if of_state is None or not (folder / name).is_file():
             return of_state or of_config
         kept_by_config = of_config.kept_layers if of_config else tuple(range(of_state.base_num_layers))
         if kept_by_config != of_state.kept_layers:
             raise ValueError(
-                f"Expected {folder} to agree with itself, got kept layers {list(kept_by_config)} by config.json and "
+                f"Expected {folder} to agree with itself, got kept layers {list(kept_by_config)} by {name} and "
                 f"{list(of_state.kept_layers)} by {TRAINER_STATE}. Use an earlier checkpoint."
             )
         return of_state

@@ -119,7 +119,8 @@ class TrimCardData(ModelCardData):
     """What a card says. Each field is filled by one party; what nobody measured stays None and is called so on the card.
 
     Args:
-        domain: Given by the user: what the model was fine-tuned for, e.g. "medical questions in English".
+        repo_id: Given by the user: the model's id on the Hub, for the usage example.
+        domain: Given: what the model was fine-tuned for, e.g. "medical questions in English".
         quality: Given: quality in the domain.
         outside: Given: quality outside the domain, which trimming may have cost.
         data: Given: the data sets, more than a Trainer can know of them.
@@ -130,16 +131,18 @@ class TrimCardData(ModelCardData):
         base: Filled from the base's files: id, revision, licence, sizes.
         latency: Filled by `measure_latency`: a LatencyReport as a dict, or {"not_measured": why}.
         usage: Filled by running the example: its code and output, or {"not_run": why}.
+        pictures: Filled by drawing them: the files that the card shows.
         **metadata: As for ModelCardData: language, license, model_name, tags, … `base_model`, `library_name` and the
             model index follow from the other fields.
     """
 
-    GIVEN = ("domain", "quality", "outside", "data", "not_for", "usage_prompt")
-    FILLED = ("training", "trimmed", "base", "latency", "usage")
+    GIVEN = ("repo_id", "domain", "quality", "outside", "data", "not_for", "usage_prompt")
+    FILLED = ("training", "trimmed", "base", "latency", "usage", "pictures")
 
     def __init__(
         self,
         *,
+        repo_id: str | None = None,
         domain: str | None = None,
         quality: Sequence[Quality] = (),
         outside: Sequence[Quality] = (),
@@ -151,9 +154,11 @@ class TrimCardData(ModelCardData):
         base: dict[str, Any] | None = None,
         latency: dict[str, Any] | None = None,
         usage: dict[str, Any] | None = None,
+        pictures: Sequence[str] = (),
         **metadata: Any,
     ) -> None:
         super().__init__(**metadata)
+        self.repo_id = repo_id
         self.domain = domain
         self.quality = list(quality)
         self.outside = list(outside)
@@ -165,6 +170,7 @@ class TrimCardData(ModelCardData):
         self.base = base
         self.latency = latency
         self.usage = usage
+        self.pictures = list(pictures)
 
     @property
     def name(self) -> str:

@@ -24,9 +24,11 @@ parser.add_argument("--resume", help="a checkpoint, or 'last': the last complete
 parser.add_argument("--kill", help="SIGKILL this process: 'after:SECONDS of training', 'drop:N', 'model:STEP', 'state:STEP'")
 parser.add_argument("--kill_rank", type=int, default=0)
 parser.add_argument("--calibration", type=int, default=9)  # not a multiple of two: shares differ
+parser.add_argument("--examples", type=int, default=120, help="24, and each second step ends an epoch")
+parser.add_argument("--universal", action="store_true", help="DeepSpeed loads a universal checkpoint")
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--config_optimizer", action="store_true", help="optimizer and scheduler of the DeepSpeed config")
-parser.add_argument("--sharded", action="store_true", help="FSDP2 saves sharded state")
+parser.add_argument("--sharded", action="store_true", help="checkpoints hold shards: FSDP2, ZeRO-3")
 options = parser.parse_args()
 if options.engine.startswith("zero"):
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -73,7 +75,7 @@ def engine_arguments() -> dict[str, Any]:
     if "offload" in options.engine:
         zero["offload_optimizer"] = {"device": "cpu"}
     if stage == 3:
-        zero |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": not options.sharded}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -83,6 +85,8 @@ def engine_arguments() -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": "auto"},
     }
+    if options.universal:
+        config["checkpoint"] = {"load_universal": True}
     if options.config_optimizer:
         adamw = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
         config["optimizer"] = {"type": "AdamW", "params": adamw}
@@ -224,10 +228,11 @@ def main() -> None:
     trim = TrimConfig(target_layers=4, drop_every="3", calibration_size=options.calibration)
     before = Before()
     after = After(before)
+    texts = tiny_texts(options.examples)
     if options.save or options.resume:
-        trainer: Trainer = TrimTrainer(model, args, train_dataset=tiny_texts(), trim=trim)
+        trainer: Trainer = TrimTrainer(model, args, train_dataset=texts, trim=trim)
     else:
-        trainer = Trainer(model, args, train_dataset=tiny_texts(), callbacks=[before, TrimCallback(trim), after])
+        trainer = Trainer(model, args, train_dataset=texts, callbacks=[before, TrimCallback(trim), after])
     held = []
 
     class Identity(TrainerCallback):

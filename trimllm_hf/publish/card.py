@@ -1,0 +1,170 @@
+"""The model card: written from measurements, re-rendered from `trim_report.json` alone, hand-written parts kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import CardData
+from huggingface_hub.repocard import RepoCard
+from transformers import AutoConfig
+from transformers.utils import logging
+
+from ..layer_map import LayerMap
+from . import plots
+from .card_data import TrimCardData
+from .figures import cost_rows, dropped_layers, quality_rows, summary, text_strip
+from .folder import describe_base, describe_trimmed
+from .measure import measure
+from .usage import run_example
+
+logger = logging.get_logger("transformers.trimllm_hf")
+
+CARD, REPORT = "README.md", "trim_report.json"
+TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
+SECTION = re.compile(r"<!-- trimllm_hf: (?P<name>[\w-]+) -->\n.*?<!-- /trimllm_hf: (?P=name) -->", re.DOTALL)
+# Metadata that say what is measured or known; the rest is the user's to change by hand.
+OURS = ("library_name", "base_model", "base_model_relation", "model-index")
+
+
+def write_card(
+    folder: str | Path, data: TrimCardData | None = None, base: str | None = None, measured: bool = True, **settings: Any
+) -> Path:
+    """Write a folder's card with its pictures and `trim_report.json`.
+
+    What an earlier report in the folder says is kept where `data` says nothing, unless the weights have changed since:
+    then only what was given by the user is. A card edited by hand is kept: only the sections between our marks are written
+    anew, and those whose marks were taken out stay out.
+
+    Args:
+        folder: A trimmed model's folder, as `save_model` leaves it.
+        data: What is known besides; see `TrimCardData`.
+        base: The base's Hub id or folder, if the model's map does not name it or names a folder that has moved.
+        measured: Measure latency beside the base, and run the usage example, where the report does not hold it yet.
+        **settings: For `measure_latency`: `batch_sizes`, `prompt_tokens`, `new_tokens`, `repeats`, …
+
+    Returns:
+        The card's path.
+
+    Raises:
+        ValueError: If the folder's map, or its earlier report, is damaged.
+        OSError: If the folder holds no model.
+    """
+    folder = Path(folder)
+    trimmed = describe_trimmed(folder)
+    earlier = read_report(folder)
+    data = _joined(data or TrimCardData(), earlier, trimmed)
+    known, revision = _named_base(folder)
+    if base is not None and base != known:
+        known, revision, data.base = base, None, None
+    data.base = data.base or describe_base(known, revision)
+    if measured and (settings or data.latency is None):
+        data.latency = measure(folder, known, revision, **settings)
+    if measured and data.usage is None:
+        data.usage = run_example(folder, data.to_dict().get("pipeline_tag"), data.usage_prompt, stock=True)
+    data.pictures = plots.draw(data, folder)
+    path = folder / CARD
+    existing = path.read_text(encoding="utf-8") if path.is_file() else None
+    text = merged(existing, render(data), None if earlier is None else render(earlier))
+    (folder / REPORT).write_text(json.dumps(data.to_report(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _joined(given: TrimCardData, earlier: TrimCardData | None, trimmed: dict[str, Any]) -> TrimCardData:
+    """What is given, with what an earlier report says besides; of other weights, only what the user had said."""
+    data = copy.copy(given)
+    data.trimmed = trimmed
+    if earlier is None:
+        return data
+    same = earlier.trimmed is not None and _weights(earlier.trimmed) == _weights(trimmed)
+    if not same:
+        logger.warning("The weights have changed since the report was written: what was measured on them is left out.")
+    measured = {"quality", "outside", *data.FILLED}
+    for name, value in vars(earlier).items():
+        if not getattr(data, name, None) and (same or name not in measured):
+            setattr(data, name, value)
+    return data
+
+
+def _weights(trimmed: dict[str, Any]) -> dict[str, str]:
+    return {name: digest for name, digest in trimmed["sha256"].items() if name.endswith(".safetensors")}
+
+
+def _named_base(folder: Path) -> tuple[str | None, str | None]:
+    layer_map = LayerMap.from_config(AutoConfig.from_pretrained(folder))
+    return layer_map.base_model, layer_map.base_revision
+
+
+def render(data: TrimCardData) -> str:
+    """The card of a report: a pure function of it.
+
+    Raises:
+        ValueError: If the report does not say which layers are kept.
+    """
+    if data.trimmed is None:
+        raise ValueError("Expected a report that says which layers are kept, got none. Use write_card on the folder.")
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    body = template.render(
+        data=data,
+        metadata=data.to_dict(),
+        map=data.trimmed["map"],
+        summary=summary(data),
+        cost=cost_rows(data),
+        quality=quality_rows(data.quality),
+        outside=quality_rows(data.outside),
+        strip=plots.STRIP if plots.STRIP in data.pictures else None,
+        curve=plots.curve_of(data) if plots.CURVE in data.pictures else None,
+        curve_file=plots.CURVE,
+        pictures=data.pictures,
+        run=data.training,
+        text_strip=text_strip(data.trimmed["map"]),
+        dropped=dropped_layers(data.trimmed["map"]),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def read_report(folder: Path) -> TrimCardData | None:
+    """The report in a folder, or None.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    path = folder / REPORT
+    if not path.is_file():
+        return None
+    try:
+        return TrimCardData.from_report(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"Expected JSON in {path}, got: {error}. Delete it and write the card anew.") from None
+
+
+def merged(existing: str | None, new: str, generated_before: str | None) -> str:
+    """The new card with what a hand has changed in the existing one.
+
+    Args:
+        existing: The card in the folder.
+        new: The card as it is rendered now.
+        generated_before: The existing card as it was rendered, to tell a hand's changes of the metadata from ours.
+    """
+    if existing is None or existing == generated_before:
+        return new
+    old_card, new_card = RepoCard(existing), RepoCard(new)  # their metadata are plain dicts
+    ours_before = {} if generated_before is None else RepoCard(generated_before).data.to_dict()
+    metadata, by_hand = new_card.data.to_dict(), old_card.data.to_dict()
+    for name, value in by_hand.items():
+        if name not in OURS and value != ours_before.get(name):
+            metadata[name] = value
+    sections = {match["name"]: match[0] for match in SECTION.finditer(new_card.text)}
+    if SECTION.search(old_card.text):
+        text = SECTION.sub(lambda match: sections.get(match["name"], match[0]), old_card.text)
+    else:
+        text = f"{old_card.text.rstrip()}\n\n{new_card.text.lstrip()}"
+    return f"---\n{CardData(**metadata).to_yaml()}\n---\n{text}"

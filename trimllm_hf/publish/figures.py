@@ -1,0 +1,143 @@
+"""A card's figures in words: the summary and the rows of its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..latency.report import LatencyReport, Run
+from .card_data import Quality, Score, TrimCardData
+
+Rows = list[tuple[str, ...]]
+NOT_MEASURED = "not measured"
+
+
+def summary(data: TrimCardData) -> str:
+    """One sentence: which base, how many of its layers, for what, healed for how long."""
+    assert data.trimmed is not None
+    kept, whole = len(data.trimmed["map"]["kept_layers"]), data.trimmed["map"]["base_num_layers"]
+    part = data.trimmed["map"].get("part")
+    layers = f"{kept} of its {whole} {part + ' ' if part else ''}layers"
+    said = f"**{base_name(data)}** with {layers} kept"
+    if data.domain:
+        said += f", fine-tuned for {data.domain}"
+    run = data.training
+    if run and run["steps"]:
+        said += f"; {run['steps']:,} training steps"
+        if run["healed_steps"] is not None:
+            said += f", the last {run['healed_steps']:,} of them after the last layer had gone"
+    return said + "."
+
+
+def text_strip(layer_map: dict[str, Any]) -> str:
+    """The base's layers in a row: █ kept, ░ dropped."""
+    kept = set(layer_map["kept_layers"])
+    return "".join("█" if layer in kept else "░" for layer in range(layer_map["base_num_layers"]))
+
+
+def dropped_layers(layer_map: dict[str, Any]) -> list[int]:
+    """The base's layers that are gone."""
+    return sorted(set(range(layer_map["base_num_layers"])) - set(layer_map["kept_layers"]))
+
+
+def base_name(data: TrimCardData) -> str:
+    """The base with its revision, linked where it is on the Hub."""
+    base = data.base
+    if base is None:
+        return "a base model that is not known"
+    if base.get("id"):
+        revision = base.get("revision")
+        return f"[{base['id']}](https://huggingface.co/{base['id']})" + (f"@`{revision[:12]}`" if revision else "")
+    return f"a local model (`{base['name']}`)"
+
+
+def cost_rows(data: TrimCardData) -> Rows:
+    """What | base | trimmed | change: layers, parameters, bytes, memory, speed; only what is known."""
+    assert data.trimmed is not None
+    layer_map, ours = data.trimmed["map"], data.trimmed["weights"] or {}
+    base = (data.base or {}).get("weights") or {}
+    rows = [_row("layers", layer_map["base_num_layers"], len(layer_map["kept_layers"]), str)]
+    if ours:
+        rows.append(_row("parameters", base.get("parameters"), ours["parameters"], "{:,}".format))
+        kinds = [", ".join(held["parameters_by_dtype"]) for held in (base, ours) if held]
+        what = f"weights on disk ({kinds[0]})" if len(set(kinds)) == 1 else f"weights on disk ({' and '.join(kinds)})"
+        rows.append(_row(what, base.get("bytes"), ours["bytes"], size))
+    report = latency_of(data)
+    if report is None:
+        return rows
+    base_sizes = report.base_sizes
+    if report.sizes.kv_cache_bytes_per_token is not None:
+        theirs = None if base_sizes is None else base_sizes.kv_cache_bytes_per_token
+        rows.append(_row("KV cache per token", theirs, report.sizes.kv_cache_bytes_per_token, size))
+    for number, run in enumerate(report.runs):
+        rows += _speed_rows(report, report.base_runs[number] if report.base_runs else None, run)
+    return rows
+
+
+def _speed_rows(report: LatencyReport, base: Run | None, ours: Run) -> Rows:
+    at = f"batch {ours.batch_size}"
+    rows = [_row(f"peak memory, {at}", getattr(base, "peak_memory_bytes", None), ours.peak_memory_bytes, size)]
+    kinds = {"prefill": "prefill_ms", "forward": "forward_ms"}
+    for what, name in kinds.items():
+        spread, other = getattr(ours, name), base and getattr(base, name)
+        if spread is not None:
+            label = f"{'time to first token' if what == 'prefill' else 'forward pass'}, {at}"
+            shown = [f"{s.p50:.2f} ms (p90 {s.p90:.2f})" if s else NOT_MEASURED for s in (other, spread)]
+            rows.append((label, *shown, _speedup(report, what, ours.batch_size)))
+    if ours.decode_tokens_per_s is not None:
+        shown = [f"{run.decode_tokens_per_s:.1f} tokens/s" if run else NOT_MEASURED for run in (base, ours)]
+        rows.append((f"decoding, {at}", *shown, _speedup(report, "decode", ours.batch_size)))
+    return rows
+
+
+def _speedup(report: LatencyReport, what: str, batch_size: int) -> str:
+    found = report.speedup(what, batch_size)
+    if found is None:
+        return ""
+    said = f"{found.ratio:.2f} times as fast ({found.low:.2f} to {found.high:.2f})"
+    if found.byte_bound is not None:
+        said += f"; at most {found.byte_bound:.2f} by bytes read"
+    return said
+
+
+def latency_of(data: TrimCardData) -> LatencyReport | None:
+    """The latency report, if it was measured."""
+    if not data.latency or "not_measured" in data.latency:
+        return None
+    return LatencyReport.from_dict(data.latency)
+
+
+def quality_rows(measured: Sequence[Quality]) -> Rows:
+    """What | n | base | full depth | trimmed, with intervals."""
+    rows = []
+    for quality in measured:
+        where = f"[{quality.dataset}](https://huggingface.co/datasets/{quality.dataset_id})" if quality.dataset_id else ""
+        what = f"{quality.metric} on {where or quality.dataset}, {quality.split}"
+        scores = [score(each) for each in (quality.base, quality.full, quality.trimmed)]
+        rows.append((what, f"{quality.n:,}", *scores))
+    return rows
+
+
+def score(measured: Score | None) -> str:
+    """A figure with its interval."""
+    if measured is None:
+        return NOT_MEASURED
+    if measured.low is None or measured.high is None:
+        return f"{measured.value:.4g}"
+    return f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})"
+
+
+def size(count: float | None) -> str:
+    """Bytes for a person, in powers of ten: 1.50 GB."""
+    if count is None:
+        return "unknown"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _row(what: str, base: float | None, ours: float, shown: Any) -> tuple[str, ...]:
+    if base is None:
+        return what, NOT_MEASURED, shown(ours), ""
+    return what, shown(base), shown(ours), f"{(ours - base) / base:+.0%}" if base else ""

@@ -1,0 +1,84 @@
+"""Latency for a card: models made from the configs of a folder and its base, since it depends on shapes alone."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ..calibration import own_randomness
+from ..latency.measure import measure_latency
+from ..latency.report import LatencyReport
+
+PROMPT_TOKENS, NEW_TOKENS = 128, 64
+
+
+def measure(folder: Path, base: str | None, revision: str | None = None, **settings: Any) -> dict[str, Any]:
+    """The card's `latency`: a report as a dict, or `not_measured` with the reason (no such model, no memory).
+
+    Args:
+        folder: The trimmed model.
+        base: Id or folder of its base; without one the model is measured alone.
+        revision: Of the base.
+        **settings: As for `measure_pair`.
+    """
+    try:
+        return measure_pair(folder, base, revision, **settings).to_dict()
+    except (ValueError, OSError, RuntimeError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        for path in filter(None, (str(folder), base)):
+            said = said.replace(path, Path(path).name)
+        return {"not_measured": said}
+
+
+def measure_pair(
+    model: str | Path,
+    base: str | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    **settings: Any,
+) -> LatencyReport:
+    """Measure a model, with random weights, beside its base; see `measure_latency`.
+
+    Args:
+        model: Id or folder.
+        base: Id or folder of its base, if it is to be measured as well.
+        revision: Of the base.
+        device: Where; the accelerator by default, else the CPU.
+        dtype: Of the weights; that of the model's files by default.
+        **settings: As for `measure_latency`. Lengths that are not given are cut to what the model can take.
+
+    Raises:
+        ValueError: If the settings cannot be measured.
+        OSError: If a config cannot be found.
+    """
+    config = AutoConfig.from_pretrained(model)
+    base_config = None if base is None else AutoConfig.from_pretrained(base, revision=revision)
+    kind: Any = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    where = torch.device(device) if device else accelerator or torch.device("cpu")
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and "prompt_tokens" not in settings and "new_tokens" not in settings:
+        settings["new_tokens"] = min(NEW_TOKENS, max(2, longest // 3))
+        settings["prompt_tokens"] = min(PROMPT_TOKENS, longest - settings["new_tokens"])
+    with own_randomness(0):
+        built = [made(each, kind, where) for each in (config, base_config) if each is not None]
+        try:
+            return measure_latency(*built, **settings)
+        finally:
+            del built
+            gc.collect()
+
+
+def made(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model that a config describes, with random weights."""
+    with device:
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        build: Any = AutoModelForCausalLM.from_config if named is None else named._from_config
+        model: PreTrainedModel = build(config, dtype=dtype)
+    return model

@@ -1,0 +1,126 @@
+"""The pictures of a card: which layers are kept, and what the metric did as the model got shallower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from .card_data import TrimCardData
+
+logger = logging.get_logger("transformers.trimllm_hf")
+
+STRIP, CURVE = "trim_layers.png", "trim_curve.png"
+KEPT, DROPPED, INK = "#1f5f99", "#e9ecef", "#343a40"
+CELLS_PER_ROW = 32
+SCORES = {"sensitivity": "loss on the calibration set"}  # what the score of a dropped layer is: the model's without it
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric at each depth.
+
+    Attributes:
+        what: The metric, in words.
+        points: Depth and value, in the order of the run.
+        evaluated: Whether the points are evaluations, and not scores of dropped layers.
+    """
+
+    what: str
+    points: tuple[tuple[int, float], ...]
+    evaluated: bool
+
+
+def draw(data: TrimCardData, folder: Path) -> list[str]:
+    """Draw the pictures that the data allow into a folder, in PNG; their names. None without matplotlib, which is logged."""
+    if data.trimmed is None:
+        return []
+    if find_spec("matplotlib") is None:
+        logger.warning("The card has no pictures: matplotlib is not installed. pip install 'trimllm_hf[plot]'")
+        return []
+    drawn = [STRIP]
+    _save(_strip(data.trimmed["map"]), folder / STRIP)
+    if curve := curve_of(data):
+        _save(_curve(curve), folder / CURVE)
+        drawn.append(CURVE)
+    return drawn
+
+
+def curve_of(data: TrimCardData) -> Curve | None:
+    """The metric against depth, from the Trainer's log: evaluations if there are some at several depths.
+
+    Else the scores of the dropped layers, where such a score is the calibration loss of the model without the layer. None
+    where the log says neither.
+    """
+    if data.training is None or data.trimmed is None:
+        return None
+    log, base = data.training["log"], data.trimmed["map"]["base_num_layers"]
+    metric = data.training.get("metric") or "eval_loss"
+    depth, evaluated, scored = data.training.get("start_num_layers") or base, [], []
+    for entry in log:
+        if "trim/num_layers" in entry:
+            depth = entry["trim/num_layers"]
+            scored.append((depth, entry["trim/score"]))
+        if metric in entry:
+            evaluated.append((depth, entry[metric]))
+    if len({depth for depth, _ in evaluated}) > 1:
+        return Curve(f"{metric.removeprefix('eval_').replace('_', ' ')} on the evaluation set", tuple(evaluated), True)
+    names = {record["importance"] for record in data.trimmed["map"]["history"]}
+    if len(scored) > 1 and len(names) == 1 and (what := SCORES.get(*names)):
+        return Curve(f"{what}, right after each drop", tuple(scored), False)
+    return None
+
+
+def _strip(layer_map: dict[str, Any]) -> Any:
+    """A cell a layer of the base: filled if kept; else crossed, with the step at which it went."""
+    from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
+    from matplotlib.patches import Rectangle
+
+    depth, kept = layer_map["base_num_layers"], set(layer_map["kept_layers"])
+    went = {layer: record["step"] for record in layer_map["history"] for layer in record["dropped"]}
+    columns = min(depth, CELLS_PER_ROW)
+    rows = -(-depth // columns)
+    figure = Figure(figsize=(max(4.5, 0.42 * columns), 0.55 + 0.75 * rows), layout="constrained")
+    axes = figure.add_subplot()
+    small = 9 if columns <= 24 else 7.5
+    for layer in range(depth):
+        x, y = layer % columns, -(layer // columns) * 1.75
+        color = KEPT if layer in kept else DROPPED
+        axes.add_patch(Rectangle((x + 0.04, y), 0.92, 1, facecolor=color, edgecolor=INK, linewidth=0.6))
+        axes.text(x + 0.5, y + 0.5, str(layer), color="white" if layer in kept else INK, fontsize=small, **_CENTRED)
+        if layer not in kept and went.get(layer) is not None:
+            axes.text(x + 0.5, y - 0.3, str(went[layer]), color=INK, fontsize=small - 1.5, **_CENTRED)
+    axes.set_xlim(-0.1, columns + 0.1)
+    axes.set_ylim(-(rows - 1) * 1.75 - 0.55, 1.15)
+    axes.axis("off")
+    steps = "; below a dropped layer, the step at which it went" if any(s is not None for s in went.values()) else ""
+    title = f"Layers of the base: {len(kept)} of {depth} kept (blue){steps}"
+    axes.set_title(title, fontsize=9, color=INK, loc="left")
+    return figure
+
+
+def _curve(curve: Curve) -> Any:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*curve.points, strict=True), marker="o", markersize=5, linewidth=1.4, color=KEPT)
+    axes.invert_xaxis()  # time runs to the right: the model gets shallower
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layers left")
+    axes.set_ylabel(curve.what.partition(",")[0])
+    axes.set_title(curve.what[0].upper() + curve.what[1:], fontsize=10, color=INK, loc="left")
+    axes.grid(axis="y", color=DROPPED)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+_CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=150, metadata={"Software": None})  # no version in it: the same data give the same file

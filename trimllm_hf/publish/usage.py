@@ -1,0 +1,60 @@
+"""The usage example of a card: run as a reader would run it, in a process of its own, and its output kept."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+MODEL_ID = "MODEL_ID"  # stands in the code for the model's name, which is known when the card is rendered
+PROMPT = "Hello"
+NEEDS_PACKAGE = "import trimllm_hf  # registers the model's type\n"
+# A reader's process: none of the launcher's variables, no package that the example does not import.
+LAUNCHER = (
+    *("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_"),
+    *("ACCELERATE_", "TORCHELASTIC_", "FSDP_"),
+)
+
+
+def example(pipeline_tag: str | None, prompt: Any, stock: bool) -> str | None:
+    """The code of the example, with MODEL_ID where the model's name goes; None for a task that has none."""
+    asked = PROMPT if prompt is None else prompt
+    head = "" if stock else NEEDS_PACKAGE
+    head += f'from transformers import pipeline\n\nmodel = pipeline("{pipeline_tag}", "{MODEL_ID}")\n'
+    if pipeline_tag == "text-generation":
+        tail = "[-1]" if isinstance(asked, list) else ""
+        return head + f'print(model({asked!r}, max_new_tokens=40, do_sample=False)[0]["generated_text"]{tail})\n'
+    if pipeline_tag in ("text-classification", "token-classification", "fill-mask"):
+        return head + f"print(model({asked!r}))\n"
+    return None
+
+
+def run_example(folder: Path, pipeline_tag: str | None, prompt: Any, stock: bool, timeout: float = 900) -> dict[str, Any]:
+    """Run the example on the model in a folder.
+
+    Args:
+        folder: The model's folder.
+        pipeline_tag: Its task, as the Hub calls it.
+        prompt: What to ask; a neutral word by default.
+        stock: Whether it must load without this package, which is then hidden from the process.
+        timeout: Seconds.
+
+    Returns:
+        `code`, `output` and `stock`, or `not_run` with the reason.
+    """
+    code = example(pipeline_tag, prompt, stock)
+    if code is None:
+        return {"not_run": f"there is no example for {'a model of its kind' if pipeline_tag is None else pipeline_tag}"}
+    hidden = 'import sys\nsys.modules["trimllm_hf"] = None\n' if stock else ""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}
+    command = [sys.executable, "-c", hidden + code.replace(MODEL_ID, str(folder.resolve()))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return {"not_run": f"it took more than {timeout:.0f} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return {"not_run": lines[-1].replace(str(folder.resolve()), "the model")[:300]}
+    return {"code": code, "output": done.stdout.strip(), "stock": stock}
