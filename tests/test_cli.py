@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model
-from transformers import PreTrainedModel
+import torch
+from tiny import tiny_model, tokens
+from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from trimllm_hf import drop_layers
+from trimllm_hf import LatencyReport, drop_layers
 from trimllm_hf.cli import app
+from trimllm_hf.latency.sizes import byte_bound, sizes_of
 
 COMMANDS = sorted(get_command(app).commands)
 
@@ -60,6 +62,100 @@ def test_inspect_prints_the_map_and_what_the_files_weigh(trimmed: tuple[Path, Pr
     assert len(plain["weights"]["files"]) > 1
 
 
+def test_what_if_says_what_a_trimmed_model_weighs(tmp_path: Path) -> None:
+    """Against models that were really trimmed to each depth."""
+    for tied in (False, True):
+        model = tiny_model(tie_word_embeddings=tied)
+        model.config.save_pretrained(tmp_path)
+        plain = json.loads(run("inspect", tmp_path, "--what-if", "--json"))
+        assert plain["equal_blocks"]
+        whole, by_depth = sizes_of(model), {depth.pop("num_layers"): depth for depth in plain["depths"]}
+        for left in range(6, 0, -1):
+            sizes = sizes_of(model)
+            assert by_depth[left] == {
+                "parameters": sizes.parameters,
+                "weight_bytes": sizes.weight_bytes,
+                "kv_cache_bytes_per_token": sizes.kv_cache_bytes_per_token,
+                "byte_bound": pytest.approx(byte_bound(whole, sizes)),
+            }
+            if left > 1:
+                drop_layers(model, [left // 2])
+        assert set(by_depth) == set(range(1, 7))
+    assert "times as fast" in run("inspect", tmp_path, "--what-if")
+
+
+def test_what_if_says_when_blocks_differ_in_size(tmp_path: Path) -> None:
+    tiny_model("gpt_neox").config.save_pretrained(tmp_path)
+    config = DeepseekV3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1,
+        n_group=2, topk_group=1, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
+    )  # fmt: skip
+    assert json.loads(run("inspect", tmp_path, "--what-if", "--json"))["equal_blocks"]
+    config.save_pretrained(tmp_path)
+    plain = json.loads(run("inspect", tmp_path, "--what-if", "--json"))
+    assert not plain["equal_blocks"] and plain["depths"][1]["byte_bound"] is None
+    assert "average size" in run("inspect", tmp_path, "--what-if")
+
+
+def test_trim_writes_the_layers_that_are_named(tmp_path: Path) -> None:
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    by_kept = json.loads(run("trim", "--kept", "0-1,4-5", tmp_path / "base", tmp_path / "a", "--json"))
+    assert "██░░██" in run("trim", "--drop", "2,3", tmp_path / "base", tmp_path / "b")
+    drop_layers(base, [2, 3])
+    for folder in ("a", "b"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert torch.equal(model(tokens()).logits, base(tokens()).logits)
+    assert by_kept["map"]["kept_layers"] == [0, 1, 4, 5]
+    assert by_kept["weights"]["parameters"] == base.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 2, "exactly one of --kept and --drop"),
+        (["--kept", "0", "--drop", "1"], 2, "exactly one of"),
+        (["--kept", "0-"], 2, "Expected layers like"),
+        (["--kept", "3-1"], 2, "Expected layers like"),
+        (["--kept", "0-99999999999"], 2, "Expected layers of a model"),
+        (["--drop", "4,6"], 1, "the base has 6), got [6] to drop"),
+        (["--kept", "0,6"], 1, "Expected kept_layers from 0 to 5"),
+        (["--kept", "0,0"], 1, "without repeats"),
+        (["--drop", "0-5"], 1, "at least one"),
+    ],
+)
+def test_trim_refuses(arguments: list[str], code: int, said: str, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    shown = " ".join(run("trim", *arguments, tmp_path / "base", tmp_path / "out", code=code).replace("│", " ").split())
+    assert said in shown and not (tmp_path / "out").exists()
+
+
+def test_bench_measures_a_model_beside_the_base_that_its_map_names(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    run("trim", "--kept", "0,1,5", tmp_path / "base", tmp_path / "trimmed")
+    fast = ("--prompt-tokens", 4, "--new-tokens", 3, "--repeats", 2, "--warmup", 0, "--device", "cpu")
+    report = LatencyReport.from_dict(json.loads(run("bench", tmp_path / "trimmed", *fast, "--batch-size", 2, "--json")))
+    assert (report.base_sizes.num_layers, report.sizes.num_layers) == (6, 3) and report.runs[0].batch_size == 2
+    shown = run("bench", tmp_path / "trimmed", *fast, "--out", tmp_path / "report.json")
+    assert "of the byte bound" in shown and "tokens/s" in shown
+    assert LatencyReport.from_json(tmp_path / "report.json").settings["prompt_tokens"] == 4
+    assert json.loads(run("bench", tmp_path / "trimmed", *fast, "--alone", "--json"))["base_runs"] == []
+    assert "Expected new_tokens of at least 2" in run("bench", tmp_path / "trimmed", "--new-tokens", 1, code=1)
+
+
+def test_card_writes_and_says_what_is_missing(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    run("trim", "--kept", "0,1,5", tmp_path / "base", tmp_path / "trimmed")
+    arguments = ("card", tmp_path / "trimmed", "--no-measure", "--domain", "invented words", "--license", "mit")
+    plain = json.loads(run(*arguments, "--json"))
+    text = Path(plain["card"]).read_text()
+    assert "fine-tuned for invented words" in text and "license: mit" in text
+    assert "latency" in plain["missing"] and "a domain (--domain)" not in plain["missing"]
+    assert "lacks quality in the domain" in run("card", tmp_path / "trimmed", "--no-measure")
+    assert "Expected a trimmed model" in run("card", tmp_path / "base", code=1)
+
+
 def test_inspect_of_what_is_no_model_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
     assert "error:" in run("inspect", tmp_path, code=1)
     model = tiny_model()
@@ -74,5 +170,5 @@ def test_as_a_module_it_exits_with_the_same_status() -> None:
     command = [sys.executable, "-m", "trimllm_hf.cli"]
     done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "inspect" in done.stdout
-    done = subprocess.run([*command, "inspect", "/nowhere/at/all"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("error:") == 1
+    done = subprocess.run([*command, "trim", "a", "b"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "" and "exactly one of" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ def test_json_and_flags_round_trip(tmp_path: Path) -> None:
     flags = ["--target_layers", "16", "--drop_every", "50", "--layers_per_drop", "2"]
     assert HfArgumentParser(TrimConfig).parse_args_into_dataclasses(flags) == (config,)
     assert TrimConfig(target_layers=16, drop_every=50).drop_every == "50"
+    assert TrimConfig(max_latency_ms=5).has_budget and not TrimConfig(target_layers=16).has_budget
+
+
+def test_each_setting_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        HfArgumentParser(TrimConfig).parse_args_into_dataclasses(["--help"])
+    assert ended.value.code == 0  # a percent sign in a text would break it
+    told = capsys.readouterr().out
+    assert all(f"--{each.name}" in told and len(each.metadata["help"]) > 20 for each in fields(TrimConfig))
 
 
 @pytest.mark.parametrize(
@@ -33,6 +43,18 @@ def test_json_and_flags_round_trip(tmp_path: Path) -> None:
         ({"target_layers": 4, "protect_first": -1}, "protect_first"),
         ({"target_layers": 4, "calibration_size": 0}, "calibration_size"),
         ({"target_layers": 4, "unit": "head"}, "got 'head'"),
+        ({"target_layers": 4, "healing_ratio": 1.0}, "healing_ratio from 0 up to below 1, got 1.0"),
+        ({"target_layers": 4, "max_metric_drop": -0.1}, "max_metric_drop to be a number of at least 0, got -0.1"),
+        ({"target_layers": 4, "max_metric_drop": float("nan")}, "at least 0, got nan"),
+        ({"target_layers": 4, "max_metric_drop": 0.1, "drop_every": "once"}, "drop_every='once', which drops everything"),
+        ({"target_layers": 4, "max_metric_drop": 0.1, "reference_metric": "best"}, "reference_metric to be a number"),
+        ({"target_layers": 4, "reference_metric": 0.8}, "max_metric_drop beside reference_metric=0.8"),
+        ({"target_layers": 4, "stop_metric": "f1"}, "max_metric_drop beside stop_metric='f1'"),
+        ({"max_latency_ms": 0}, "max_latency_ms to be a number above 0, or None, got 0"),
+        ({"max_memory_gb": "8"}, "max_memory_gb to be a number above 0, or None, got '8'"),
+        ({"max_latency_ms": 5, "target_layers": 4, "target_ratio": 0.5}, "or a budget"),
+        ({"max_latency_ms": 5, "latency_batch_size": 0}, "latency_batch_size to be a whole number of at least 1"),
+        ({"max_latency_ms": 5, "latency_prompt_tokens": 0}, "latency_prompt_tokens"),
     ],
 )
 def test_senseless_settings_are_refused(settings: dict, said: str) -> None:
@@ -44,6 +66,10 @@ def test_the_target_is_a_share_of_the_base() -> None:
     """Of a model that went from 32 to 24 layers before, half is 16: the same as when that run began."""
     assert TrimConfig(target_ratio=0.5).resolve_target(32, 24) == 16
     assert TrimConfig(target_ratio=0.5).resolve_target(5, 5) == 3
+    assert TrimConfig(max_latency_ms=5, protect_last=2).resolve_target(32, 32) == 3
+    assert TrimConfig(max_latency_ms=5, target_ratio=0.5).resolve_target(32, 32) == 16
+    with pytest.raises(ValueError, match=r"got 2 protected layers for a model of 2 layers"):
+        TrimConfig(max_latency_ms=5).resolve_target(2, 2)
     with pytest.raises(ValueError, match=r"target_ratio=0.9 of 4 layers, that is 4,.*from 2 to 3"):
         TrimConfig(target_ratio=0.9).resolve_target(4, 4)
 
@@ -56,6 +82,20 @@ def test_auto_drops_everything_in_the_first_quarter(max_steps: int, layers_per_d
     assert 1 <= min(plan) and max(plan) <= max(1, round(0.25 * max_steps)) < max_steps
     if max_steps >= 100:
         assert min(plan) == 0.05 * max_steps and max(plan) == 0.25 * max_steps
+
+
+@pytest.mark.parametrize("healing_ratio", [0.0, 0.3, 0.6, 0.9])
+def test_the_last_share_of_the_steps_heals(healing_ratio: float) -> None:
+    plan = plan_drops(TrimConfig(target_layers=6, healing_ratio=healing_ratio), 12, 6, 1000)
+    assert sum(plan.values()) == 6 and min(plan) == 50 and max(plan) == min(999, round((1 - healing_ratio) * 1000))
+    config = TrimConfig(target_layers=6, drop_every="10", healing_ratio=healing_ratio)
+    assert plan_drops(config, 12, 6, 600)[60] == 1
+    shortest = round(60 / (1 - healing_ratio)) + 1
+    assert max(plan_drops(config, 12, 6, shortest)) == 60
+    with pytest.raises(
+        ValueError, match=rf"healing_ratio={healing_ratio} of the steps left to heal.*step 60, but.*is the last"
+    ):
+        plan_drops(config, 12, 6, int(59 / (1 - healing_ratio)))
 
 
 def test_other_schedules() -> None:

@@ -40,14 +40,15 @@ def trim_like(model: nn.Module, checkpoint: str | Path) -> LayerMap:
     positions = of_model.positions_to_drop(of_checkpoint)
     if positions:
         drop_layers(model, positions, part=of_checkpoint.part)
-        config.trim = of_checkpoint.to_dict()
+        base_of(model).config.trim = of_checkpoint.to_dict()  # its config is a copy now, if it was shared
     return of_checkpoint
 
 
-def regrow_like(model: PreTrainedModel, checkpoint: str | Path) -> LayerMap:
+def regrow_like(model: PreTrainedModel, checkpoint: str | Path, layer_map: LayerMap | None = None) -> LayerMap:
     """Give a trimmed model the blocks of a deeper checkpoint of the same run, in place, weights included.
 
-    The model and its container of blocks stay the same objects; the blocks are the checkpoint's.
+    The model and its container of blocks stay the same objects; the blocks are the checkpoint's. Its map is `layer_map`, or
+    what its config says.
 
     Raises:
         OSError: If the folder holds no model.
@@ -66,7 +67,7 @@ def regrow_like(model: PreTrainedModel, checkpoint: str | Path) -> LayerMap:
             for name, value in vars(theirs).items():
                 if not name.startswith("_") and not isinstance(value, PreTrainedConfig):
                     setattr(module.config, name, value)
-    layer_map = LayerMap.from_config(donor.config, own.part)
+    layer_map = layer_map or LayerMap.from_config(donor.config, own.part)
     model.config.trim = layer_map.to_dict()
     model.load_state_dict(donor.state_dict())
     return layer_map

@@ -6,10 +6,8 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import islice
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -18,18 +16,19 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .adapters import adapters_of, base_of, mark
-from .calibration import Batch, calibration_batches, draw, own_randomness
-from .choices import next_drop, rehearse
+from .auto import regrow_like
+from .budget import Budget
+from .choice import LayerChoice, rehearse
 from .config import TrimConfig
 from .depth_check import refuse_other_depths, wrong_depth
 from .engines import Engine, attach
 from .engines.host import find_trainer, unwrapped
-from .importance import needs_data, score_layers
+from .importance import needs_data
 from .layer_map import LayerMap
 from .prepared import apply_drop
 from .schedule import Plan, layers_due, plan_drops
 from .stack import find_stack
-from .surgery import plan_drop
+from .stopping import MetricRule
 
 logger = logging.get_logger("transformers.trimllm_hf")  # below transformers' logger: its verbosity and handlers
 
@@ -67,11 +66,13 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.start_num_layers: int | None = None  # depth when this run began: the plan counts from it
         self.plan: Plan = {}
         self.calibration_given = calibration_dataset is not None
+        self.stop: dict[str, Any] = {}  # where the run stands with its stop rules
+        self.budget: dict[str, Any] = {}
+        self._rule: MetricRule | None = None
+        self._budget: Budget | None = None
         self._engine: Engine | None = None
-        self._sizes: dict[int, int] = {}  # depth -> how many layers have to go at once
         self._watched: weakref.ref[nn.Module] | None = None
-        self._batches: list[Batch] | None = None
-        self._stand_in: Batch | None = None  # for a process whose share of the calibration set is empty
+        self._choice: LayerChoice | None = None
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json holds: the settings, the map, and where the run began."""
@@ -81,6 +82,8 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "layer_map": None if self.layer_map is None else self._plain_map(),
                 "start_num_layers": self.start_num_layers,
                 "calibration_given": self.calibration_given,
+                "stop": self._rule.state() if self._rule else self.stop,
+                "budget": self._budget.state() if self._budget else self.budget,
                 "num_processes": 1 if self._engine is None else self._engine.world_size,
             },
         }
@@ -100,7 +103,11 @@ class TrimCallback(TrainerCallback, ExportableState):
         saved = stateful.setdefault(type(self).__name__, self.state())  # a checkpoint may be from before this callback
         self._restore(saved["attributes"], model, state)
         assert self.layer_map is not None and self.start_num_layers is not None
-        target = self.config.resolve_target(self.layer_map.base_num_layers, self.layer_map.num_layers)
+        self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
+        target = self._least = self.config.resolve_target(self.layer_map.base_num_layers, self.layer_map.num_layers)
+        if self.config.has_budget:
+            self._budget = Budget(self.config, self._engine, args, self.budget)
+            target = self._budget.target(model, self._least)
         self.plan = plan_drops(
             self.config,
             self.start_num_layers,
@@ -109,22 +116,50 @@ class TrimCallback(TrainerCallback, ExportableState):
             _steps_per_epoch(args, kwargs["train_dataloader"]),
         )
         self._take_adapters(base_of(model), args)
-        self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
+        if self.config.max_metric_drop is not None:
+            self._rule = MetricRule(self.config, trainer, self._engine, self.plan, self.stop)
         if self.plan:
-            self._sizes = rehearse(model, target, self._open, self.config.part)  # raises where there is no way
+            sizes = rehearse(model, target, self.config)  # raises where there is no way
             self._check_best_model(args)
-            self._batches = self._calibration_batches(args, kwargs["train_dataloader"])
-        self._drop_what_is_due(state, control)
+            self._refuse_lost_calibration_set()
+            self._choice = LayerChoice(
+                self.config, trainer, self._engine, kwargs["train_dataloader"], self.calibration_dataset, sizes
+            )
+        if self._rule is None or self._rule.allows(state.global_step):
+            self._drop_what_is_due(state, control)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Drop what an evaluation after the step before has allowed."""
+        if self._rule is not None and self._rule.allows(state.global_step):
+            self._drop_what_is_due(state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Drop what is due after this optimizer step."""
-        self._drop_what_is_due(state, control)
+        """Drop what is due after this optimizer step; under a stop rule on a metric, have the model evaluated first."""
+        if self._rule is None:
+            self._drop_what_is_due(state, control)
+        elif self._rule.must_evaluate(state.global_step, self._due(state)):
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Judge the model by the metric, where there is a stop rule on it."""
+        if self._rule is not None and self._engine is not None:  # not after training
+            assert self.layer_map is not None
+            self._rule.evaluated(kwargs["metrics"], state.global_step, self.layer_map, self._due(state) > 0)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remove models that no checkpoint has to go back to."""
+        if self._rule is not None:
+            self._rule.tidy()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Let go of the calibration batches and of the engine's references; what is saved from here is a whole model."""
-        if self._engine is not None:
+        if self._engine is not None and self.trainer is not None:
+            if self._rule is not None:
+                self._end_with_what_passed(self._rule, self.trainer)
+            if self._budget is not None:
+                self._budget.report(unwrapped(self.trainer))
             self._engine.save_whole()
-        self._batches = self._engine = None
+        self._choice = self._engine = None
 
     def _restore(self, attributes: dict[str, Any], model: PreTrainedModel, state: TrainerState) -> None:
         """Take up the run that the checkpoint holds; a run that starts now begins with the model's own map."""
@@ -132,11 +167,13 @@ class TrimCallback(TrainerCallback, ExportableState):
         plain = attributes["layer_map"]
         if state.global_step == 0 or plain is None:
             self.layer_map, self.start_num_layers = of_model, of_model.num_layers
+            self.stop, self.budget = {}, {}
             return
         of_checkpoint = LayerMap.from_dict(plain) if isinstance(plain, dict) else plain
         if (of_checkpoint.part, of_checkpoint.kept_layers) != (of_model.part, of_model.kept_layers):
             raise ValueError(wrong_depth(of_model.kept_layers, of_checkpoint.kept_layers))
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
+        self.stop, self.budget = attributes.get("stop", {}), attributes.get("budget", {})
         model.config.trim = self._plain_map()
 
     def _take_adapters(self, base: PreTrainedModel, args: TrainingArguments) -> None:
@@ -154,10 +191,6 @@ class TrimCallback(TrainerCallback, ExportableState):
             refuse_other_depths(model, self.config.part)
             self._watched = weakref.ref(model)
 
-    def _open(self, depth: int) -> range:
-        """The positions that are not protected."""
-        return range(self.config.protect_first, depth - self.config.protect_last)
-
     def _check_best_model(self, args: TrainingArguments) -> None:
         """Refuse what would fail at the very end: the best checkpoint may be deeper than the model by then."""
         assert self._engine is not None
@@ -168,100 +201,73 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "(drop_every='once'), or set it to False and choose among the checkpoints: each is a complete model."
             )
 
-    def _calibration_batches(self, args: TrainingArguments, dataloader: Any) -> list[Batch]:
-        if not needs_data(self.config.importance):
-            return []
-        examples = self.calibration_dataset
-        assert self.trainer is not None and self._engine is not None
-        if examples is None and self.calibration_given:
+    def _refuse_lost_calibration_set(self) -> None:
+        if self.calibration_dataset is None and self.calibration_given and needs_data(self.config.importance):
             raise ValueError(
                 "Expected the calibration_dataset that this run began with, got none: the Trainer made this callback "
                 "anew. Set restore_callback_states_from_checkpoint=False; TrimCallback restores its state by itself."
             )
-        if examples is None:
-            dataset: Any = self.trainer.train_dataset
-            logger.warning(
-                f"TrimCallback scores layers on {self.config.calibration_size} examples of the training set, which are "
-                "trained on as well. Use TrimTrainer, which sets them aside, or pass calibration_dataset."
-            )
-            if hasattr(dataset, "__len__"):
-                size = min(self.config.calibration_size, len(dataset))
-                examples = [dataset[i] for i in draw(len(dataset), size, self.config.calibration_seed)]
-            else:
-                examples = list(islice(iter(dataset), self.config.calibration_size))
-        examples = list(examples)
-        collate, columns = dataloader.collate_fn, getattr(dataloader.dataset, "column_names", None)
-        with own_randomness(self.config.calibration_seed):  # a collator may draw
-            (self._stand_in,) = calibration_batches(examples[:1], collate, 1, columns)
-            return calibration_batches(
-                examples, collate, args.per_device_train_batch_size, columns, self._engine.rank, self._engine.world_size
-            )
+
+    def _due(self, state: TrainerState) -> int:
+        """How many layers have to go now, as far as no evaluation stands in the way."""
+        assert self.layer_map is not None and self.start_num_layers is not None and self.trainer is not None
+        step, depth = state.global_step, self.layer_map.num_layers
+        if self._rule is not None:
+            if not self._rule.is_open(step):
+                return 0
+            step = self._rule.plan_step(step)
+        due = layers_due(self.plan, step, self.start_num_layers - depth)
+        if self._budget is None or not self.plan:
+            return due
+        if self._budget.met(unwrapped(self.trainer)):
+            return 0
+        if due == 0 and step >= max(self.plan):  # further than planned: under a stop rule, each one is evaluated
+            return min(depth - self._least, self.config.layers_per_drop if self._rule else depth)
+        return due
 
     def _drop_what_is_due(self, state: TrainerState, control: TrainerControl) -> None:
-        assert self.layer_map is not None and self.start_num_layers is not None
-        dropped = self.start_num_layers - self.layer_map.num_layers
-        due = layers_due(self.plan, state.global_step, dropped)
+        assert self.trainer is not None
         should_log = control.should_log
-        while due and due >= self._sizes.get(self.layer_map.num_layers, 1):  # a whole period goes at once, or waits
-            due -= self._drop(state, due)
+        due = self._due(state)
+        while due > 0:  # where a whole pattern has to go at once, it goes when its first layer is due
+            due -= self._drop(state)
+            if self._budget is not None and self._budget.met(unwrapped(self.trainer)):
+                break
         control.should_log = should_log  # logging a drop clears it, and this step's loss would go unlogged
 
-    def _drop(self, state: TrainerState, most: int) -> int:
-        """Score, choose, drop: one layer, by scores of the model as it is now; or as many as have to go at once."""
-        assert self.trainer is not None and self._engine is not None and self._batches is not None
-        assert self.layer_map is not None
+    def _drop(self, state: TrainerState) -> int:
+        """Choose by scores of the model as it is now, and drop: one layer, or as many as have to go at once."""
+        assert self.trainer is not None and self._engine is not None and self._choice is not None
         model = unwrapped(self.trainer)
-        depth = self.layer_map.num_layers
-        try:
-            scores = score_layers(
-                model,
-                self._batches,
-                self.config.importance,
-                self.config.unit,
-                agree=self._engine.agree,
-                seed=self.config.calibration_seed + depth,
-                memory_gb=self.config.scan_memory_gb,
-                sweep=self._engine.sweeps,
-                stand_in=self._stand_in,
-                progress=state.is_local_process_zero and not self.trainer.args.disable_tqdm,
-                part=self.config.part,
-            )
-            drop = next_drop(
-                lambda positions: plan_drop(
-                    model,
-                    positions,
-                    self.config.unit,
-                    step=state.global_step,
-                    importance=self.config.importance,
-                    scores=scores[positions].tolist(),
-                    part=self.config.part,
-                ),
-                {position: scores[position].item() for position in self._open(depth)},
-                most,
-                self._sizes.get(depth, 1),
-            )
-        except Exception as error:  # one process must not drop, or wait, alone
-            self._engine.fail(error)
-            raise
-        self._engine.agree(torch.zeros(1))  # nobody failed: all of them drop
-        self.layer_map = apply_drop(self._engine, drop)
-        gone = self.layer_map.history[-1].dropped
-        score = scores[sorted(drop.positions)].mean().item()
-        depth = self.layer_map.num_layers
-        parameters = get_model_param_count(model)
+        progress = state.is_local_process_zero and not self.trainer.args.disable_tqdm
+        self.layer_map = apply_drop(self._engine, self._choice.next_drop(model, state.global_step, progress))
+        if self._rule is not None:
+            self._rule.dropped(state.global_step)
+        record, depth, parameters = self.layer_map.history[-1], self.layer_map.num_layers, get_model_param_count(model)
+        assert record.scores is not None
+        score, gone = sum(record.scores) / len(record.scores), len(record.dropped)
         logger.info(
-            f"Step {state.global_step}: dropped {f'layer {gone[0]}' if len(gone) == 1 else f'layers {list(gone)}'} of "
-            f"{self.layer_map.base_num_layers} ({self.config.importance} {score:.4f}); {depth} layers, {parameters:,} "
-            "parameters left."
+            f"Step {state.global_step}: dropped layer{'s' * (gone > 1)} {', '.join(map(str, record.dropped))} of "
+            f"{self.layer_map.base_num_layers} ({record.importance} {score:.4f}); {depth} layers, {parameters:,} parameters "
+            "left."
         )
         self.trainer.log({"trim/num_layers": depth, "trim/parameters": parameters, "trim/score": score})
-        return len(gone)
+        return gone
+
+    def _end_with_what_passed(self, rule: MetricRule, trainer: Trainer) -> None:
+        """Give the model back the layers and weights with which it last passed, if it does not pass now."""
+        passed = rule.passed_instead(trainer.state.global_step)
+        if passed is not None:
+            model, (folder, layer_map) = unwrapped(trainer), passed
+            self.regrow(lambda: regrow_like(model, folder, layer_map))
+            trainer.log({"trim/num_layers": layer_map.num_layers, "trim/parameters": get_model_param_count(model)})
 
     def regrow(self, edit: Callable[[], LayerMap]) -> None:
-        """Run an edit that gives the model other layers, and take up the map that it returns."""
+        """Run an edit that gives the model other layers when training is over, and take up the map that it returns."""
         assert self._engine is not None and self.trainer is not None
-        blocks = find_stack(unwrapped(self.trainer)).blocks
+        blocks = find_stack(unwrapped(self.trainer), self.config.part).blocks
         self.layer_map = self._engine.edit(edit, lambda: list(blocks.parameters()))
+        self.trainer.optimizer = self.trainer.lr_scheduler = None  # made for other layers; a later train() makes them anew
 
     def _plain_map(self) -> dict[str, Any]:
         assert isinstance(self.layer_map, LayerMap)

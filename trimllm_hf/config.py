@@ -13,7 +13,8 @@ from typing import Any
 class TrimConfig:
     """How far to trim, which layers, and when. Ready for `HfArgumentParser`; `to_json`/`from_json` round-trip.
 
-    Give exactly one of `target_layers` and `target_ratio`.
+    Give exactly one of `target_layers` and `target_ratio`; with a budget (`max_latency_ms`, `max_memory_gb`) at most one,
+    which then says how far trimming may go to meet it.
 
     Raises:
         ValueError: On values that no model can satisfy. What depends on the model (a target at or above its depth) or
@@ -21,10 +22,12 @@ class TrimConfig:
     """
 
     target_layers: int | None = field(
-        default=None, metadata={"help": "How many layers the trimmed model keeps, e.g. 16 of 32."}
+        default=None,
+        metadata={"help": "How many layers the trimmed model keeps, e.g. 16 of 32. With a budget: how many at least."},
     )
     target_ratio: float | None = field(
-        default=None, metadata={"help": "Share of the base model's layers to keep, above 0 and below 1, e.g. 0.5."}
+        default=None,
+        metadata={"help": "Share of the base's layers to keep, between 0 and 1; with a budget, at least."},
     )
     unit: str = field(default="block", metadata={"help": "What is dropped at a time: 'block' (a whole layer)."})
     part: str | None = field(
@@ -41,8 +44,15 @@ class TrimConfig:
     drop_every: str = field(
         default="auto",
         metadata={
-            "help": "'auto' (after a warm-up of 5% of the steps, spread up to a quarter of training, so that the rest "
-            "heals), 'once' (everything before the first step), 'epoch', or a number of optimizer steps."
+            "help": "'auto' (after a warm-up of a twentieth of the steps, spread up to a quarter of training, so that "
+            "the rest heals), 'once' (everything before the first step), 'epoch', or a number of optimizer steps."
+        },
+    )
+    healing_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the steps at the end in which nothing is dropped, from 0 up to below 1. Default: 0.75 for "
+            "'auto', one step for the other schedules."
         },
     )
     layers_per_drop: int = field(default=1, metadata={"help": "Layers dropped at a time, re-scored after each one of them."})
@@ -61,12 +71,49 @@ class TrimConfig:
         metadata={"help": "Memory for a scan beside a forward pass, in 10^9 bytes. Default: half of what is free."},
     )
 
+    max_metric_drop: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop dropping once an evaluation is worse than the reference by more than this, and end with the last "
+            "model that was not. Evaluates before each drop and at the last step."
+        },
+    )
+    stop_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "The evaluation metric that max_metric_drop watches, e.g. 'accuracy'. Default: metric_for_best_model of "
+            "the TrainingArguments, else 'loss'. Higher is better, except for it as greater_is_better says, and for a loss."
+        },
+    )
+    reference_metric: float | None = field(
+        default=None,
+        metadata={
+            "help": "That metric after fine-tuning at full depth; dropping begins when the run has come as close to it as "
+            "max_metric_drop allows. Default: what the last evaluation before the first drop gives."
+        },
+    )
+    max_latency_ms: float | None = field(
+        default=None,
+        metadata={
+            "help": "Drop until a generated token takes at most so many ms (for a model that does not generate: a forward "
+            "pass), measured on this machine after each drop."
+        },
+    )
+    max_memory_gb: float | None = field(
+        default=None,
+        metadata={"help": "Drop until running the model takes at most so much memory, in 10^9 bytes, measured likewise."},
+    )
+    latency_batch_size: int = field(default=1, metadata={"help": "Sequences at a time in these measurements."})
+    latency_prompt_tokens: int = field(default=128, metadata={"help": "Tokens before the generated ones in them."})
+
     def __post_init__(self) -> None:
         self.drop_every = str(self.drop_every)
-        if (self.target_layers is None) == (self.target_ratio is None):
+        targets = [value for value in (self.target_layers, self.target_ratio) if value is not None]
+        if len(targets) > 1 or (not targets and not self.has_budget):
             raise ValueError(
-                "Expected exactly one of target_layers (a number of layers) and target_ratio (a share), got "
-                f"target_layers={self.target_layers} and target_ratio={self.target_ratio}. Set one of them."
+                "Expected exactly one of target_layers (a number of layers) and target_ratio (a share), or a budget "
+                f"(max_latency_ms, max_memory_gb), got target_layers={self.target_layers} and "
+                f"target_ratio={self.target_ratio}. Set one of them."
             )
         if self.target_ratio is not None and not 0 < self.target_ratio < 1:
             raise ValueError(
@@ -91,21 +138,60 @@ class TrimConfig:
         _at_least("calibration_size", self.calibration_size, 1)
         if self.scan_memory_gb is not None and not self.scan_memory_gb > 0:
             raise ValueError(f"Expected scan_memory_gb above 0, or None, got {self.scan_memory_gb}.")
+        self._check_stop_rules()
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether measured latency or memory says how far to trim."""
+        return self.max_latency_ms is not None or self.max_memory_gb is not None
+
+    def _check_stop_rules(self) -> None:
+        for name in ("max_latency_ms", "max_memory_gb"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise ValueError(f"Expected {name} to be a number above 0, or None, got {value!r}.")
+        _at_least("latency_batch_size", self.latency_batch_size, 1)
+        _at_least("latency_prompt_tokens", self.latency_prompt_tokens, 1)
+        if self.healing_ratio is not None and not (_is_number(self.healing_ratio) and 0 <= self.healing_ratio < 1):
+            raise ValueError(
+                f"Expected healing_ratio from 0 up to below 1, got {self.healing_ratio!r}. It is the share of the steps "
+                "after the last drop."
+            )
+        if self.max_metric_drop is None:
+            for name in ("stop_metric", "reference_metric"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"Expected max_metric_drop beside {name}={getattr(self, name)!r}, got none. Set how much worse "
+                        "than the reference the trimmed model may be."
+                    )
+        elif not (_is_number(self.max_metric_drop) and self.max_metric_drop >= 0):
+            raise ValueError(f"Expected max_metric_drop to be a number of at least 0, got {self.max_metric_drop!r}.")
+        elif self.drop_every == "once":
+            raise ValueError(
+                "Expected drops while training for max_metric_drop, got drop_every='once', which drops everything before "
+                "the first evaluation. Use 'auto', 'epoch' or a number of steps."
+            )
+        if self.reference_metric is not None and not _is_number(self.reference_metric):
+            raise ValueError(f"Expected reference_metric to be a number, or None, got {self.reference_metric!r}.")
 
     def resolve_target(self, base_num_layers: int, num_layers: int) -> int:
         """The number of layers to end with, for a model that has `num_layers` now and had `base_num_layers` once.
 
+        With a budget it is the number to end with at least: the target if there is one, else the protected layers.
+
         Raises:
             ValueError: If the target is not below the depth, or would need a protected layer to go.
         """
+        protected = self.protect_first + self.protect_last
         if self.target_layers is not None:
             target = self.target_layers
             said = f"target_layers={target}"
+        elif self.target_ratio is None:
+            target = max(1, protected)
+            said = f"{protected} protected layers"
         else:
-            assert self.target_ratio is not None  # __post_init__ saw to it
             target = max(1, math.floor(self.target_ratio * base_num_layers + 0.5))
             said = f"target_ratio={self.target_ratio} of {base_num_layers} layers, that is {target},"
-        protected = self.protect_first + self.protect_last
         if target > num_layers or target >= base_num_layers:
             raise ValueError(
                 f"Expected a target below the model's depth, got {said} for a model of {num_layers} layers. Choose a "
@@ -140,3 +226,7 @@ class TrimConfig:
 def _at_least(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"Expected {name} to be a whole number of at least {least}, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -170,8 +170,9 @@ def rebuild(
     values: dict[str, Any],
     part: str | None = None,
     adapters: Mapping[str, Any] = MappingProxyType({}),
+    device: str | torch.device = "meta",
 ) -> nn.Module:
-    """The model and its adapters once `values` are set where the config holds the depth, on the meta device."""
+    """The model and its adapters once `values` are set where the config holds the depth; weights are new, or none."""
     config = copy.deepcopy(model.config)
     for name, value in values.items():
         setattr(part_config(config, part), name, value)
@@ -183,7 +184,7 @@ def rebuild(
         for name in config.sub_configs:
             attention[name] = getattr(getattr(config, name), "_attn_implementation", None)
         config = type(config).from_dict(config.to_dict(), attn_implementation=attention)
-        with torch.device("meta"):
+        with torch.device(device):
             return inject(type(model)(config), adapters)
     finally:
         logging.set_verbosity(verbosity)

@@ -7,7 +7,7 @@ from collections import Counter
 from .config import TrimConfig
 
 WARM_UP = 0.05  # share of the steps before the first drop of "auto": a scan while the loss is at chance ranks noise
-LAST_DROP = 0.25  # share of the steps at which "auto" drops last: late drops lose to early ones, the rest heals
+HEALING = 0.75  # share of the steps after the last drop of "auto": late drops lose to early ones
 
 Plan = dict[int, int]  # optimizer step (0: before the first) -> layers to drop when it is done
 
@@ -16,7 +16,7 @@ def plan_drops(config: TrimConfig, num_layers: int, target: int, max_steps: int,
     """After which optimizer steps to drop how many layers.
 
     Args:
-        config: The settings; `drop_every` and `layers_per_drop` count here.
+        config: The settings; `drop_every`, `layers_per_drop` and `healing_ratio` count here.
         num_layers: Depth at the start of the run.
         target: Depth to reach.
         max_steps: Optimizer steps of the run.
@@ -26,7 +26,8 @@ def plan_drops(config: TrimConfig, num_layers: int, target: int, max_steps: int,
         For each step with a drop, the number of layers; they add up to `num_layers - target`.
 
     Raises:
-        ValueError: If the target cannot be reached with at least one step left to heal; with the arithmetic.
+        ValueError: If the target cannot be reached with `healing_ratio` of the steps left to heal, one at least; with the
+            arithmetic.
     """
     to_drop = num_layers - target
     if to_drop <= 0:
@@ -37,8 +38,8 @@ def plan_drops(config: TrimConfig, num_layers: int, target: int, max_steps: int,
     if config.drop_every == "once":
         return {0: to_drop}
     if config.drop_every == "auto":
-        steps = _spread(len(sizes), max_steps)
-        every = "'auto' (5% to 25% of the steps)"
+        steps = _spread(len(sizes), max_steps, last_step(config, max_steps))
+        every = f"'auto' (steps {steps[0]} to {steps[-1]})"
     else:
         if config.drop_every == "epoch":
             if steps_per_epoch is None:
@@ -51,12 +52,13 @@ def plan_drops(config: TrimConfig, num_layers: int, target: int, max_steps: int,
             interval = int(config.drop_every)
         steps = [interval * (i + 1) for i in range(len(sizes))]
         every = f"every {interval} steps"
-    if steps[-1] >= max_steps:
+    if steps[-1] > (last := last_step(config, max_steps)):
+        healing = "a step" if config.healing_ratio is None else f"healing_ratio={config.healing_ratio} of the steps"
         raise ValueError(
-            f"Expected a plan that reaches {target} layers with a step left to heal, got {num_layers} - {target} = "
+            f"Expected a plan that reaches {target} layers with {healing} left to heal, got {num_layers} - {target} = "
             f"{to_drop} layers to drop, {config.layers_per_drop} at a time: {len(sizes)} drops, {every}: the last one "
-            f"after step {steps[-1]}, but the run has {max_steps} steps. Train longer, drop more often "
-            "(drop_every), or more at a time (layers_per_drop)."
+            f"after step {steps[-1]}, but the run has {max_steps} steps, and {last} is the last to drop after. Train "
+            "longer, drop more often (drop_every), or more at a time (layers_per_drop)."
         )
     plan: Counter[int] = Counter()
     for step, size in zip(steps, sizes, strict=True):
@@ -64,15 +66,22 @@ def plan_drops(config: TrimConfig, num_layers: int, target: int, max_steps: int,
     return dict(plan)
 
 
+def last_step(config: TrimConfig, max_steps: int) -> int:
+    """The last optimizer step after which a layer may be dropped: what follows heals, one step at least."""
+    healing = config.healing_ratio
+    if healing is None:
+        healing = HEALING if config.drop_every == "auto" else 0.0
+    return min(max_steps - 1, max(1, round((1 - healing) * max_steps)))
+
+
 def layers_due(plan: Plan, step: int, dropped: int) -> int:
     """How many layers have to go now: those planned up to `step`, less those that this run has dropped already."""
     return max(0, sum(count for planned, count in plan.items() if planned <= step) - dropped)
 
 
-def _spread(drops: int, max_steps: int) -> list[int]:
+def _spread(drops: int, max_steps: int, last: int) -> list[int]:
     """Steps of `drops` drops at even distances in the window of "auto"."""
-    first = max(1, round(WARM_UP * max_steps))
-    last = max(first, round(LAST_DROP * max_steps))
+    first = min(max(1, round(WARM_UP * max_steps)), max(1, last))
     if drops == 1:
         return [first]
-    return [first + (last - first) * i // (drops - 1) for i in range(drops)]
+    return [first + (max(first, last) - first) * i // (drops - 1) for i in range(drops)]

@@ -116,7 +116,6 @@ class TrimTrainerMixin(CardHost, BestModelHost, _Base):
             "load_best_model_at_end=False."
         )
         callback.regrow(lambda: regrow_like(unwrapped(self), checkpoint))
-        self.optimizer = self.lr_scheduler = None  # made for the other layers; a later train() makes them anew
 
 
 class TrimTrainer(TrimTrainerMixin, Trainer):

@@ -1,4 +1,7 @@
 """`trimllm`: the command line. A file a command; what they share is in `app.py`."""
 
-from . import inspect as inspect  # a command registers itself when it is imported; here, in the order of the help
-from .app import app as app
+# A command registers itself when its file is imported.
+from . import bench, card, inspect, trim
+from .app import app
+
+__all__ = ["app", "bench", "card", "inspect", "trim"]

@@ -15,13 +15,15 @@ from .app import Json, answer, app, table
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    what_if: Annotated[bool, typer.Option("--what-if", help="Print what the model would weigh at every depth.")] = False,
     as_json: Json = False,
 ) -> None:
     """Print which layers of its base a model keeps, when the others went, and what it weighs.
 
-    Only config.json and the headers of the weight files are read; of a Hub model that is a few kilobytes.
+    Only config.json and the headers of the weight files are read; of a Hub model that is a few kilobytes. With --what-if
+    config.json alone: for every depth parameters, bytes, cache per token, and how much faster decoding can be at most.
 
-    **Example:** `trimllm inspect runs/medical`
+    **Examples:** `trimllm inspect runs/medical`, `trimllm inspect org/base --what-if`
     """
     from transformers import AutoConfig
 
@@ -30,6 +32,9 @@ def inspect(
     from ..publish.folder import describe_weights
 
     config = AutoConfig.from_pretrained(model, revision=revision)
+    if what_if:
+        _what_if(model, config, as_json)
+        return
     layer_map = LayerMap.from_config(config)
     plain = {
         "model": model,
@@ -42,6 +47,31 @@ def inspect(
         "weights": describe_weights(model, revision),
     }
     answer(plain, as_json, lambda: _shown(plain, layer_map))
+
+
+def _what_if(model: str, config: Any, as_json: bool) -> None:
+    from ..latency.depths import depths
+    from ..publish.figures import size
+
+    found, equal = depths(config)
+    plain = {"model": model, "equal_blocks": equal, "depths": [asdict(depth) for depth in found]}
+
+    def show() -> list[RenderableType]:
+        rows = [
+            (
+                d.num_layers,
+                f"{d.parameters:,}",
+                size(d.weight_bytes),
+                "-" if d.kv_cache_bytes_per_token is None else size(d.kv_cache_bytes_per_token),
+                "-" if d.byte_bound is None else f"{d.byte_bound:.2f}",
+            )
+            for d in found
+        ]
+        heads = ("layers", "parameters", "weights", "cache per token", "decoding, times as fast at most")
+        notes = [] if equal else ["The blocks differ in size: a depth is given for blocks of average size."]
+        return [table(model, *heads, rows=rows), *notes]
+
+    answer(plain, as_json, show)
 
 
 def _shown(plain: dict[str, Any], layer_map: Any) -> list[RenderableType]:

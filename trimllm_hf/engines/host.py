@@ -49,3 +49,8 @@ def unwrapped(trainer: Trainer) -> PreTrainedModel:
     """The Trainer's model without any engine's wrapper and not compiled; a PeftModel keeps its own."""
     model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     return model
+
+
+def save_model(trainer: Trainer, folder: str) -> None:
+    """Save the model, by all processes, without a push."""
+    trainer.save_model(folder, _internal_call=True)

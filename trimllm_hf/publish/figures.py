@@ -70,11 +70,12 @@ def cost_rows(data: TrimCardData) -> Rows:
         theirs = None if base_sizes is None else base_sizes.kv_cache_bytes_per_token
         rows.append(_row("KV cache per token", theirs, report.sizes.kv_cache_bytes_per_token, size))
     for number, run in enumerate(report.runs):
-        rows += _speed_rows(report, report.base_runs[number] if report.base_runs else None, run)
+        rows += speed_rows(report, report.base_runs[number] if report.base_runs else None, run)
     return rows
 
 
-def _speed_rows(report: LatencyReport, base: Run | None, ours: Run) -> Rows:
+def speed_rows(report: LatencyReport, base: Run | None, ours: Run) -> Rows:
+    """Memory and speed at one batch size: what | base | trimmed | change."""
     at = f"batch {ours.batch_size}"
     rows = [_row(f"peak memory, {at}", getattr(base, "peak_memory_bytes", None), ours.peak_memory_bytes, size)]
     kinds = {"prefill": "prefill_ms", "forward": "forward_ms"}

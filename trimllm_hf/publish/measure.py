@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from ..calibration import own_randomness
+from ..latency.depths import with_random_weights
 from ..latency.measure import measure_latency
 from ..latency.report import LatencyReport
 
@@ -59,7 +59,7 @@ def measure_pair(
     """
     config = AutoConfig.from_pretrained(model)
     base_config = None if base is None else AutoConfig.from_pretrained(base, revision=revision)
-    kind: Any = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
+    kind: torch.dtype = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     where = torch.device(device) if device else accelerator or torch.device("cpu")
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -67,18 +67,9 @@ def measure_pair(
         settings["new_tokens"] = min(NEW_TOKENS, max(2, longest // 3))
         settings["prompt_tokens"] = min(PROMPT_TOKENS, longest - settings["new_tokens"])
     with own_randomness(0):
-        built = [made(each, kind, where) for each in (config, base_config) if each is not None]
+        built = [with_random_weights(each, kind, where) for each in (config, base_config) if each is not None]
         try:
             return measure_latency(*built, **settings)
         finally:
             del built
             gc.collect()
-
-
-def made(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model that a config describes, with random weights."""
-    with device:
-        named = getattr(transformers, (config.architectures or [""])[0], None)
-        build: Any = AutoModelForCausalLM.from_config if named is None else named._from_config
-        model: PreTrainedModel = build(config, dtype=dtype)
-    return model

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, register_importance
-from trimllm_hf.choices import next_drop, rehearse
+from trimllm_hf.choice import least_important, rehearse
 from trimllm_hf.stack import find_stack
 from trimllm_hf.surgery import plan_drop
 
@@ -66,10 +66,10 @@ def trainer(model: PreTrainedModel, folder: Path, data: Any, **settings: Any) ->
 def test_the_least_important_that_may_go() -> None:
     model = hybrid()
     scores = dict(enumerate([5.0, 4.0, 3.0, 2.0, 0.0, 1.0, 6.0, 7.0]))  # block 4, the attention, has the lowest
-    assert next_drop(lambda layers: plan_drop(model, layers), scores, most=1).positions == {5}
-    assert next_drop(lambda layers: plan_drop(model, layers), {1: 1.0, 2: 1.0}, most=1).positions == {2}
+    assert least_important(lambda layers: plan_drop(model, layers), scores, most=1).positions == {5}
+    assert least_important(lambda layers: plan_drop(model, layers), {1: 1.0, 2: 1.0}, most=1).positions == {2}
     with pytest.raises(ValueError, match=r"attention layers \[4\] to stay"):
-        next_drop(lambda layers: plan_drop(model, layers), {4: 0.0}, most=3)
+        least_important(lambda layers: plan_drop(model, layers), {4: 0.0}, most=3)
 
 
 def test_a_period_goes_at_once() -> None:
@@ -77,14 +77,14 @@ def test_a_period_goes_at_once() -> None:
     plan = lambda layers: plan_drop(model, layers, part="decoder")  # noqa: E731
     scores = {position: float(position) for position in range(1, 4)}
     with pytest.raises(ValueError, match=r"another kind of module.*Nothing was changed"):
-        next_drop(plan, scores, most=1)
-    assert next_drop(plan, scores, most=2).positions == {1, 2}
-    assert rehearse(model, 4, lambda depth: range(1, depth - 1), "decoder") == {6: 2}
+        least_important(plan, scores, most=1)
+    assert least_important(plan, scores, most=2).positions == {1, 2}
+    assert rehearse(model, 4, TrimConfig(target_layers=4, part="decoder")) == {6: 2}
     assert len(find_stack(model)) == 6 and not hasattr(model.config, "trim")
 
 
 def test_most_models_lose_any_layer() -> None:
-    assert rehearse(tiny_model(), 2, lambda depth: range(1, depth - 1), None) == {6: 1, 5: 1, 4: 1, 3: 1}
+    assert rehearse(tiny_model(), 2, TrimConfig(target_layers=2)) == {6: 1, 5: 1, 4: 1, 3: 1}
 
 
 def test_training_drops_whole_periods(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_training_drops_whole_periods(tmp_path: Path) -> None:
     trim = trainer(periodic(), tmp_path, data, target_layers=2)
     trim.train()
     records = LayerMap.from_config(trim.model.config).history
-    assert [(record.step, record.dropped) for record in records] == [(2, (1, 2)), (4, (3, 4))]
+    assert [(record.step, record.dropped) for record in records] == [(1, (1, 2)), (3, (3, 4))]
     assert [len(record.scores or ()) for record in records] == [2, 2]
 
 

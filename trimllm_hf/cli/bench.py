@@ -1,0 +1,67 @@
+"""`trimllm bench`: how fast a model is beside its base, and how close that is to the limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .app import Json, answer, app, table
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model; only its config is read.")],
+    base: Annotated[str | None, typer.Option(help="Its base; by default the one that its map names.")] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Measure the model alone.")] = False,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Sequences at a time; can be repeated. Default: 1.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Timed rounds; from 6 on the interval covers 95%.")] = 10,
+    warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 2,
+    cache: Annotated[str, typer.Option(help="dynamic or static.")] = "dynamic",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile decoding; needs --cache static and a GPU.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the accelerator by default.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float32, …; the config's by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the report to this JSON file as well.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure latency and memory of a model and its base, in turn; with random weights, as only shapes matter.
+
+    **Example:** `trimllm bench runs/medical --batch-size 1 --batch-size 8`
+    """
+    from transformers import AutoConfig
+
+    from ..layer_map import LayerMap
+    from ..publish.measure import measure_pair
+
+    revision = None
+    if base is None and not alone:
+        layer_map = LayerMap.from_config(AutoConfig.from_pretrained(model))
+        if layer_map.dropped_layers and layer_map.base_model is None:
+            raise ValueError(f"Expected {model} to name its base, got a map that does not. Give --base, or --alone.")
+        base, revision = (layer_map.base_model, layer_map.base_revision) if layer_map.dropped_layers else (None, None)
+    report = measure_pair(
+        model, base, revision, device, dtype, batch_sizes=batch_size or [1], prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens, repeats=repeats, warmup=warmup, cache=cache, compile=compile,
+    )  # fmt: skip
+    if out is not None:
+        report.to_json(out)
+    answer(report.to_dict(), as_json, lambda: _shown(report))
+
+
+def _shown(report: Any) -> list[Any]:
+    from ..publish.figures import speed_rows
+
+    runs = zip(report.base_runs or [None] * len(report.runs), report.runs, strict=True)
+    rows = [row for base, ours in runs for row in speed_rows(report, base, ours)]
+    if not report.base_runs:
+        rows = [(what, ours) for what, _, ours, _ in rows]
+    heads = ("base", "model", "change") if report.base_runs else ("model",)
+    env = report.environment
+    said = f"{env['device_name']}, {env['threads']} thread(s), {env['dtype']}, attention {env['attention']}, "
+    said += f"torch {env['torch']}, transformers {env['transformers']}"
+    bounded = [speedup for speedup in report.speedups if speedup.share_of_bound is not None]
+    shares = [f"batch {found.batch_size}: {found.share_of_bound:.0%} of the byte bound" for found in bounded]
+    return [table(None, "", *heads, rows=rows), said, *shares]

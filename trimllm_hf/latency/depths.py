@@ -1,0 +1,81 @@
+"""What a model would weigh at every depth, from its config alone: to choose a target before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ..stack import find_stack
+from .sizes import sizes_of
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A model with some of its blocks left.
+
+    Attributes:
+        num_layers: Blocks left.
+        parameters: Number of parameters, shared ones once.
+        weight_bytes: Bytes of parameters and buffers.
+        kv_cache_bytes_per_token: Growth of the cache per token and sequence; None where there is none.
+        byte_bound: How many times as fast decoding can be at most: weight bytes read for each token at full depth / at
+            this depth. None where not all weights are read, or nothing is decoded.
+    """
+
+    num_layers: int
+    parameters: int
+    weight_bytes: int
+    kv_cache_bytes_per_token: float | None
+    byte_bound: float | None
+
+
+def depths(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> tuple[list[Depth], bool]:
+    """Every depth from that of the config down to 1, and whether all blocks weigh the same.
+
+    Where they do not, a depth stands for dropping blocks of average weight: it then depends on which ones go.
+
+    Args:
+        config: Of the model; no weights are read, and none are made (it is built on the meta device).
+        dtype: Of the weights; the config's by default.
+
+    Raises:
+        ValueError: If the model has not one stack of blocks.
+    """
+    model = with_random_weights(config, dtype, "meta")
+    model.set_experts_implementation("batched_mm")  # of experts, the one that runs on meta with every dtype
+    blocks = find_stack(model).blocks
+    whole, depth = sizes_of(model), len(blocks)
+    held = [[*block.parameters(), *block.buffers()] for block in blocks]
+    parameters = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    weights = [sum(tensor.nbytes for tensor in tensors) for tensors in held]
+    made = []
+    for left in range(depth, 0, -1):
+        gone = (depth - left) / depth
+        lighter = round(gone * sum(weights))
+        cache, read = whole.kv_cache_bytes_per_token, whole.decode_bytes
+        made.append(
+            Depth(
+                num_layers=left,
+                parameters=whole.parameters - round(gone * sum(parameters)),
+                weight_bytes=whole.weight_bytes - lighter,
+                kv_cache_bytes_per_token=None if cache is None else cache * left / depth,
+                byte_bound=None if read is None else read / (read - lighter),
+            )
+        )
+    return made, len(set(weights)) == 1
+
+
+def with_random_weights(
+    config: PreTrainedConfig, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The model that a config describes, of the class that it names; on "meta" it takes no memory."""
+    kind = dtype or config.dtype or torch.float32
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    build: Any = AutoModelForCausalLM.from_config if named is None else named._from_config
+    with torch.device(device):
+        model: PreTrainedModel = build(config, dtype=kind)
+    return model
