@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
 from tiny import tiny_model
 from torch import nn
@@ -15,7 +16,8 @@ from trimllm_hf.engines.local import LocalEngine
 
 
 def prepared(kind: DistributedType) -> SimpleNamespace:
-    return SimpleNamespace(distributed_type=kind, ddp_handler=None)
+    state = SimpleNamespace(fsdp_plugin=None)
+    return SimpleNamespace(distributed_type=kind, ddp_handler=None, state=state, parallelism_config=None)
 
 
 def test_one_process() -> None:
@@ -36,6 +38,23 @@ def test_other_kinds_are_refused(kind: DistributedType, said: str) -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match=said):
         attach(prepared(kind), model, torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize(("size", "name"), [("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")])
+def test_other_parallelism_is_refused(size: str, name: str) -> None:
+    accelerator = prepared(DistributedType.MULTI_GPU)
+    accelerator.parallelism_config = ParallelismConfig(**{size: 2})
+    model = tiny_model()
+    with pytest.raises(ValueError, match=f"Expected data parallelism alone, got {name} parallelism"):
+        attach(accelerator, model, torch.optim.AdamW(model.parameters()))
+
+
+def test_a_model_cut_by_transformers_is_refused() -> None:
+    model = tiny_model()
+    model._tp_size = 2  # as from_pretrained(tp_plan="auto") leaves it
+    assert model.tp_size == 2
+    with pytest.raises(ValueError, match="got tensor parallelism"):
+        attach(prepared(DistributedType.NO), model, torch.optim.AdamW(model.parameters()))
 
 
 @pytest.mark.deepspeed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,17 @@ def test_a_metric_that_falls_too_far_ends_with_the_last_model_that_passed(plain:
     assert equal(LlamaForCausalLM.from_pretrained(tmp_path / "final"), truth.model)
     assert trainer.evaluate()["eval_score"] == 0.79
     trainer.train()  # a model that got layers back trains on
+
+
+def test_the_card_tells_of_the_model_that_the_run_ended_with(tmp_path: Path) -> None:
+    score = {"metric_for_best_model": "score", "greater_is_better": True}
+    trainer = make(tmp_path / "run", trim=config(stop_metric=None), **score)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    report = json.loads((tmp_path / "final" / "trim_report.json").read_text())
+    assert {quality["metric"]: quality["trimmed"]["value"] for quality in report["quality"]}["score"] == 0.79
+    assert (report["training"]["steps"], report["training"]["healed_steps"]) == (4, 2)
+    assert report["trimmed"]["map"]["kept_layers"] == [0, 1, 2, 3, 5]
 
 
 def test_a_first_drop_that_fails_gives_the_full_depth_back(tmp_path: Path) -> None:

@@ -313,9 +313,10 @@ def test_resume_passes_over_a_half_written_checkpoint(uninterrupted: Any, tmp_pa
     (tmp_path / "run" / "checkpoint-12" / "trainer_state.json").unlink()
     torn = tmp_path / "run" / "checkpoint-10" / "trainer_state.json"
     torn.write_text(torn.read_text()[:50])
-    trainer = trim_trainer(tmp_path / "run")
+    trainer, recorder = trim_trainer(tmp_path / "run"), Recorder()
+    trainer.add_callback(recorder)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer._initial_global_step == 8
+    assert min(recorder.depths) == 9  # the first step after checkpoint-8
     assert all(torch.equal(trainer.model.state_dict()[name], expected[name]) for name in expected)
 
 
@@ -396,7 +397,7 @@ def test_trainer_state_holds_the_settings(tmp_path: Path) -> None:
             {"drop_every": "6"},
             r"6 - 4 = 2 layers to drop.*2 drops, every 6 steps: the last one after step 12, but the run has 12",
         ),
-        ({"importance": "sensitivty"}, r"importance among \['block_influence'.*got 'sensitivty'"),
+        ({"importance": "sensitivty"}, r"importance among \['activation_norm'.*got 'sensitivty'"),
         ({"calibration_size": 120}, "at least 121 training examples.*got 120"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 Batch = dict[str, Any]
+CHOICE_COLUMNS = ("question", "right", "per_token")  # of rows that are a question with one of its choices
 
 
 def set_aside(dataset: Any, size: int, seed: int) -> tuple[list[Any], Any]:
@@ -77,8 +78,14 @@ def calibration_batches(
         raise ValueError("Expected at least one calibration example, got none. Give a calibration set with examples.")
     share = list(examples[rank::world_size])
     if columns is not None:
-        share = [{name: example[name] for name in columns if name in example} for example in share]
+        kept = (*columns, *CHOICE_COLUMNS)
+        share = [{name: example[name] for name in kept if name in example} for example in share]
     return [collate(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """What of a batch a model is called with."""
+    return {name: value for name, value in batch.items() if name not in CHOICE_COLUMNS}
 
 
 def num_rows(batch: Batch) -> int:

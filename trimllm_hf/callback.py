@@ -65,6 +65,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.layer_map: LayerMap | None = None
         self.start_num_layers: int | None = None  # depth when this run began: the plan counts from it
         self.plan: Plan = {}
+        self.model_step: int | None = None  # the step that the model is of, if the run ended with an earlier one
         self.calibration_given = calibration_dataset is not None
         self.stop: dict[str, Any] = {}  # where the run stands with its stop rules
         self.budget: dict[str, Any] = {}
@@ -226,13 +227,11 @@ class TrimCallback(TrainerCallback, ExportableState):
         return due
 
     def _drop_what_is_due(self, state: TrainerState, control: TrainerControl) -> None:
-        assert self.trainer is not None
         should_log = control.should_log
         due = self._due(state)
         while due > 0:  # where a whole pattern has to go at once, it goes when its first layer is due
-            due -= self._drop(state)
-            if self._budget is not None and self._budget.met(unwrapped(self.trainer)):
-                break
+            gone = self._drop(state)
+            due = self._due(state) if self._rule is None else min(due - gone, self._due(state))
         control.should_log = should_log  # logging a drop clears it, and this step's loss would go unlogged
 
     def _drop(self, state: TrainerState) -> int:
@@ -258,7 +257,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         """Give the model back the layers and weights with which it last passed, if it does not pass now."""
         passed = rule.passed_instead(trainer.state.global_step)
         if passed is not None:
-            model, (folder, layer_map) = unwrapped(trainer), passed
+            model, (folder, layer_map, self.model_step) = unwrapped(trainer), passed
             self.regrow(lambda: regrow_like(model, folder, layer_map))
             trainer.log({"trim/num_layers": layer_map.num_layers, "trim/parameters": get_model_param_count(model)})
 

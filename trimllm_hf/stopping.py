@@ -135,8 +135,8 @@ class MetricRule:
                 if folder != self.folder(passed["step"]):
                     shutil.rmtree(folder, ignore_errors=True)
 
-    def passed_instead(self, step: int) -> tuple[Path, LayerMap] | None:
-        """Folder and map of the model that the run has to end with, if it is not that of its last step."""
+    def passed_instead(self, step: int) -> tuple[Path, LayerMap, int] | None:
+        """Folder, map and step of the model that the run has to end with, if it is not that of its last step."""
         reference, passed = self.verdicts.reference, self.verdicts.passed
         if self.verdicts.started_at is None:
             told = "none" if reference is None else f"{reference:.6g}"
@@ -152,7 +152,7 @@ class MetricRule:
             f"The run ends with the model of step {passed['step']}, {layer_map.num_layers} layers, which is the last that "
             f"passed ({self.name} {passed['metric']:.6g})."
         )
-        return self.folder(passed["step"]), layer_map
+        return self.folder(passed["step"]), layer_map, passed["step"]
 
     @property
     def _max_steps(self) -> int:

@@ -87,3 +87,14 @@ def test_bf16(engine: str, torchrun, tmp_path: Path) -> None:
         assert rank["distributed_type"] == TYPES[engine]
         assert rank["unchanged"] == [True, True] and rank["alive"] == [0, 0]
         assert all(0 < loss < 10 for loss in rank["losses"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_calibration_example_leaves_a_process_without_a_share(engine: str, torchrun, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    subprocess.run([sys.executable, SCRIPT, one, "--calibration", "1"], check=True, timeout=240)
+    torchrun("train.py", str(two), "--engine", engine, "--calibration", "1")
+    check_equal(two, engine, one, 1e-5)

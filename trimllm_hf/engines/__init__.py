@@ -10,30 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from .agreement import Together
 from .ddp import DDPEngine
 from .local import Leaving, LocalEngine
 
 T = TypeVar("T")
 
 
-class Engine(Protocol):
+class Engine(Together, Protocol):
     """What the callback needs of an engine."""
 
-    rank: int
-    world_size: int
-    sweeps: bool  # whether processes may call a block different numbers of times
     regrows: bool  # whether `edit` may bring in parameters that the optimizer does not have
-
-    def agree(self, total: torch.Tensor) -> torch.Tensor:
-        """The sum of `total` over all processes, the same on each of them; or the error of one that has failed."""
-
-    def fail(self, error: Exception) -> None:
-        """Tell the processes that are at, or on their way to, `agree` that this one has failed."""
 
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit`, which takes modules out of the unwrapped model, and mend optimizer and wrapper.
@@ -60,6 +51,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine
             "Expected one model a process, got torch.nn.DataParallel. Launch with torchrun or accelerate launch "
             "(DistributedDataParallel), or show one device to the process (CUDA_VISIBLE_DEVICES=0)."
         )
+    _refuse_cut_layers(accelerator, model)
     if kind == DistributedType.NO:
         return LocalEngine(model, optimizer)
     if kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.MULTI_XPU):
@@ -76,6 +68,22 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine
         f"Expected one process, DistributedDataParallel, FSDP2 or DeepSpeed ZeRO, got {kind.value}. Layers cannot be "
         "dropped under it: launch with one of those."
     )
+
+
+def _refuse_cut_layers(accelerator: Accelerator, model: nn.Module) -> None:
+    """Refuse what cuts a layer's arithmetic among processes, beside or instead of data parallelism."""
+    parallelism = accelerator.parallelism_config
+    refused = {
+        "tensor": (parallelism is not None and parallelism.tp_enabled) or (getattr(model, "tp_size", None) or 1) > 1,
+        "context": parallelism is not None and parallelism.cp_enabled,
+        "sequence": parallelism is not None and parallelism.sp_enabled,
+    }
+    for name, found in refused.items():
+        if found:
+            raise ValueError(
+                f"Expected data parallelism alone, got {name} parallelism. Layers cannot be dropped under it: leave it out, "
+                "and use FSDP2 or DeepSpeed ZeRO-3 for a model that does not fit one device."
+            )
 
 
 def refuse_other_processes(accelerator: Accelerator, saved: int | None) -> None:

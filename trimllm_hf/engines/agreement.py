@@ -1,17 +1,64 @@
-"""What processes agree on: a sum, or that one of them has failed."""
+"""What processes agree on: a sum, or that one of them has failed; and the process that is alone."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+Hold = Callable[[Iterable[nn.Module]], AbstractContextManager[None]]
+
+
+class Together(Protocol):
+    """The processes of a run. All of them make each of these calls, in the same order."""
+
+    rank: int
+    world_size: int
+
+    def agree(self, total: torch.Tensor) -> torch.Tensor:
+        """The sum of `total` over all processes, the same on each of them; or the error of one that has failed."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each process's value, by the order of their numbers; or the error of one that has failed."""
+
+    def fail(self, error: Exception) -> None:
+        """Tell the processes that are at, or on their way to, `agree` or `gather` that this one has failed."""
+
+    def hold(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+        """Keep the modules' own parameters gathered while they are called, without gradients.
+
+        Within, each process may call the modules a number of times of its own.
+        """
+
+
+class Alone:
+    """One process, in which parameters are whole; see `engines.Engine`."""
+
+    rank = 0
+    world_size = 1
+
+    def agree(self, total: torch.Tensor) -> torch.Tensor:
+        """One process agrees with itself."""
+        return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """The only value that there is."""
+        return [value]
+
+    def fail(self, error: Exception) -> None:
+        """There is nobody to tell."""
+
+    def hold(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+        """Parameters are always whole."""
+        return nullcontext()
 
 
 class Processes:
     """The processes of a run; see `engines.Engine`."""
-
-    sweeps = True
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
@@ -24,21 +71,34 @@ class Processes:
         Raises:
             Exception: What another process passed to `fail`.
         """
-        found = self._exchange((total.cpu(), None))
+        parts = self.gather(total.cpu())
+        summed: torch.Tensor = sum(parts[1:], parts[0])
+        return summed.to(total.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each process's value, by the order of their numbers; or the error of one that has failed.
+
+        Raises:
+            Exception: What another process passed to `fail`.
+        """
+        found = self._exchange((value, None))
         for error in (error for _, error in found if error is not None):
             raise error
-        summed: torch.Tensor = sum((part for part, _ in found[1:]), found[0][0])
-        return summed.to(total.device)
+        return [part for part, _ in found]
+
+    def hold(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+        """Parameters are always whole, where an engine does not say otherwise."""
+        return nullcontext()
 
     def fail(self, error: Exception) -> None:
         """Answer the others' `agree` with an error, which then stops them too. An error that came from there is theirs."""
         if not getattr(error, "from_another_process", False):
             self._exchange((None, error))
 
-    def _exchange(self, mine: tuple[torch.Tensor | None, Exception | None]) -> list[Any]:
+    def _exchange(self, mine: tuple[Any, Exception | None]) -> list[Any]:
         everyones: list[Any] = [None] * self.world_size
-        value, error = mine
+        error = mine[1]
         if error is not None:
             error.from_another_process = True  # type: ignore[attr-defined]  # to all but this one
-        dist.all_gather_object(everyones, (value, error), group=self.group)
+        dist.all_gather_object(everyones, mine, group=self.group)
         return everyones

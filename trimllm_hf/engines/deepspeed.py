@@ -10,7 +10,8 @@ Each private name of DeepSpeed that is used here is checked by `tests/test_priva
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -22,13 +23,13 @@ from .sharded_state import LocalState, SpreadState
 
 T = TypeVar("T")
 
+_MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps", "_global_grad_norm", "lr_scheduler")
 
 
 class DeepSpeedEngine(Processes):
     """A model in DeepSpeed's engine under ZeRO; see `engines.Engine`."""
 
-    sweeps: bool
     regrows = False
 
     def __init__(self, model: Any, optimizer: Any) -> None:
@@ -36,7 +37,33 @@ class DeepSpeedEngine(Processes):
         self.wrapper: Any = model
         self.optimizer = optimizer  # Accelerate's wrapper around the ZeRO optimizer
         super().__init__()
-        self.sweeps = self.wrapper.zero_optimization_stage() < 3  # there each call of a block's parts gathers
+
+    @contextmanager
+    def hold(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """ZeRO-3: gather once, and take off the hooks that would gather, release and record at each call."""
+        if self.wrapper.zero_optimization_stage() < 3:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        offload = self.wrapper.optimizer.parameter_offload
+        coordinator = offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():  # what it has fetched ahead by its record of training is on the way
+            coordinator._invalidate_trace()
+        modules = list(modules)
+        parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+        apart = [p for p in parameters if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
+        fetching = {handle.id for handle in (*offload.forward_hooks, *offload.backward_hooks)}
+        had = [(module, name, vars(module)[name]) for module in modules for name in _MODULE_HOOKS]
+        with GatheredParameters(apart, enabled=bool(apart)):
+            try:
+                for module, name, hooks in had:
+                    vars(module)[name] = type(hooks)((key, hook) for key, hook in hooks.items() if key not in fetching)
+                yield
+            finally:
+                for module, name, hooks in had:
+                    vars(module)[name] = hooks
 
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit` and partition what stays anew; parameters, moments and steps read back bit by bit."""

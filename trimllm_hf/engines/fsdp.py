@@ -5,7 +5,8 @@ The private names of torch that are used here are checked by `tests/test_private
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
@@ -34,6 +35,24 @@ class FSDPEngine(Processes):
         self.plugin = plugin
         super().__init__()
 
+    @contextmanager
+    def hold(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Gather once, and leave it to the end to shard again what each forward would."""
+        held = [module for module in modules if isinstance(module, FSDPModule)]
+        groups = [group for module in held for group in _param_groups(module)]
+        meshes = [group.post_forward_mesh_info for group in groups]
+        for module in held:
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for group, mesh in zip(groups, meshes, strict=True):
+                group.post_forward_mesh_info = mesh
+            for module in held:
+                if any(group.post_forward_mesh_info is not None for group in _param_groups(module)):
+                    module.reshard()
+
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit`, mend the optimizer, and take what left out of the root's lists."""
         for module in self.model.modules():
@@ -60,6 +79,12 @@ class FSDPEngine(Processes):
         """A Trainer saves what Accelerate's plugin names: one whole model, or a shard for each process."""
         if self.plugin is not None:
             self.plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+def _param_groups(module: FSDPModule) -> list[Any]:
+    state: Any = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 has one
+    return [group for group in (several or [state._fsdp_param_group]) if group is not None]
 
 
 def _states(model: nn.Module) -> list[Any]:

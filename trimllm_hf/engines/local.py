@@ -8,29 +8,21 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .agreement import Alone
+
 T = TypeVar("T")
 Leaving = Callable[[], list[nn.Parameter]]
 
 
-class LocalEngine:
+class LocalEngine(Alone):
     """A model and an optimizer that no parallel wrapper holds; see `engines.Engine`."""
 
-    rank = 0
-    world_size = 1
-    sweeps = True
     regrows = True
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self.model = model
         self.optimizer = optimizer
         refuse_hidden_parameters(optimizer)
-
-    def agree(self, total: torch.Tensor) -> torch.Tensor:
-        """One process agrees with itself."""
-        return total
-
-    def fail(self, error: Exception) -> None:
-        """There is nobody to tell."""
 
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
         """Run `edit` and take the parameters that leave the model out of the optimizer."""

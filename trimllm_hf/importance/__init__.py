@@ -1,13 +1,15 @@
 """Importance: a number for each layer, higher = keep. A registry of plain functions, by name.
 
-A score is a mean over tokens (or examples). Each function returns its *totals* over the batches that it was given and the
-number of tokens, so that processes with shares of different size agree on the mean over all of them.
+A score is a mean over tokens (or examples). A function of `statistics.py` or `rules.py`, or one of the user's own, returns
+its *totals* over the batches that it was given and the number of tokens, so that processes with shares of different size
+agree on the mean over all of them. One of `scan.py` says what is measured of the model without a layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,22 +17,34 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from ..calibration import Batch, own_randomness
+from ..engines.agreement import Alone, Together
 from ..layer_map import LayerMap
-from .agreement import Agree, least_and_most, on_any
-from .rules import last, random
-from .scan import Measure, ScanSettings, scan, sensitivity, token_loss
-from .statistics import block_influence
+from .finite import refuse_not_finite
+from .gradient import taylor
+from .metrics import CHOICE_ACCURACY, LOSS, Metric
+from .rules import deepest_except_last, first, last, random
+from .scan import ScanSettings, perplexity, scan, sensitivity
+from .statistics import activation_norm, angular, block_influence, layer_redundancy, relative_magnitude
 
 Importance = Callable[[nn.Module, Sequence[Batch], str], tuple[torch.Tensor, float]]
 
-_REGISTRY: dict[str, Importance] = {
-    "sensitivity": sensitivity,
-    "block_influence": block_influence,
+METRICS = {metric.name: metric for metric in (LOSS, CHOICE_ACCURACY)}
+_SCANS: dict[str, Callable[[Metric], Metric]] = {"sensitivity": sensitivity, "perplexity": perplexity}
+_GRADIENTS = {"taylor": taylor}
+_RULES: dict[str, Importance] = {
     "last": last,
+    "deepest_except_last": deepest_except_last,
+    "first": first,
     "random": random,
 }
-_WITHOUT_DATA = {"last", "random"}
-_MEASURES: dict[str, Measure] = {"sensitivity": token_loss}  # what a scan of that name measures
+_REGISTRY: dict[str, Importance] = {
+    "activation_norm": activation_norm,
+    "angular": angular,
+    "block_influence": block_influence,
+    "layer_redundancy": layer_redundancy,
+    "relative_magnitude": relative_magnitude,
+    **_RULES,
+}
 
 
 def register_importance(name: str, function: Importance) -> None:
@@ -45,30 +59,46 @@ def register_importance(name: str, function: Importance) -> None:
     Raises:
         ValueError: If the name is taken.
     """
-    if name in _REGISTRY:
+    if name in known():
         raise ValueError(f"Expected a new name for an importance, got {name!r}, which exists. Choose another.")
     _REGISTRY[name] = function
 
 
-def get_importance(name: str) -> Importance:
-    """The score of that name.
-
-    Raises:
-        ValueError: If there is none; lists those that there are.
-    """
-    if name not in _REGISTRY:
-        raise ValueError(f"Expected an importance among {sorted(_REGISTRY)}, got {name!r}. Add it: register_importance.")
-    return _REGISTRY[name]
+def known() -> list[str]:
+    """The names of all scores."""
+    return sorted([*_REGISTRY, *_SCANS, *_GRADIENTS])
 
 
 def needs_data(name: str) -> bool:
     """Whether the score looks at calibration examples at all.
 
     Raises:
-        ValueError: If there is no score of that name.
+        ValueError: If there is no score of that name; lists those that there are.
     """
-    get_importance(name)
-    return name not in _WITHOUT_DATA
+    if name not in known():
+        raise ValueError(f"Expected an importance among {known()}, got {name!r}. Add it: register_importance.")
+    return name not in _RULES
+
+
+def is_joint(name: str) -> bool:
+    """Whether the score is of layers that go together, successive ones, and not of each by itself."""
+    return name == "angular"
+
+
+def get_metric(metric: str | Metric) -> Metric:
+    """The metric of that name.
+
+    Raises:
+        ValueError: If it is none of those that need no function of the user's.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if metric not in METRICS:
+        raise ValueError(
+            f"Expected a metric among {sorted(METRICS)}, got {metric!r}. For a key of what your compute_metrics returns "
+            "give the function as well: to the Trainer, or as from_compute_metrics(key, compute_metrics)."
+        )
+    return METRICS[metric]
 
 
 def score_layers(
@@ -77,13 +107,14 @@ def score_layers(
     importance: str = "sensitivity",
     unit: str = "block",
     *,
-    agree: Agree | None = None,
+    metric: str | Metric = "loss",
+    window: int = 1,
     seed: int = 0,
     memory_gb: float | None = None,
-    sweep: bool = True,
-    stand_in: Batch | None = None,
     progress: bool = False,
     part: str | None = None,
+    together: Together | None = None,
+    stand_in: Batch | None = None,
 ) -> torch.Tensor:
     """Score every layer of a model on calibration batches.
 
@@ -92,42 +123,41 @@ def score_layers(
         batches: Dicts of model inputs, moved to the model's device here; with labels, where the score needs a loss.
         importance: Name of the score.
         unit: "block".
-        agree: Sums a tensor over all processes; None in one process.
+        metric: For a scan: what is measured of the model without a layer. "loss", "choice_accuracy" (rows as
+            `QuestionEncoder.choices` makes them), or one made by `from_compute_metrics`.
+        window: For `angular`: how many successive layers go together.
         seed: For scores that draw. Global random state is left as it was.
         memory_gb: For a scan: memory for its candidates, in 10^9 bytes, beside that of a forward pass. None: half of
             what is free.
-        sweep: For a scan: whether one pass may score several layers. False where each call of a block is a matter of all
-            processes (ZeRO-3), which may make different numbers of them in a sweep.
-        stand_in: A batch for the forward passes of a process whose share is empty; it does not count.
         progress: For a scan: whether to show a bar with the candidates scored.
         part: Of an encoder-decoder, whose layers to score: "decoder" or "encoder"; see `drop_layers`.
+        together: The processes of the run, for example an engine; None in one process.
+        stand_in: A batch for the forward passes of a process whose share is empty; it does not count.
 
     Returns:
-        Scores of shape (layers,), float64 on the CPU, the same on every process. Higher = more important.
+        Scores of shape (layers,), float64 on the CPU, the same on every process. Higher = more important. For `angular`
+        of shape (layers - window + 1,): of each window, by its first layer.
 
     Raises:
         ValueError: If the name is unknown, there is nothing to score on, or a score is not a number.
     """
-    get_importance(importance)
+    with_data = needs_data(importance)
+    together = together or Alone()
     device = next(model.parameters()).device
-    agreed = _on_device(agree, device)
     batches = list(batches)
     passes = 1
-    if needs_data(importance):
-        _, passes = least_and_most(agreed, len(batches))
-        idle = not batches and stand_in is None
-        if passes == 0 or on_any(agreed, idle):
+    if with_data:
+        shares = together.gather((len(batches), stand_in is not None))
+        passes = max(share for share, _ in shares)
+        if passes == 0 or not all(share or stands_in for share, stands_in in shares):
             raise ValueError(
                 f"Expected calibration batches on every process to score by {importance!r}, got none on at least one. "
                 "Give more calibration examples, or a stand_in."
             )
-    settings = ScanSettings(memory_gb, agreed, sweep, progress)
     # a process with a smaller share goes through its last batch again, for nothing: forward passes of a sharded model
     # are a matter of all processes
     spare = [batches[-1] if batches else stand_in] * (passes - len(batches))
-    padded = [send_to_device(batch, device) for batch in batches + spare]
-    sums: torch.Tensor | None = None
-    wrong: list[str] = []
+    padded = [send_to_device(batch, device) for batch in batches + spare] if with_data else []
     with (
         own_randomness(seed),
         _evaluating(model),
@@ -135,48 +165,48 @@ def score_layers(
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
     ):
-        for number, (totals, count) in enumerate(_by_batch(importance, model, padded, unit, settings)):
-            both = torch.cat([totals.double().cpu(), torch.tensor([count], dtype=torch.float64)])
-            if number >= len(batches) and needs_data(importance):
-                both = torch.zeros_like(both)  # a pass for the others' sake
-            sums = both if sums is None else sums + both
-            if number < len(batches):
-                bad = (~torch.isfinite(totals)).nonzero().flatten().tolist()
-                wrong += [f"layers {bad} in batch {number}"] if bad else []
+        if importance in _SCANS:
+            settings = ScanSettings(_SCANS[importance](get_metric(metric)), memory_gb, together, progress)
+            return scan(model, padded, len(batches), unit, settings)
+        if importance in _GRADIENTS:
+            scores = _GRADIENTS[importance](model, padded, len(batches), unit, together)
+            refuse_not_finite(importance, scores, [])
+            return scores
+        function = _REGISTRY[importance]
+        if is_joint(importance):
+            function = partial(angular, window=window)
+        return _mean(importance, function, model, padded, len(batches), unit, together)
+
+
+def _mean(
+    name: str,
+    function: Importance,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    num_counted: int,
+    unit: str,
+    together: Together,
+) -> torch.Tensor:
+    """The mean of a function's totals over the batches of all processes; what is behind `num_counted` does not count."""
+    sums: torch.Tensor | None = None
+    wrong: list[tuple[list[int], int]] = []
+    for number, batch in enumerate([[batch] for batch in batches] or [[]]):
+        totals, count = function(model, batch, unit)
+        both = torch.cat([totals.double().cpu(), torch.tensor([count], dtype=torch.float64)])
+        if batch and number >= num_counted:
+            both = torch.zeros_like(both)  # a pass for the others' sake
+        sums = both if sums is None else sums + both
+        if bad := (~torch.isfinite(both[:-1])).nonzero().flatten().tolist():
+            wrong.append((bad, number))
     assert sums is not None  # there is one pass at least
-    sums = agreed(sums)
+    sums = together.agree(sums)
     if sums[-1] <= 0:
         raise ValueError(
-            f"Expected calibration batches with tokens to score by {importance!r}, got {len(batches)} batches without "
-            "any. Give examples whose labels are not all -100."
+            f"Expected calibration batches with tokens to score by {name!r}, got {num_counted} batches without any."
         )
     scores = sums[:-1] / sums[-1]
-    if not torch.isfinite(scores).all():
-        raise ValueError(
-            f"Expected finite scores by {importance!r}, got {scores.tolist()}: not finite for "
-            f"{'; '.join(wrong) or 'batches of another process'}. The loss has diverged, or the calibration set holds an "
-            "example that the model cannot score."
-        )
+    refuse_not_finite(name, scores, together.gather(wrong))
     return scores
-
-
-def _by_batch(
-    name: str, model: nn.Module, batches: Sequence[Batch], unit: str, settings: ScanSettings
-) -> Iterator[tuple[torch.Tensor, float]]:
-    """The score's totals and count, batch after batch."""
-    if name in _MEASURES:
-        return scan(model, batches, _MEASURES[name], settings)
-    function = get_importance(name)
-    if not needs_data(name):
-        return iter([function(model, [], unit)])
-    return (function(model, [batch], unit) for batch in batches)
-
-
-def _on_device(agree: Agree | None, device: torch.device) -> Agree:
-    """Sums over the processes on the device that their backend takes; tensors come from the CPU and go back to it."""
-    if agree is None:
-        return lambda total: total
-    return lambda total: agree(total.to(device if device.type == "cuda" else "cpu")).cpu()
 
 
 @contextmanager

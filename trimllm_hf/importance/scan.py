@@ -1,134 +1,174 @@
-"""Leave-one-out: what the model's loss becomes when a layer is skipped."""
+"""Leave-one-out: what a measure of the model becomes when a unit is left out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import psutil  # type: ignore[import-untyped]  # comes with accelerate
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..adapters import base_of
-from ..calibration import Batch, num_tokens
+from ..calibration import Batch, model_inputs, num_tokens
+from ..engines.agreement import Together
 from ..stack import find_stack
-from .agreement import Agree, least_and_most, on_any
-from .sweep import Sweep, can_sweep, free_bytes, skipped
+from .finite import refuse_not_finite
+from .metrics import LOSS, Metric, exponential
+from .sweep import Sweep, can_sweep, free_bytes
+from .units import list_units, without
 
 logger = logging.get_logger("transformers.trimllm_hf")
-
-Measure = Callable[[nn.Module, Any, Batch], tuple[float, float]]  # model, output, batch -> total and count
 
 
 @dataclass(frozen=True)
 class ScanSettings:
-    """How a scan runs. No field changes a score beyond rounding.
+    """How a scan runs. Only `metric` changes a score beyond rounding.
 
     Attributes:
+        metric: What is measured of the model without a unit.
         memory_gb: Memory for the candidates beside that of a forward pass, in 10^9 bytes; None: half of what is free.
-        agree: Sums a tensor over the processes.
-        sweep: Whether one pass may score several layers; else each is scored by a pass of its own.
+        together: The processes of the run.
         progress: Whether to show a bar with the candidates scored.
     """
 
-    memory_gb: float | None = None
-    agree: Agree = lambda total: total
-    sweep: bool = True
-    progress: bool = False
+    metric: Metric
+    memory_gb: float | None
+    together: Together
+    progress: bool
 
 
-def sensitivity(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
-    """Loss per token on the calibration set without the layer: TrimLLM's sensitivity scan (arXiv 2412.11242, §3.2).
+def sensitivity(metric: Metric) -> Metric:
+    """The metric on the calibration set without the unit: TrimLLM's sensitivity scan (arXiv 2412.11242, §3.2).
 
-    The paper ranks by accuracy on the calibration set, in which layers tie; the loss on the answer does not.
+    The paper's metric is the accuracy, in which layers tie (hence its tie-breaker); the loss on the answer does not.
+    """
+    return metric
+
+
+def perplexity(metric: Metric) -> Metric:
+    """Perplexity on the calibration set without the unit: Shortened LLaMA's PPL (arXiv 2402.02834, §2.2).
+
+    exp of the mean loss per token, so it ranks as `sensitivity` does by the loss.
 
     Raises:
-        ValueError: If a batch has no labels.
+        ValueError: If the metric is not the loss.
     """
-    totals, counts = zip(*scan(model, batches, token_loss, ScanSettings()), strict=True)
-    return torch.stack(totals).sum(0), sum(counts)
+    if metric is not LOSS:
+        raise ValueError(f"Expected the metric 'loss' for the importance 'perplexity', got {metric.name!r}.")
+    return exponential(metric)
 
 
-def token_loss(model: nn.Module, output: Any, batch: Batch) -> tuple[float, float]:
-    """The loss, summed over the tokens that it is over, and their number."""
-    tokens = num_label_tokens(model, batch)
-    return (output.loss.item() * tokens if tokens else 0.0), tokens  # the mean over no labels is not a number
+def scan(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: str, settings: ScanSettings) -> torch.Tensor:
+    """The importance of each unit: a measure of the model without it, the same on every process.
 
-
-def scan(
-    model: nn.Module, batches: Sequence[Batch], measure: Measure, settings: ScanSettings
-) -> Iterator[tuple[torch.Tensor, float]]:
-    """For each batch, a measure of the model's output without each layer, and its count.
-
-    All processes have to take the same number of batches: each makes the same forward passes.
+    Args:
+        model: The model, in evaluation mode.
+        batches: This process's batches, as many as on every other: each makes the same forward passes.
+        num_counted: How many of them count; those behind are for the others' sake.
+        unit: "block".
+        settings: How to go about it.
     """
-    blocks = list(find_stack(model).blocks)
-    scanner = _Scanner(model, blocks, batches, settings)
-    bar = logging.tqdm(total=len(blocks) * len(batches), desc="Layers scored", disable=not settings.progress)
+    scanner = _Scanner(model, unit, batches, settings)
+    metric, units = settings.metric, scanner.units
+    for batch in batches:
+        metric.check(model, batch)
+    parts: list[list[Any]] = [[] for _ in units]
+    bar = logging.tqdm(total=len(units) * len(batches), desc="Layers scored", disable=not settings.progress)
     with bar, _plain_outputs(model):
-        for batch in batches:
-            totals = torch.zeros(len(blocks), dtype=torch.float64)
-            for position, output in scanner.outputs(batch):
-                totals[position], count = measure(model, output, batch)
+        for number, batch in enumerate(batches):
+            for position, output in enumerate(scanner.outputs(model_inputs(batch))):
+                if number < num_counted:
+                    parts[position].append(metric.collect(model, output, batch))
+                    if number == position == 0:
+                        _refuse_too_much(parts[0][0], len(units) * num_counted)
                 bar.update()
-            yield totals, count
+    everyones = settings.together.gather(parts)
+    found = [metric.finish([part for process in everyones for part in process[i]]) for i in range(len(units))]
+    scores = torch.tensor([metric.importance(value) for value in found], dtype=torch.float64)
+    refuse_not_finite(metric.name, scores, [_not_finite(process) for process in everyones])
+    return scores
+
+
+def _not_finite(parts: list[list[Any]]) -> list[tuple[list[int], int]]:
+    """Which units' parts hold what is not finite, in which batch."""
+    bad: dict[int, list[int]] = {}
+    for position, of_unit in enumerate(parts):
+        for number, part in enumerate(of_unit):
+            if not all(np.isfinite(leaf).all() for leaf in tree_leaves(part) if leaf is not None):
+                bad.setdefault(number, []).append(position)
+    return [(layers, number) for number, layers in bad.items()]
+
+
+def _refuse_too_much(part: Any, times: int) -> None:
+    """Refuse to keep more predictions than there is memory for."""
+    need, free = sum(getattr(leaf, "nbytes", 0) for leaf in tree_leaves(part)) * times, psutil.virtual_memory().available
+    if need > free / 2:
+        raise ValueError(
+            f"Expected predictions that fit in memory, got {need / 1e9:.1f} GB for all layers and examples, with "
+            f"{free / 1e9:.1f} GB free. Reduce them with preprocess_logits_for_metrics (for a language model: "
+            "logits.argmax(-1)), or use fewer calibration examples."
+        )
 
 
 class _Scanner:
-    """Yields the model's output without each block: by sweeps, or one by one where a model does not allow them.
+    """Yields the model's output without each unit: by sweeps, or one by one where a model does not allow them.
 
     What it decides, it decides with the other processes: each of them makes the same forward passes.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[nn.Module], batches: Sequence[Batch], settings: ScanSettings) -> None:
-        self.model, self.blocks, self.settings = model, blocks, settings
-        self.told = not settings.sweep
-        self.one_by_one = self.told or self._any(not all(can_sweep(model, batch) for batch in batches))
+    def __init__(self, model: nn.Module, unit: str, batches: Sequence[Batch], settings: ScanSettings) -> None:
+        self.model, self.together = model, settings.together
+        self.blocks = list(find_stack(model).blocks)
+        self.units = list_units(model, unit)
+        self.one_by_one = self._any(not all(can_sweep(model, batch) for batch in batches))
         budget = settings.memory_gb * 1e9 if settings.memory_gb else free_bytes(next(model.parameters()).device) / 2
         state = max(map(num_tokens, batches), default=1) * find_stack(model).config.hidden_size * 4
         # as many candidates a sweep as half of the budget holds; the other half is for the work on them
-        held = max(1, min(len(blocks), int(budget / 2 // state) - 1))
-        self.at_once, _ = least_and_most(settings.agree, held)
-        self.sweep = Sweep(model, blocks, budget)
+        self.at_once = min(self.together.gather(max(1, min(len(self.units), int(budget / 2 // state) - 1))))
+        self.sweep = Sweep(model, self.blocks, budget, self.together.hold)
         self.checked = False
 
-    def outputs(self, batch: Batch) -> Iterator[tuple[int, Any]]:
-        """Each block's position and the model's output on the batch without the block."""
+    def outputs(self, batch: Batch) -> Iterator[Any]:
+        """The model's output on the batch without each unit."""
         reference = None
         if not self.checked and not self.one_by_one:
+            with self.together.hold(()):  # what an engine has fetched ahead for training would stay gathered
+                pass
             reference = self.sweep.learn(lambda: self._without(0, batch))
-        for start in range(0, len(self.blocks), self.at_once):
-            group = range(start, min(start + self.at_once, len(self.blocks)))
+        for start in range(0, len(self.units), self.at_once):
+            group = range(start, min(start + self.at_once, len(self.units)))
             if not self.one_by_one:
-                self.sweep.run(batch, group)
+                self.sweep.run(batch, [self.units[i] for i in group])
                 self.one_by_one = self._any(not self.sweep.fits)
             if not self.one_by_one:
-                outputs = self.sweep.outputs(batch, group)
+                outputs = self.sweep.outputs(batch)
                 first = next(outputs)
-                self.one_by_one = not self.checked and self._any(not _alike(first[1], reference, self.sweep.tolerance))
+                self.one_by_one = not self.checked and self._any(not _alike(first, reference, self.sweep.tolerance))
                 self.checked = True
                 if not self.one_by_one:
                     yield first
                     yield from outputs
                     continue
                 outputs.close()  # gives the blocks their own forward back
-            if not self.told:
-                logger.warning_once(
-                    f"{type(self.model).__name__} cannot be run on several candidates at once: scoring them one by one, "
-                    "which takes about twice the time."
-                )
+            logger.warning_once(
+                f"{type(self.model).__name__} cannot be run on several candidates at once: scoring them one by one, "
+                "which takes about twice the time."
+            )
             for position in group:
-                yield position, self._without(position, batch)
+                yield self._without(position, batch)
 
     def _without(self, position: int, batch: Batch) -> Any:
-        with skipped(self.blocks[position]):
+        with without(self.units[position], self.blocks):
             return self.model(**batch)
 
     def _any(self, here: bool) -> bool:
-        return on_any(self.settings.agree, here)
+        return any(self.together.gather(here))
 
 
 @contextmanager
@@ -153,20 +193,3 @@ def _alike(output: Any, reference: Any, tolerance: float) -> bool:
     """Whether two outputs are the same but for rounding."""
     one, other = (torch.nan_to_num(each.logits.float()) for each in (output, reference))
     return bool((one - other).abs().mean() <= tolerance * other.abs().mean())
-
-
-def num_label_tokens(model: nn.Module, batch: Batch) -> float:
-    """Number of labels that the model's mean loss is over.
-
-    Raises:
-        ValueError: If the batch has no labels.
-    """
-    labels = batch.get("labels")
-    if labels is None:
-        raise ValueError(
-            f"Expected calibration batches with labels, got only {sorted(batch)}. Use a collator that makes labels, or a "
-            "score that needs none, like 'block_influence'."
-        )
-    if type(base_of(model)).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        labels = labels[..., 1:]  # a causal model predicts each token but the first
-    return float((labels != -100).sum())

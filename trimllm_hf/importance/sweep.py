@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..calibration import Batch, num_rows
+from ..engines.agreement import Hold
+from .units import Unit, block_input, block_output, without
 
 Forward = Callable[..., Any]
 # What a block may be called with besides tensors. Anything else (a cache, a block mask) may hide one entry per row.
@@ -36,6 +38,7 @@ class Sweep:
         model: The unwrapped model, in evaluation mode, without gradients and without a cache.
         blocks: Its blocks.
         budget: Bytes that the candidates may take beside what a forward pass takes.
+        hold: Keeps modules' parameters gathered while they are called, any number of times.
         fits: Whether the blocks could be run on several candidates at once. If not, nothing was carried.
         tolerance: Mean difference by which rounding alone may change the logits, as a share of their mean size.
     """
@@ -43,6 +46,7 @@ class Sweep:
     model: nn.Module
     blocks: Sequence[nn.Module]
     budget: float
+    hold: Hold
     fits: bool = True
     tolerance: float = 1e-3
     _rests: list[tuple[Any, ...] | None] = field(default_factory=list)  # what a block returns behind its hidden states
@@ -70,8 +74,8 @@ class Sweep:
         with replaced_forwards(self.blocks, learning):
             return run()
 
-    def run(self, batch: Batch, candidates: Sequence[int]) -> Any:
-        """Carry the candidates, positions of blocks to skip, along in one forward pass; returns its own output."""
+    def run(self, batch: Batch, candidates: Sequence[Unit]) -> Any:
+        """Carry the candidates along in one forward pass; returns its own output."""
         self._chunks, rows = [], num_rows(batch)
         self.fits = True
         self._see_shapes(batch)
@@ -79,6 +83,11 @@ class Sweep:
 
         def carrying(position: int, forward: Forward) -> Forward:
             def carry(*args: Any, **kwargs: Any) -> Any:
+                # held by every process, whether or not the candidates fit on this one
+                with self.hold(self.blocks[position].modules()):
+                    return carry_held(*args, **kwargs)
+
+            def carry_held(*args: Any, **kwargs: Any) -> Any:
                 nonlocal last
                 hidden = block_input(args, kwargs)
                 leaves, spec = tree_flatten((args, kwargs))
@@ -106,8 +115,9 @@ class Sweep:
                         rest = output[1:] if number == 0 and isinstance(output, tuple) else rest
                 if position == 0:
                     self._per_chunk = self._affordable(hidden, sum(workspace), len(candidates))
-                if position in candidates:
-                    self._add(hidden, rows)
+                for unit in candidates:
+                    if unit.position == position:
+                        self._add(hidden if not unit.parts else self._partly(unit, forward, args, kwargs), rows)
                 last = self._chunks[0][:rows]
                 return last if rest is None else (last, *rest)
 
@@ -116,8 +126,8 @@ class Sweep:
         with replaced_forwards(self.blocks, carrying):
             return self.model(**batch)
 
-    def outputs(self, batch: Batch, candidates: Sequence[int]) -> Generator[tuple[int, Any], None, None]:
-        """Each carried candidate and the model's output on the batch without it."""
+    def outputs(self, batch: Batch) -> Generator[Any, None, None]:
+        """For each carried candidate, the model's output on the batch without it."""
         rows = num_rows(batch)
         states = [state for chunk in self._chunks for state in chunk.split(rows)][1:]
         self._chunks = []
@@ -127,9 +137,11 @@ class Sweep:
             at_end = position == len(self.blocks) - 1
             return lambda *args, **kwargs: self._formed(position, current if at_end else block_input(args, kwargs))
 
-        with without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
-            for candidate, current in zip(candidates, states, strict=True):  # noqa: B007  # `passing` reads it
-                yield candidate, self.model(**batch)
+        inside = {module for block in self.blocks for module in block.modules()}
+        around = [module for module in self.model.modules() if module not in inside]
+        with self.hold(around), without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
+            for current in states:  # noqa: B007  # `passing` reads it
+                yield self.model(**batch)
 
     def _see_shapes(self, batch: Batch) -> None:
         """The shapes of every block's arguments for the batch taken twice: what differs from once is one entry per row.
@@ -175,6 +187,10 @@ class Sweep:
             by_memory = min(by_memory, CPU_TOKENS // max(1, hidden.shape[:-1].numel()))
         return max(1, by_memory)
 
+    def _partly(self, unit: Unit, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        with without(unit, self.blocks):
+            return block_output(forward(*args, **kwargs))
+
     def _add(self, state: torch.Tensor, rows: int) -> None:
         if len(self._chunks[-1]) // rows < self._per_chunk:
             self._chunks[-1] = torch.cat([self._chunks[-1], state])
@@ -184,21 +200,6 @@ class Sweep:
     def _formed(self, position: int, hidden: torch.Tensor) -> Any:
         rest = self._rests[position]
         return hidden if rest is None else (hidden, *rest)
-
-
-@contextmanager
-def skipped(block: nn.Module) -> Iterator[None]:
-    """Make a block hand its input on. It still runs, so that its output's form is right in every architecture."""
-
-    def give_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden_states = block_input(args, kwargs)
-        return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
-
-    handle = block.register_forward_hook(give_input, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -245,17 +246,6 @@ def measured(block: nn.Module, on: bool) -> Iterator[list[int]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The hidden states that a block was called with."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def block_output(output: Any) -> torch.Tensor:
-    """The hidden states that a block returned."""
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 def can_sweep(model: nn.Module, batch: Batch) -> bool:

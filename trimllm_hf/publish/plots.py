@@ -63,6 +63,7 @@ def curve_of(data: TrimCardData) -> Curve | None:
     for entry in log:
         if "trim/num_layers" in entry:
             depth = entry["trim/num_layers"]
+        if "trim/score" in entry:  # layers that come back have none
             scored.append((depth, entry["trim/score"]))
         if metric in entry:
             evaluated.append((depth, entry[metric]))

@@ -37,13 +37,14 @@ def describe_run(trainer: Trainer, callback: Any, calibration: Any) -> dict[str,
     layer_map = callback.layer_map
     steps = [record.step for record in layer_map.history if record.step is not None] if layer_map else []
     sets = {"training": trainer.train_dataset, "calibration": calibration, "evaluation": trainer.eval_dataset}
-    last = state.log_history[-1] if state.log_history else {}
+    took = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
+    step = callback.model_step or state.global_step
     return {
-        "steps": state.global_step,
-        "epochs": state.epoch,
-        "healed_steps": state.global_step - max(steps) if steps else None,
+        "steps": step,
+        "epochs": state.epoch if state.epoch is None else state.epoch * step / max(1, state.global_step),
+        "healed_steps": step - max(steps) if steps else None,
         "start_num_layers": callback.start_num_layers,
-        "seconds": last.get("train_runtime"),
+        "seconds": took[-1] if took else None,
         "metric": _metric(args),
         "calibration": _how_calibrated(callback),
         "examples": {name: n for name, held in sets.items() if (n := _length(held)) is not None},
@@ -60,15 +61,18 @@ def describe_run(trainer: Trainer, callback: Any, calibration: Any) -> dict[str,
 
 
 def evaluated(trainer: Trainer) -> list[Quality]:
-    """What the Trainer itself measured of the model as it is now: its evaluation after the last step."""
+    """What the Trainer itself measured of the model as it is now: its evaluation after the step that the model is of."""
     args, log = trainer.args, trainer.state.log_history
-    entries = [entry for entry in log if "eval_loss" in entry]
-    if not entries or entries[-1]["step"] != trainer.state.global_step or args.load_best_model_at_end:
+    gone_back: int | None = trainer.trim_callback().model_step  # type: ignore[attr-defined]  # a CardHost
+    step = gone_back or trainer.state.global_step
+    entries = [entry for entry in log if "eval_loss" in entry and entry["step"] <= step]
+    if not entries or entries[-1]["step"] != step or args.load_best_model_at_end:
         return []
     at_start = entries[0] if entries[0]["step"] == 0 else {}
     n = _length(trainer.eval_dataset)
     if n is None:
         return []
+    when = f"step {step}" if gone_back else "the last step"
     metrics = dict.fromkeys(("eval_loss", _metric(args)))
     return [
         Quality(
@@ -78,7 +82,7 @@ def evaluated(trainer: Trainer) -> list[Quality]:
             split="all of it",
             n=n,
             base=Score(at_start[name]) if name in at_start else None,
-            note="As the Trainer measured it after the last step; no interval was computed",
+            note=f"As the Trainer measured it after {when}; no interval was computed",
         )
         for name in metrics
         if math.isfinite(entries[-1].get(name, math.nan))

@@ -1,0 +1,96 @@
+"""Scores from gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..calibration import Batch, model_inputs
+from ..engines.agreement import Together
+from ..stack import find_stack
+from .metrics import num_label_tokens
+from .units import Unit, list_units
+
+
+def taylor(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: str, together: Together) -> torch.Tensor:
+    """Sum |w * dL/dw| over a layer's weights, L the mean loss: Shortened LLaMA's Taylor (arXiv 2402.02834, §2.2).
+
+    Here L is the loss per token on the calibration set. `TrimCallback` takes the gradient that training has just computed
+    instead, where there is one: no pass at all. The parameters' own gradients are left as they were.
+
+    Args:
+        model: The model, in evaluation mode.
+        batches: This process's batches, as many as on every other.
+        num_counted: How many of them count; those behind are for the others' sake.
+        unit: "block".
+        together: The processes of the run.
+
+    Raises:
+        ValueError: If a batch has no labels, or the parameters are ZeRO-3's.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        raise ValueError(
+            "Expected parameters that are whole or sharded by FSDP2, got ZeRO-3's, whose gradient cannot be taken beside "
+            "training. Use another importance, like 'sensitivity' or 'block_influence'."
+        )
+    tokens = [num_label_tokens(model, batch) * (i < num_counted) for i, batch in enumerate(batches)]
+    total = sum(together.gather(sum(tokens)))
+    if not total:
+        raise ValueError("Expected calibration batches with labels, got labels that are all -100.")
+    had = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        for batch, number in zip(batches, tokens, strict=True):
+            with torch.enable_grad():
+                # sharded gradients come as the mean over the processes
+                share = number / total * (together.world_size if any(map(_is_sharded, parameters)) else 1)
+                (model(**model_inputs(batch)).loss * share).backward()
+        for parameter in parameters:
+            if together.world_size > 1 and not _is_sharded(parameter) and parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+        return together.agree(weights_times_gradients(model, unit))
+    finally:
+        for parameter, gradient in zip(parameters, had, strict=True):
+            parameter.grad = gradient
+
+
+@torch.no_grad()
+def weights_times_gradients(model: nn.Module, unit: str) -> torch.Tensor:
+    """Sum |w * dL/dw| over each unit's weights, by the gradients that the parameters hold now: this process's share.
+
+    The shares add up to the sum over all weights, whether they are sharded or each process holds a whole copy.
+    """
+    blocks = find_stack(model).blocks
+    totals = []
+    for candidate in list_units(model, unit):
+        found = [_product(parameter) for parameter in _parameters(candidate, blocks) if parameter.grad is not None]
+        totals.append(sum(found, torch.zeros((), dtype=torch.float64)))
+    return torch.stack(totals)
+
+
+def _parameters(unit: Unit, blocks: nn.ModuleList) -> list[nn.Parameter]:
+    return [parameter for module in (unit.parts or (blocks[unit.position],)) for parameter in module.parameters()]
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor)
+
+
+def _product(parameter: nn.Parameter) -> torch.Tensor:
+    weight: torch.Tensor = parameter
+    gradient, copies = parameter.grad, 1
+    assert gradient is not None
+    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
+        mesh = parameter.device_mesh
+        for dimension, placement in enumerate(parameter.placements):
+            copies *= mesh.size(dimension) if placement.is_replicate() else 1
+        weight, gradient = parameter.to_local(), gradient.to_local()
+    elif dist.is_initialized():
+        copies = dist.get_world_size()
+    return (weight.float() * gradient.float()).abs().sum().double().cpu() / copies
