@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .adapters import adapters_of, base_of, mark
 from .auto import regrow_like
 from .budget import Budget
-from .choice import LayerChoice, rehearse
+from .choice import LayerChoice, drop_log, rehearse
 from .config import TrimConfig
 from .depth_check import refuse_other_depths, wrong_depth
 from .engines import Engine, attach
@@ -38,7 +38,7 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     `Trainer(callbacks=[TrimCallback(TrimConfig(target_layers=16))])` is all that a script needs, in one process and under
     data-parallel training (DDP), with `Trainer` and its subclasses. The kept-layer map goes into `model.config.trim`, the
-    checkpoints' trainer_state.json, and the logs (`trim/num_layers`, `trim/parameters`, `trim/score`).
+    checkpoints' trainer_state.json, and the logs (`trim/num_layers`, `trim/parameters`, `trim/score`, `trim/margin`).
 
     Args:
         config: The settings (or, as a Trainer hands them back on resume, a dict of them).
@@ -91,7 +91,8 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Watch the model, so that weights of another depth are refused instead of loaded by index."""
-        needs_data(self.config.importance)  # raises on an unknown name
+        for name in (self.config.importance, self.config.tie_breaker or self.config.importance):
+            needs_data(name)  # raises on an unknown one
         if kwargs["model"] is not None:
             self._watch(kwargs["model"])
 
@@ -133,6 +134,17 @@ class TrimCallback(TrainerCallback, ExportableState):
         """Drop what an evaluation after the step before has allowed."""
         if self._rule is not None and self._rule.allows(state.global_step):
             self._drop_what_is_due(state, control)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Score by the gradients of this step, where that is the importance and a drop may follow."""
+        if self.config.importance == "taylor" and self._choice is not None and self.trainer is not None:
+            assert self.layer_map is not None and self.start_num_layers is not None
+            step = state.global_step + 1
+            dropped = self.start_num_layers - self.layer_map.num_layers
+            if self._rule is not None or self._budget is not None or layers_due(self.plan, step, dropped):
+                self._choice.take_gradients(unwrapped(self.trainer), step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Drop what is due after this optimizer step; under a stop rule on a metric, have the model evaluated first."""
@@ -229,29 +241,25 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _drop_what_is_due(self, state: TrainerState, control: TrainerControl) -> None:
         should_log = control.should_log
         due = self._due(state)
-        while due > 0:  # where a whole pattern has to go at once, it goes when its first layer is due
-            gone = self._drop(state)
-            due = self._due(state) if self._rule is None else min(due - gone, self._due(state))
+        while due > 0:
+            assert self._choice is not None and self.layer_map is not None
+            allotted = due if self._budget is None else min(due, self.config.layers_per_drop)
+            count = self._choice.at_once(allotted, self.layer_map.num_layers)  # a whole pattern goes with its first layer
+            self._drop(state, count)
+            due = self._due(state) if self._rule is None else min(due - count, self._due(state))
         control.should_log = should_log  # logging a drop clears it, and this step's loss would go unlogged
 
-    def _drop(self, state: TrainerState) -> int:
-        """Choose by scores of the model as it is now, and drop: one layer, or as many as have to go at once."""
+    def _drop(self, state: TrainerState, count: int) -> None:
+        """Choose by scores of the model as it is now, and drop."""
         assert self.trainer is not None and self._engine is not None and self._choice is not None
         model = unwrapped(self.trainer)
         progress = state.is_local_process_zero and not self.trainer.args.disable_tqdm
-        self.layer_map = apply_drop(self._engine, self._choice.next_drop(model, state.global_step, progress))
+        self.layer_map = apply_drop(self._engine, self._choice.next_drop(model, state.global_step, progress, count))
         if self._rule is not None:
             self._rule.dropped(state.global_step)
-        record, depth, parameters = self.layer_map.history[-1], self.layer_map.num_layers, get_model_param_count(model)
-        assert record.scores is not None
-        score, gone = sum(record.scores) / len(record.scores), len(record.dropped)
-        logger.info(
-            f"Step {state.global_step}: dropped layer{'s' * (gone > 1)} {', '.join(map(str, record.dropped))} of "
-            f"{self.layer_map.base_num_layers} ({record.importance} {score:.4f}); {depth} layers, {parameters:,} parameters "
-            "left."
-        )
-        self.trainer.log({"trim/num_layers": depth, "trim/parameters": parameters, "trim/score": score})
-        return gone
+        line, logs = drop_log(self.layer_map, state.global_step, self._choice.margin, get_model_param_count(model))
+        logger.info(line)
+        self.trainer.log(logs)
 
     def _end_with_what_passed(self, rule: MetricRule, trainer: Trainer) -> None:
         """Give the model back the layers and weights with which it last passed, if it does not pass now."""

@@ -38,8 +38,25 @@ class TrimConfig:
         default="sensitivity",
         metadata={
             "help": "The score by which the least important layer is chosen: 'sensitivity' (leave-one-out loss on the "
-            "calibration set), 'block_influence', 'last', 'random', or a name given to `register_importance`."
+            "calibration set), 'perplexity', 'activation_norm', 'block_influence', 'layer_redundancy', 'angular', "
+            "'relative_magnitude', 'taylor', 'last', 'deepest_except_last', 'first', 'random', or a name given to "
+            "`register_importance`."
         },
+    )
+    scan_metric: str = field(
+        default="loss",
+        metadata={
+            "help": "What 'sensitivity' measures of the model without a layer: 'loss' (per token of the labels), "
+            "'choice_accuracy', or a key of what the Trainer's compute_metrics returns."
+        },
+    )
+    scan_greater_is_better: bool | None = field(
+        default=None,
+        metadata={"help": "Whether such a key is better the greater it is. Default: unless it ends in 'loss'."},
+    )
+    tie_breaker: str | None = field(
+        default=None,
+        metadata={"help": "The score that chooses among layers of equal importance, e.g. 'activation_norm' (TrimLLM's)."},
     )
     drop_every: str = field(
         default="auto",
@@ -55,7 +72,14 @@ class TrimConfig:
             "'auto', one step for the other schedules."
         },
     )
-    layers_per_drop: int = field(default=1, metadata={"help": "Layers dropped at a time, re-scored after each one of them."})
+    layers_per_drop: int = field(default=1, metadata={"help": "Layers dropped at a time."})
+    rescore: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to score anew after each layer of a drop, or to drop the lowest of one ranking. 'angular' "
+            "always drops successive layers together."
+        },
+    )
     protect_first: int = field(default=1, metadata={"help": "Layers at the input side that are never dropped."})
     protect_last: int = field(default=1, metadata={"help": "Layers at the output side that are never dropped."})
     calibration_size: int = field(
@@ -138,6 +162,11 @@ class TrimConfig:
         _at_least("calibration_size", self.calibration_size, 1)
         if self.scan_memory_gb is not None and not self.scan_memory_gb > 0:
             raise ValueError(f"Expected scan_memory_gb above 0, or None, got {self.scan_memory_gb}.")
+        if self.scan_metric != "loss" and self.importance != "sensitivity":
+            raise ValueError(
+                f"Expected importance='sensitivity' for scan_metric={self.scan_metric!r}, got {self.importance!r}, which "
+                "does not measure it."
+            )
         self._check_stop_rules()
 
     @property

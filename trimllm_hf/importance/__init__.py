@@ -21,12 +21,25 @@ from ..engines.agreement import Alone, Together
 from ..layer_map import LayerMap
 from .finite import refuse_not_finite
 from .gradient import taylor
-from .metrics import CHOICE_ACCURACY, LOSS, Metric
+from .metrics import CHOICE_ACCURACY, LOSS, Metric, from_compute_metrics
 from .rules import deepest_except_last, first, last, random
 from .scan import ScanSettings, perplexity, scan, sensitivity
 from .statistics import activation_norm, angular, block_influence, layer_redundancy, relative_magnitude
 
 Importance = Callable[[nn.Module, Sequence[Batch], str], tuple[torch.Tensor, float]]
+
+__all__ = [
+    "METRICS",
+    "Importance",
+    "Metric",
+    "from_compute_metrics",
+    "get_metric",
+    "is_joint",
+    "known",
+    "needs_data",
+    "register_importance",
+    "score_layers",
+]
 
 METRICS = {metric.name: metric for metric in (LOSS, CHOICE_ACCURACY)}
 _SCANS: dict[str, Callable[[Metric], Metric]] = {"sensitivity": sensitivity, "perplexity": perplexity}
@@ -124,7 +137,7 @@ def score_layers(
         importance: Name of the score.
         unit: "block".
         metric: For a scan: what is measured of the model without a layer. "loss", "choice_accuracy" (rows as
-            `QuestionEncoder.choices` makes them), or one made by `from_compute_metrics`.
+            `QuestionEncoder.rows` makes them), or one made by `from_compute_metrics`.
         window: For `angular`: how many successive layers go together.
         seed: For scores that draw. Global random state is left as it was.
         memory_gb: For a scan: memory for its candidates, in 10^9 bytes, beside that of a forward pass. None: half of
