@@ -57,11 +57,14 @@ class PlannedDrop:
         So do its configs, unless another model holds one of them too: then this model gets copies.
         """
         give_own_config(self.model)
-        for config in _configs_of(self.model, find_stack(self.model, self.stack.part)):
-            _set_values(config, self.config_values)
+        config = find_stack(self.model, self.stack.part).config
         for position in sorted(self.positions, reverse=True):
             del self.stack.blocks[position]
         modules = dict(self.model.named_modules())
+        copies = [modules[name].config for name, _ in self.renumbering.configs]  # some modules hold a config of their own
+        for each in {id(held): held for held in [config, *copies]}.values():
+            if type(each) is type(config):
+                _set_values(each, self.config_values)
         for (name, field), (before, after) in self.renumbering.configs.items():
             if getattr(modules[name].config, field, None) == before:
                 setattr(modules[name].config, field, after)
@@ -154,14 +157,3 @@ def _keep_an_attention(stack: Stack, kept: Sequence[int]) -> None:
 def _set_values(config: PreTrainedConfig, values: dict[str, Any]) -> None:
     for name, value in values.items():
         setattr(config, name, value)
-
-
-def _configs_of(model: PreTrainedModel, stack: Stack) -> list[PreTrainedConfig]:
-    """Every config object in the model that describes the stack: submodules may hold copies."""
-    found: dict[int, PreTrainedConfig] = {id(stack.config): stack.config}
-    depth = getattr(stack.config, stack.depth_name)
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if type(config) is type(stack.config) and getattr(config, stack.depth_name) == depth:
-            found[id(config)] = config
-    return list(found.values())
