@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, register_importance
-from trimllm_hf.choice import least_important, rehearse
+from trimllm_hf.choice.rehearsal import least_important, rehearse
 from trimllm_hf.stack import find_stack
 from trimllm_hf.surgery import plan_drop
 
@@ -79,12 +79,12 @@ def test_a_period_goes_at_once() -> None:
     with pytest.raises(ValueError, match=r"another kind of module.*Nothing was changed"):
         least_important(plan, scores, most=1)
     assert least_important(plan, scores, most=2).positions == {1, 2}
-    assert rehearse(model, 4, TrimConfig(target_layers=4, part="decoder")) == {6: 2}
+    assert rehearse(model, TrimConfig(target_layers=4, part="decoder"), 2) == {6: 2}
     assert len(find_stack(model)) == 6 and not hasattr(model.config, "trim")
 
 
 def test_most_models_lose_any_layer() -> None:
-    assert rehearse(tiny_model(), 2, TrimConfig(target_layers=2)) == {6: 1, 5: 1, 4: 1, 3: 1}
+    assert rehearse(tiny_model(), TrimConfig(target_layers=2), 4) == {6: 1, 5: 1, 4: 1, 3: 1}
 
 
 def test_training_drops_whole_periods(tmp_path: Path) -> None:

@@ -106,7 +106,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._restore(saved["attributes"], model, state)
         assert self.layer_map is not None and self.start_num_layers is not None
         self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
-        target = self._least = self.config.resolve_target(self.layer_map.base_num_layers, self.layer_map.num_layers)
+        base_layers = self.layer_map.base_num_layers * (2 if self.config.unit == "sublayer" else 1)
+        target = self._least = self.config.resolve_target(base_layers, self._num_layers())
         if self.config.has_budget:
             self._budget = Budget(self.config, self._engine, args, self.budget)
             target = self._budget.target(model, self._least)
@@ -121,7 +122,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self.config.max_metric_drop is not None:
             self._rule = MetricRule(self.config, trainer, self._engine, self.plan, self.stop)
         if self.plan:
-            sizes = rehearse(model, target, self.config)  # raises where there is no way
+            sizes = rehearse(model, self.config, self._num_layers() - target)  # raises where there is no way
             self._check_best_model(args)
             self._refuse_lost_calibration_set()
             self._choice = LayerChoice(
@@ -142,7 +143,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self.config.importance == "taylor" and self._choice is not None and self.trainer is not None:
             assert self.layer_map is not None and self.start_num_layers is not None
             step = state.global_step + 1
-            dropped = self.start_num_layers - self.layer_map.num_layers
+            dropped = self.start_num_layers - self._num_layers()
             if self._rule is not None or self._budget is not None or layers_due(self.plan, step, dropped):
                 self._choice.take_gradients(unwrapped(self.trainer), step)
 
@@ -179,12 +180,12 @@ class TrimCallback(TrainerCallback, ExportableState):
         of_model = LayerMap.from_config(model.config, self.config.part)
         plain = attributes["layer_map"]
         if state.global_step == 0 or plain is None:
-            self.layer_map, self.start_num_layers = of_model, of_model.num_layers
+            self.layer_map, self.start_num_layers = of_model, of_model.num_units(self.config.unit)
             self.stop, self.budget = {}, {}
             return
         of_checkpoint = LayerMap.from_dict(plain) if isinstance(plain, dict) else plain
-        if (of_checkpoint.part, of_checkpoint.kept_layers) != (of_model.part, of_model.kept_layers):
-            raise ValueError(wrong_depth(of_model.kept_layers, of_checkpoint.kept_layers))
+        if not of_checkpoint.keeps_the_same(of_model):
+            raise ValueError(wrong_depth(of_model, of_checkpoint))
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
         self.stop, self.budget = attributes.get("stop", {}), attributes.get("budget", {})
         model.config.trim = self._plain_map()
@@ -224,7 +225,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _due(self, state: TrainerState) -> int:
         """How many layers have to go now, as far as no evaluation stands in the way."""
         assert self.layer_map is not None and self.start_num_layers is not None and self.trainer is not None
-        step, depth = state.global_step, self.layer_map.num_layers
+        step, depth = state.global_step, self._num_layers()
         if self._rule is not None:
             if not self._rule.is_open(step):
                 return 0
@@ -257,7 +258,9 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.layer_map = apply_drop(self._engine, self._choice.next_drop(model, state.global_step, progress, count))
         if self._rule is not None:
             self._rule.dropped(state.global_step)
-        line, logs = drop_log(self.layer_map, state.global_step, self._choice.margin, get_model_param_count(model))
+        line, logs = drop_log(
+            self.layer_map, self.config.unit, state.global_step, self._choice.margin, get_model_param_count(model)
+        )
         logger.info(line)
         self.trainer.log(logs)
 
@@ -267,7 +270,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         if passed is not None:
             model, (folder, layer_map, self.model_step) = unwrapped(trainer), passed
             self.regrow(lambda: regrow_like(model, folder, layer_map))
-            trainer.log({"trim/num_layers": layer_map.num_layers, "trim/parameters": get_model_param_count(model)})
+            trainer.log({"trim/num_layers": self._num_layers(), "trim/parameters": get_model_param_count(model)})
 
     def regrow(self, edit: Callable[[], LayerMap]) -> None:
         """Run an edit that gives the model other layers when training is over, and take up the map that it returns."""
@@ -275,6 +278,11 @@ class TrimCallback(TrainerCallback, ExportableState):
         blocks = find_stack(unwrapped(self.trainer), self.config.part).blocks
         self.layer_map = self._engine.edit(edit, lambda: list(blocks.parameters()))
         self.trainer.optimizer = self.trainer.lr_scheduler = None  # made for other layers; a later train() makes them anew
+
+    def _num_layers(self) -> int:
+        """Depth now, in the unit."""
+        assert self.layer_map is not None
+        return self.layer_map.num_units(self.config.unit)
 
     def _plain_map(self) -> dict[str, Any]:
         assert isinstance(self.layer_map, LayerMap)

@@ -29,7 +29,13 @@ class TrimConfig:
         default=None,
         metadata={"help": "Share of the base's layers to keep, between 0 and 1; with a budget, at least."},
     )
-    unit: str = field(default="block", metadata={"help": "What is dropped at a time: 'block' (a whole layer)."})
+    unit: str = field(
+        default="block",
+        metadata={
+            "help": "What a layer is: 'block' (a whole layer of the model), or 'sublayer' (TrimLLM's: an attention or an "
+            "MLP with its residual, two a block). target_layers, target_ratio and layers_per_drop count them."
+        },
+    )
     part: str | None = field(
         default=None,
         metadata={"help": "Of an encoder-decoder (T5, BART), what to trim: 'decoder' (the default there) or 'encoder'."},
@@ -80,8 +86,8 @@ class TrimConfig:
             "always drops successive layers together."
         },
     )
-    protect_first: int = field(default=1, metadata={"help": "Layers at the input side that are never dropped."})
-    protect_last: int = field(default=1, metadata={"help": "Layers at the output side that are never dropped."})
+    protect_first: int = field(default=1, metadata={"help": "Blocks at the input side that lose nothing."})
+    protect_last: int = field(default=1, metadata={"help": "Blocks at the output side that lose nothing."})
     calibration_size: int = field(
         default=64,
         metadata={"help": "Training examples set aside to score layers by. Never taken from the evaluation data."},
@@ -146,8 +152,15 @@ class TrimConfig:
             )
         if self.target_layers is not None:
             _at_least("target_layers", self.target_layers, 1)
-        if self.unit != "block":
-            raise ValueError(f"Expected unit='block', got {self.unit!r}. Other units cannot be trimmed yet.")
+        if self.unit not in ("block", "sublayer"):
+            raise ValueError(f"Expected unit='block' or 'sublayer', got {self.unit!r}.")
+        if self.unit == "sublayer" and self.has_budget:
+            raise ValueError(
+                "Expected unit='block' with a budget (max_latency_ms, max_memory_gb), got unit='sublayer', which cannot "
+                "be measured ahead. Set target_layers instead."
+            )
+        if self.unit == "sublayer" and self.part is not None:
+            raise ValueError(f"Expected unit='block' for a part of an encoder-decoder ({self.part}), got unit='sublayer'.")
         if self.part not in (None, "decoder", "encoder"):
             raise ValueError(f"Expected part='decoder', 'encoder' or None, got {self.part!r}.")
         if self.drop_every not in ("auto", "once", "epoch"):
@@ -206,12 +219,13 @@ class TrimConfig:
     def resolve_target(self, base_num_layers: int, num_layers: int) -> int:
         """The number of layers to end with, for a model that has `num_layers` now and had `base_num_layers` once.
 
-        With a budget it is the number to end with at least: the target if there is one, else the protected layers.
+        All are counted in the unit. With a budget it is the number to end with at least: the target if there is one, else
+        the protected layers.
 
         Raises:
             ValueError: If the target is not below the depth, or would need a protected layer to go.
         """
-        protected = self.protect_first + self.protect_last
+        protected = (self.protect_first + self.protect_last) * (2 if self.unit == "sublayer" else 1)
         if self.target_layers is not None:
             target = self.target_layers
             said = f"target_layers={target}"

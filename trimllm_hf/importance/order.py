@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,17 +31,20 @@ def choose(
     protect_first: int = 0,
     protect_last: int = 0,
     tie_scores: Callable[[], torch.Tensor] | None = None,
+    candidates: Sequence[int] | None = None,
 ) -> Chosen:
-    """The `count` lowest scores outside the protected ends. Of equal ones the lowest tie score goes, then the deepest.
+    """The `count` lowest scores among the candidates. Of equal ones the lowest tie score goes, then the deepest.
 
     Args:
         scores: Of shape (layers,).
         count: How many layers go.
         protect_first: Layers at the input side that stay.
         protect_last: Layers at the output side that stay.
+        candidates: The positions to choose from; by default those outside the protected ends.
         tie_scores: Makes the scores that break ties, of the same shape; called only if there is a tie to break.
     """
-    candidates = range(protect_first, len(scores) - protect_last)
+    if candidates is None:
+        candidates = range(protect_first, len(scores) - protect_last)
     values = {position: scores[position].item() for position in candidates}
     lowest = sorted(values.values())
     last_in = lowest[count - 1]

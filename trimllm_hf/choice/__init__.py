@@ -1,12 +1,8 @@
-"""Which layers go next: a run's calibration examples, the scores by which it chooses, and a rehearsal of its plan.
-
-Most architectures allow any layer to go. Some tie a property to a layer's place (the only attention of a hybrid, the first
-block of T5), and some repeat a pattern that their config cannot write out: there only a whole period can go, at once.
-"""
+"""Which layer goes next: a run's calibration examples, and the scores by which it chooses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from types import MappingProxyType
 from typing import Any
@@ -16,21 +12,21 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from .adapters import adapters_of, base_of
-from .calibration import Batch, calibration_batches, draw, own_randomness
-from .config import TrimConfig
-from .engines import Engine
-from .guard import rebuild
-from .importance import METRICS, Metric, from_compute_metrics, get_metric, is_joint, needs_data, score_layers
-from .importance.gradient import refuse_no_gradient, weights_times_gradients
-from .importance.order import Chosen, choose, choose_window
-from .layer_map import LayerMap
-from .stack import find_stack
-from .surgery import PlannedDrop, plan_drop
+from ..adapters import base_of
+from ..calibration import Batch, calibration_batches, draw, own_randomness
+from ..config import TrimConfig
+from ..engines import Engine
+from ..importance import METRICS, Metric, from_compute_metrics, get_metric, is_joint, needs_data, score_layers
+from ..importance.gradient import refuse_no_gradient, weights_times_gradients
+from ..importance.order import Chosen, choose, choose_window
+from ..layer_map import LayerMap
+from ..stack import find_stack
+from ..surgery import PlannedDrop, plan_drop
+from .rehearsal import Planner, droppable, least_important, rehearse
+
+__all__ = ["LayerChoice", "drop_log", "metric_of", "names_of", "rehearse"]
 
 logger = logging.get_logger("transformers.trimllm_hf")
-
-Planner = Callable[[list[int]], PlannedDrop]  # plans a drop of some positions, or raises a ValueError
 
 
 class LayerChoice:
@@ -62,7 +58,7 @@ class LayerChoice:
             refuse_no_gradient(engine)
         self.metric = metric_of(config, trainer)
         self.margin: float | None = None  # of the last drop: how much higher the score of the next candidate was
-        self._gradients: tuple[int, dict[int, float]] | None = None  # step, and each block's score by its gradients
+        self._gradients: tuple[int, dict[Any, float]] | None = None  # step, and each layer's score by its gradients
         self.batches: list[Batch] = []
         self.stand_in: Batch | None = None  # for a process whose share of the calibration set is empty
         if not needs_data(config.importance):
@@ -105,7 +101,7 @@ class LayerChoice:
                 if is_joint(config.importance):
                     raise
                 self.margin = None
-                drop = self._allowed(plan, scores, count)
+                drop = self._allowed(plan, {p: scores[p].item() for p in droppable(model, config)}, count)
         except Exception as error:  # one process must not drop, or wait, alone
             self.engine.fail(error)
             raise
@@ -117,14 +113,11 @@ class LayerChoice:
         together = 1 if self.config.rescore and not is_joint(self.config.importance) else due
         return max(together, self.sizes.get(depth, 1))
 
-    def _allowed(self, plan: Planner, scores: torch.Tensor, count: int) -> PlannedDrop:
-        """The least important layers that the guard lets go; a run of them, where none may go alone."""
-        values = {position: scores[position].item() for position in unprotected(self.config, len(scores))}
-        if self.sizes.get(len(scores), 1) > 1:
-            return least_important(plan, values, count, count)
+    def _allowed(self, plan: Planner, scores: Mapping[int, float], count: int) -> PlannedDrop:
+        """The least important layers that the guard lets go one by one; if there are too few, those of a run."""
         positions: list[int] = []
         refusal: ValueError | None = None
-        for position in sorted(values, key=lambda position: (values[position], -position)):
+        for position in sorted(scores, key=lambda position: (scores[position], -position)):
             try:
                 drop = plan(sorted([*positions, position]))
             except ValueError as error:
@@ -133,14 +126,14 @@ class LayerChoice:
             positions.append(position)
             if len(positions) == count:
                 return drop
-        assert refusal is not None
-        raise refusal
+        if count == 1 and refusal is not None:
+            raise refusal
+        return least_important(plan, scores, count, count)
 
     def take_gradients(self, model: PreTrainedModel, step: int) -> None:
         """Score by the gradients that the parameters hold now, for a drop after the optimizer step `step`."""
-        blocks = find_stack(model, self.config.part).blocks
         shares = weights_times_gradients(model, self.config.unit)
-        self._gradients = step, {id(block): share for block, share in zip(blocks, shares.tolist(), strict=True)}
+        self._gradients = step, dict(zip(names_of(model, self.config), shares.tolist(), strict=True))
 
     def _choose(self, model: PreTrainedModel, step: int, progress: bool, count: int) -> tuple[Chosen, torch.Tensor]:
         config = self.config
@@ -151,8 +144,8 @@ class LayerChoice:
         if is_joint(config.importance):
             return choose_window(scores, count, *ends), scores
         breaker = config.tie_breaker
-        ties = None if breaker is None else lambda: self._score(model, breaker, progress)
-        return choose(scores, count, *ends, ties), scores
+        tie_scores = None if breaker is None else lambda: self._score(model, breaker, progress)
+        return choose(scores, count, tie_scores=tie_scores, candidates=droppable(model, config)), scores
 
     def _score(self, model: PreTrainedModel, importance: str, progress: bool, window: int = 1) -> torch.Tensor:
         return score_layers(
@@ -162,7 +155,7 @@ class LayerChoice:
             self.config.unit,
             metric=self.metric,
             window=window,
-            seed=self.config.calibration_seed + len(find_stack(model, self.config.part)),
+            seed=self.config.calibration_seed + len(names_of(model, self.config)),
             memory_gb=self.config.scan_memory_gb,
             progress=progress,
             part=self.config.part,
@@ -175,80 +168,28 @@ class LayerChoice:
         if self._gradients is None or self._gradients[0] != step:
             return None
         shares = self._gradients[1]
-        blocks = find_stack(model, self.config.part).blocks
-        scores = self.engine.agree(torch.tensor([shares[id(block)] for block in blocks], dtype=torch.float64))
+        names = names_of(model, self.config)
+        scores = self.engine.agree(torch.tensor([shares[name] for name in names], dtype=torch.float64))
         # in half precision a step may overflow, and is skipped
         return scores if torch.isfinite(scores).all() and scores.any() else None
 
 
-def least_important(plan: Planner, scores: Mapping[int, float], most: int, usual: int = 1) -> PlannedDrop:
-    """Plan the drop of the least important layer that may go; where none may, of a few that lie next to one another.
-
-    Args:
-        plan: Plans a drop of some positions, or raises a ValueError.
-        scores: The scores of the positions that are not protected; of equal ones the deepest goes first.
-        most: How many layers may go at once.
-        usual: How many had to go at once before: tried first.
-
-    Raises:
-        ValueError: If nothing can be dropped; what was said of the least important layer.
-    """
-    refusal: ValueError | None = None
-    for size in sorted(range(1, most + 1), key=lambda size: (size != usual, size)):
-        runs = [[*range(first, first + size)] for first in scores]
-        possible = [run for run in runs if all(position in scores for position in run)]
-        for run in sorted(possible, key=lambda run: (sum(scores[position] for position in run), -run[0])):
-            try:
-                return plan(run)
-            except ValueError as error:
-                refusal = refusal or error
-    raise refusal or ValueError(f"Expected layers that may go, got only protected ones beside {sorted(scores)}.")
+def names_of(model: nn.Module, config: TrimConfig) -> tuple[Any, ...]:
+    """The model's layers in the base's numbering, in the order of their scores: blocks, or sublayers."""
+    layer_map = LayerMap.from_config(base_of(model).config, config.part)
+    return layer_map.kept_layers if config.unit == "block" else layer_map.sublayers
 
 
-def unprotected(config: TrimConfig, depth: int) -> range:
-    """The positions that may go, as far as the settings say."""
-    return range(config.protect_first, depth - config.protect_last)
-
-
-def rehearse(model: nn.Module, target: int, config: TrimConfig) -> dict[int, int]:
-    """Drop layers of a copy without memory until it has `target` of them.
-
-    Args:
-        model: The model, which stays as it is.
-        target: The depth to reach.
-        config: The settings.
-
-    Returns:
-        For each depth on the way, how many layers have to go at once.
-
-    Raises:
-        ValueError: If there is no way to the target; with the least depth that can be reached.
-    """
-    base, part = base_of(model), config.part
-    copy: Any = rebuild(base, {}, part, adapters_of(base))
-    sizes: dict[int, int] = {}
-    size = 1
-    while (depth := len(find_stack(copy, part))) > target:
-        deepest_first = {position: -float(position) for position in unprotected(config, depth)}
-        try:
-            drop = least_important(
-                lambda layers: plan_drop(copy, layers, config.unit, part=part), deepest_first, depth - target, size
-            )
-        except ValueError as error:
-            reached = f"It can be trimmed to {depth}; then: " if sizes else ""
-            raise ValueError(
-                f"Expected a target that {type(base).__name__} can be trimmed to, got {target} layers. {reached}{error}"
-            ) from error
-        size = sizes[depth] = len(drop.positions)
-        drop.apply()
-    return sizes
-
-
-def drop_log(layer_map: LayerMap, step: int, margin: float | None, parameters: int) -> tuple[str, dict[str, float]]:
+def drop_log(
+    layer_map: LayerMap, unit: str, step: int, margin: float | None, parameters: int
+) -> tuple[str, dict[str, float]]:
     """What to tell of the last drop, and to log: to a person, and to TensorBoard and its like."""
-    record, depth = layer_map.history[-1], layer_map.num_layers
+    record, depth = layer_map.history[-1], layer_map.num_units(unit)
     score = max(record.scores or (float("nan"),))
     layers = f"layer{'s' * (len(record.dropped) > 1)} {', '.join(map(str, record.dropped))}"
+    if record.halves is not None:
+        named = zip(record.halves, record.dropped, strict=True)
+        layers = ", ".join(f"the {half} of layer {layer}" for half, layer in named)
     to_next = "no other candidate" if margin is None else f"margin to the next best {margin:.4g}"
     line = (
         f"Step {step}: dropped {layers} of {layer_map.base_num_layers} ({record.importance} {score:.4f}, {to_next}); "
