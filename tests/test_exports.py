@@ -54,9 +54,9 @@ def test_torch_export_gives_the_same_logits(tmp_path: Path, family: str) -> None
 
 
 def test_onnx_gives_the_same_logits(tmp_path: Path) -> None:
-    pytest.importorskip("onnx", reason="ONNX is not installed: pip install onnx onnxruntime onnxscript")
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install onnx onnxruntime onnxscript")
-    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install onnxruntime")
+    pytest.importorskip("onnx", reason="ONNX is not installed: pip install '.[exports]'")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install '.[exports]'")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install '.[exports]'")
     model = Logits(trimmed("llama", tmp_path))
     with torch.no_grad():
         torch.onnx.export(model, (tokens(),), tmp_path / "model.onnx", input_names=["input_ids"], dynamo=True, verbose=False)
@@ -66,7 +66,7 @@ def test_onnx_gives_the_same_logits(tmp_path: Path) -> None:
 
 
 def test_gguf_has_a_name_for_every_tensor(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf", reason="llama.cpp's gguf is not installed: pip install gguf")
+    gguf = pytest.importorskip("gguf", reason="llama.cpp's gguf is not installed: pip install '.[exports]'")
     trimmed("llama", tmp_path)
     depth = json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, depth)

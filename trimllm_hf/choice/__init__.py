@@ -20,7 +20,6 @@ from ..importance import METRICS, Metric, from_compute_metrics, get_metric, is_j
 from ..importance.gradient import refuse_no_gradient, weights_times_gradients
 from ..importance.order import Chosen, choose, choose_window
 from ..layer_map import LayerMap
-from ..stack import find_stack
 from ..surgery import PlannedDrop, plan_drop
 from .rehearsal import Planner, droppable, least_important, rehearse
 
