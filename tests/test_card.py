@@ -20,7 +20,9 @@ from trimllm_hf import LatencyReport, LayerMap, TrimCardData, TrimConfig, TrimTr
 from trimllm_hf.publish import card as card_module
 from trimllm_hf.publish import plots
 from trimllm_hf.publish.card import CARD, REPORT, merged, render
+from trimllm_hf.publish.card_check import check_card
 from trimllm_hf.publish.card_data import DataUse, Quality, Score
+from trimllm_hf.publish.contents import contents_of
 from trimllm_hf.publish.run import command, shared_examples
 from trimllm_hf.publish.usage import run_example
 
@@ -165,6 +167,7 @@ def test_metadata_are_what_the_hub_takes(saved: Path) -> None:
     (result,) = metadata["model-index"][0]["results"]
     assert [metric["value"] for metric in result["metrics"]] == [0.75], "a score that is not this model's"
     assert metadata["license"] == "mit" and "inherited" not in text
+    check_card(contents_of(saved), LayerMap.from_checkpoint(saved))  # what a push checks before it asks the Hub
     assert "[org/base](https://huggingface.co/org/base)@`aaaaaaaaaaaa`" in text
 
 

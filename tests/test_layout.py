@@ -35,6 +35,7 @@ FLOORS = {
     "importance": 3,
     "latency": 3,
     "surgery": 3,
+    "sparse_update": 4,
     "choice": 4,
     "auto": 4,
     "auto_config": 4,

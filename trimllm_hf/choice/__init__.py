@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from types import MappingProxyType
 from typing import Any
@@ -15,9 +16,10 @@ from transformers.utils import logging
 from ..adapters import base_of
 from ..calibration import Batch, calibration_batches, draw, own_randomness
 from ..config import TrimConfig
-from ..engines import Engine
+from ..engines.agreement import Together
+from ..engines.host import unwrapped
 from ..importance import METRICS, Metric, from_compute_metrics, get_metric, is_joint, needs_data, score_layers
-from ..importance.gradient import refuse_no_gradient, weights_times_gradients
+from ..importance.gradient import refuse_frozen, refuse_no_gradient, weights_times_gradients
 from ..importance.order import Chosen, choose, choose_window
 from ..layer_map import LayerMap
 from ..surgery import PlannedDrop, plan_drop
@@ -37,24 +39,28 @@ class LayerChoice:
         engine: How the processes agree.
         dataloader: The training run's: it tells how examples become batches.
         dataset: The calibration examples; None: drawn from the training set.
+        spared: Layers that go last, in the base's numbering.
         sizes: For each depth, how many layers have to go at once: what `rehearse` found.
 
     Raises:
-        ValueError: If there are no examples, or there is no metric as the settings name it.
+        ValueError: If there are no examples, there is no metric as the settings name it, or layers are frozen and the
+            score is of their gradients.
     """
 
     def __init__(
         self,
         config: TrimConfig,
         trainer: Trainer,
-        engine: Engine,
+        engine: Together,
         dataloader: Any,
         dataset: Any = None,
+        spared: Collection[int] = (),
         sizes: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        self.config, self.engine, self.sizes = config, engine, sizes
+        self.config, self.engine, self.spared, self.sizes = config, engine, spared, sizes
         if config.importance == "taylor":
             refuse_no_gradient(engine)
+            refuse_frozen(unwrapped(trainer), config.unit)
         self.metric = metric_of(config, trainer)
         self.margin: float | None = None  # of the last drop: how much higher the score of the next candidate was
         self._gradients: tuple[int, dict[Any, float]] | None = None  # step, and each layer's score by its gradients
@@ -69,6 +75,16 @@ class LayerChoice:
             self.batches = calibration_batches(
                 examples, collate, trainer.args.per_device_train_batch_size, columns, engine.rank, engine.world_size
             )
+
+    def most_important(self, model: PreTrainedModel, count: int, progress: bool = False) -> list[int]:
+        """Positions of the `count` layers of the highest scores, ascending; the same on every process, or an error on all.
+
+        Of equal ones, the shallower: the deeper is dropped first.
+        """
+        with self._or_none():
+            scores = self._score(model, self.config.importance, progress)
+        order = sorted(range(len(scores)), key=lambda position: (-scores[position].item(), position))
+        return sorted(order[:count])
 
     def next_drop(self, model: PreTrainedModel, step: int, progress: bool = False, count: int = 1) -> PlannedDrop:
         """Score the layers, and plan to drop the least important; the same on every process, or an error on all.
@@ -85,9 +101,9 @@ class LayerChoice:
             ValueError: If the layers cannot be scored, or the guard refuses. Nothing has changed.
         """
         config = self.config
-        try:
+        with self._or_none():
             chosen, scores = self._choose(model, step, progress, count)
-            self.margin = chosen.margin
+            margin = chosen.margin
 
             def plan(positions: list[int]) -> PlannedDrop:
                 of_each = chosen.scores if positions == chosen.positions else scores[positions].tolist()
@@ -99,24 +115,32 @@ class LayerChoice:
             except ValueError:
                 if is_joint(config.importance):
                     raise
-                self.margin = None
-                drop = self._allowed(plan, {p: scores[p].item() for p in droppable(model, config)}, count)
-        except Exception as error:  # one process must not drop, or wait, alone
+                margin = None
+                drop = self._allowed(model, plan, {p: scores[p].item() for p in droppable(model, config)}, count)
+        self.margin = margin
+        return drop
+
+    @contextmanager
+    def _or_none(self) -> Iterator[None]:
+        """All processes go on, or none: one must not drop, or wait, alone."""
+        try:
+            yield
+        except Exception as error:
             self.engine.fail(error)
             raise
-        self.engine.agree(torch.zeros(1))  # nobody failed: all of them drop
-        return drop
+        self.engine.agree(torch.zeros(1))
 
     def at_once(self, due: int, depth: int) -> int:
         """How many layers to drop by one scoring: one, unless more are chosen together, or have to go together."""
         together = 1 if self.config.rescore and not is_joint(self.config.importance) else due
         return max(together, self.sizes.get(depth, 1))
 
-    def _allowed(self, plan: Planner, scores: Mapping[int, float], count: int) -> PlannedDrop:
+    def _allowed(self, model: PreTrainedModel, plan: Planner, scores: Mapping[int, float], count: int) -> PlannedDrop:
         """The least important layers that the guard lets go one by one; if there are too few, those of a run."""
         positions: list[int] = []
+        spared = set(self._spared(model))
         refusal: ValueError | None = None
-        for position in sorted(scores, key=lambda position: (scores[position], -position)):
+        for position in sorted(scores, key=lambda position: (position in spared, scores[position], -position)):
             try:
                 drop = plan(sorted([*positions, position]))
             except ValueError as error:
@@ -144,7 +168,14 @@ class LayerChoice:
             return choose_window(scores, count, *ends), scores
         breaker = config.tie_breaker
         tie_scores = None if breaker is None else lambda: self._score(model, breaker, progress)
-        return choose(scores, count, tie_scores=tie_scores, candidates=droppable(model, config)), scores
+        candidates, spared = droppable(model, config), self._spared(model)
+        return choose(scores, count, tie_scores=tie_scores, candidates=candidates, spared=spared), scores
+
+    def _spared(self, model: PreTrainedModel) -> list[int]:
+        if not self.spared:
+            return []
+        kept = LayerMap.from_config(model.config, self.config.part).kept_layers
+        return [position for position, layer in enumerate(kept) if layer in self.spared]
 
     def _score(self, model: PreTrainedModel, importance: str, progress: bool, window: int = 1) -> torch.Tensor:
         return score_layers(

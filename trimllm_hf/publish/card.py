@@ -123,6 +123,7 @@ def render(data: TrimCardData) -> str:
         strip=plots.STRIP if plots.STRIP in data.pictures else None,
         curve=plots.curve_of(data) if plots.CURVE in data.pictures else None,
         curve_file=plots.CURVE,
+        score=plots.score_in_words(layer_map),
         pictures=data.pictures,
         run=data.training,
         text_strip=text_strip(layer_map),

@@ -71,10 +71,15 @@ def curve_of(data: TrimCardData) -> Curve | None:
             evaluated.append((depth, entry[metric]))
     if len({depth for depth, _ in evaluated}) > 1:
         return Curve(f"{metric.removeprefix('eval_').replace('_', ' ')} on the evaluation set", tuple(evaluated), True)
-    names = {record["importance"] for record in data.trimmed["map"]["history"]}
-    if len(scored) > 1 and len(names) == 1 and (what := SCORES.get(*names)):
+    if len(scored) > 1 and (what := score_in_words(map_of(data))):
         return Curve(f"{what}, right after each drop", tuple(scored), False)
     return None
+
+
+def score_in_words(layer_map: LayerMap) -> str | None:
+    """What the scores in a map's history are, where that has a name and is one thing."""
+    names = {record.importance for record in layer_map.history}
+    return SCORES.get(names.pop() or "") if len(names) == 1 else None
 
 
 def _strip(layer_map: LayerMap) -> Any:
@@ -115,6 +120,8 @@ def _curve(curve: Curve) -> Any:
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(*zip(*curve.points, strict=True), marker="o", markersize=5, linewidth=1.4, color=KEPT)
+    depth, value = curve.points[-1]
+    axes.annotate(f"at the end {value:.3g}", (depth, value), (-8, 0), textcoords="offset points", ha="right", va="center")
     axes.invert_xaxis()  # time runs to the right: the model gets shallower
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layers left")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -26,9 +27,9 @@ def example(pipeline_tag: str | None, prompt: Any, stock: bool) -> str | None:
     if pipeline_tag == "text-generation":
         tail = "[-1]" if isinstance(asked, list) else ""
         call = f'print(model(asked, max_new_tokens=40, do_sample=False)[0]["generated_text"]{tail})'
-        return f"{head}asked = {asked!r}\n{call}\n"
+        return f"{head}asked = {json.dumps(asked, ensure_ascii=False)}\n{call}\n"
     if pipeline_tag in ("text-classification", "token-classification", "fill-mask"):
-        return head + f"print(model({asked!r}))\n"
+        return head + f"print(model({json.dumps(asked, ensure_ascii=False)}))\n"
     return None
 
 

@@ -1,6 +1,7 @@
 """Trains a tiny model while it is trimmed, under an engine, in as many processes as launched; writes what it saw.
 
 python train.py FOLDER --engine {plain,fsdp2,zero1,zero2,zero2_offload,zero3} [--save STEPS] [--resume CHECKPOINT]
+    [--lora] [--trainable_ratio SHARE]
 
 Plain is one process, or DistributedDataParallel. With --save or --resume TrimTrainer trains, else stock Trainer with a
 TrimCallback. DeepSpeed and FSDP2 run on the CPU only by the detours below: `use_cpu` would silently mean DDP.
@@ -29,6 +30,9 @@ parser.add_argument("--universal", action="store_true", help="DeepSpeed loads a 
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--config_optimizer", action="store_true", help="optimizer and scheduler of the DeepSpeed config")
 parser.add_argument("--sharded", action="store_true", help="checkpoints hold shards: FSDP2, ZeRO-3")
+parser.add_argument("--lora", action="store_true", help="train adapters only")
+parser.add_argument("--trainable_ratio", type=float)
+parser.add_argument("--born", action="store_true", help="load the model when the engine is known: ZeRO-3 makes it in shards")
 options = parser.parse_args()
 if options.engine.startswith("zero"):
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -40,7 +44,7 @@ if options.engine == "fsdp2":
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments  # noqa: E402
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tiny import tiny_model, tiny_texts  # noqa: E402
@@ -121,7 +125,7 @@ def read_all(model: Any, optimizer: Any) -> dict[int, dict[str, torch.Tensor]]:
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # DeepSpeed links the state of its first group only
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
-    return {id(parameter): fp32_and_state(parameter, optimizer) for parameter in model.parameters()}
+    return {id(p): fp32_and_state(p, optimizer) for p in model.parameters() if p.requires_grad}
 
 
 class Before(TrainerCallback):
@@ -206,7 +210,10 @@ def main() -> None:
         import transformers.training_args
 
         transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-    model = tiny_model(tie_word_embeddings=True)  # before the arguments: under ZeRO-3 they make models be born in shards
+    model: Any = tiny_model(tie_word_embeddings=True)  # before the arguments: under ZeRO-3 they make it be born in shards
+    base = Path(options.folder) / f"base{os.environ.get('RANK', 0)}"
+    if options.born:
+        model.save_pretrained(base)
     args = TrainingArguments(
         output_dir=options.folder,
         max_steps=12,
@@ -225,12 +232,22 @@ def main() -> None:
         disable_tqdm=True,
         **engine_arguments(),
     )
-    trim = TrimConfig(target_layers=4, drop_every="3", calibration_size=options.calibration)
+    if options.born:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if options.lora:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(7)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+    trim = TrimConfig(
+        target_layers=4, drop_every="3", calibration_size=options.calibration, trainable_ratio=options.trainable_ratio
+    )
     before = Before()
     after = After(before)
     texts = tiny_texts(options.examples)
-    if options.save or options.resume:
-        trainer: Trainer = TrimTrainer(model, args, train_dataset=texts, trim=trim)
+    if options.save or options.resume or options.trainable_ratio:
+        trainer: Trainer = TrimTrainer(model, args, train_dataset=texts, trim=trim, callbacks=[before])
+        trainer.add_callback(after)
     else:
         trainer = Trainer(model, args, train_dataset=texts, callbacks=[before, TrimCallback(trim), after])
     held = []
@@ -257,6 +274,8 @@ def main() -> None:
         "rates": [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry],
         "alive": after.alive,
         "unchanged": after.unchanged,
+        "trained_layers": next(c.trained_layers for c in trainer.callback_handler.callbacks if isinstance(c, TrimCallback)),
+        "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
     }
     (Path(options.folder) / f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
