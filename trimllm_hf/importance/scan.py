@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ import psutil  # type: ignore[import-untyped]  # comes with accelerate
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..adapters import base_of
@@ -81,7 +79,7 @@ def scan(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: str
         metric.check(model, batch)
     parts: list[list[Any]] = [[] for _ in units]
     bar = logging.tqdm(total=len(units) * len(batches), desc="Layers scored", disable=not settings.progress)
-    with bar, _plain_outputs(model):
+    with bar:
         for number, batch in enumerate(batches):
             for position, output in enumerate(scanner.outputs(model_inputs(batch))):
                 if number < num_counted:
@@ -170,24 +168,6 @@ class _Scanner:
 
     def _any(self, here: bool) -> bool:
         return any(self.together.gather(here))
-
-
-@contextmanager
-def _plain_outputs(model: nn.Module) -> Iterator[None]:
-    """No cache, which would mix the candidates, and no loss for balancing experts, which says nothing of the answer."""
-    names = ("use_cache", "output_router_logits", "_output_attentions", "output_hidden_states")
-    found = [getattr(module, "config", None) for module in model.modules()]
-    configs = [config for config in found if isinstance(config, PreTrainedConfig)]
-    configs += [config.get_text_config(decoder=True) for config in configs]
-    unique = {id(config): config for config in configs}.values()
-    had = [(config, name, vars(config)[name]) for config in unique for name in names if name in vars(config)]
-    try:
-        for config, name, _ in had:
-            vars(config)[name] = False
-        yield
-    finally:
-        for config, name, value in had:
-            vars(config)[name] = value
 
 
 def _alike(output: Any, reference: Any, tolerance: float) -> bool:

@@ -17,6 +17,7 @@ from ..layer_map import LayerMap
 from .card_check import check_card
 from .contents import Contents, contents_of
 from .credentials import secrets_of_environment
+from .folder import is_repo_id
 from .model_check import check_model
 from .remote import brief, retried
 from .target import PushError, Target, landed
@@ -119,6 +120,11 @@ def push(
     contents = contents_of(folder, {**secrets_of_environment(), "the token": token})
     layer_map = check_model(contents)
     card = check_card(contents, layer_map)
+    if layer_map.base_model and not is_repo_id(layer_map.base_model):
+        logger.warning(
+            f"The map in config.json names the base by a path of this machine, {layer_map.base_model!r}, which others will "
+            "see and cannot load."
+        )
     api = HfApi(token=token)
     with _nothing_sent(repo_id):
         user, repo_id, own = _may_write(api, repo_id, create_pr or to_pull)

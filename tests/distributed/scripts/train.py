@@ -8,6 +8,7 @@ TrimCallback. DeepSpeed and FSDP2 run on the CPU only by the detours below: `use
 """
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -128,6 +129,15 @@ def read_all(model: Any, optimizer: Any) -> dict[int, dict[str, torch.Tensor]]:
     return {id(p): fp32_and_state(p, optimizer) for p in model.parameters() if p.requires_grad}
 
 
+def bytes_held() -> int:
+    """What all tensors of this process hold, each storage counted once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in local if not tensor.is_meta)}
+    return sum(storages.values())
+
+
 class Before(TrainerCallback):
     """Reads everything before TrimCallback's turn."""
 
@@ -148,6 +158,7 @@ class After(TrainerCallback):
         self.before = before
         self.alive: list[int] = []
         self.unchanged: list[bool] = []
+        self.bytes: list[int] = []
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         now = {id(parameter) for parameter in model.parameters()}
@@ -157,6 +168,8 @@ class After(TrainerCallback):
             pairs = [(self.before.seen[key][name], value) for key in after for name, value in after[key].items()]
             self.unchanged.append(len(pairs) >= 3 * len(after) and all(torch.equal(a, b) for a, b in pairs))
             self.before.seen = {}
+        if state.global_step in (2, 4, 7):
+            self.bytes.append(bytes_held())
         if state.global_step in (4, 7):
             self.alive.append(sum(1 for ref in self.before.refs if ref() is not None and id(ref()) not in now))
 
@@ -214,6 +227,7 @@ def main() -> None:
     base = Path(options.folder) / f"base{os.environ.get('RANK', 0)}"
     if options.born:
         model.save_pretrained(base)
+    block_bytes = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     args = TrainingArguments(
         output_dir=options.folder,
         max_steps=12,
@@ -274,6 +288,8 @@ def main() -> None:
         "rates": [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry],
         "alive": after.alive,
         "unchanged": after.unchanged,
+        "bytes": after.bytes,
+        "block_bytes": block_bytes,
         "trained_layers": next(c.trained_layers for c in trainer.callback_handler.callbacks if isinstance(c, TrimCallback)),
         "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
     }
