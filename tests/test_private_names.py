@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from torch.distributed.fsdp._fully_shard import _fsdp_state
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
@@ -32,6 +32,8 @@ def test_fsdp2_keeps_its_lists_under_these_names() -> None:
         assert name in source, name
     for name in ("_is_root", "_state_ctx", "_comm_ctx", "_init_fqns"):
         assert name in source, name
+    group = inspect.getsource(_fsdp_param_group)
+    assert "self.fsdp_params = [" in group and "fsdp_param.sharded_param" in group
 
 
 def test_peft_saves_an_adapters_weights_before_its_config() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -27,7 +28,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from trimllm_hf import LayerMap, TrimCallback, TrimConfig, TrimTrainer, drop_layers, score_layers, trim_like
+from trimllm_hf import (
+    LayerMap,
+    TrimCallback,
+    TrimConfig,
+    TrimTrainer,
+    drop_layers,
+    score_layers,
+    trim_like,
+    write_remote_code,
+)
 from trimllm_hf.sublayers import StandIn, find_halves
 
 # What each architecture calls its halves, the norms that only they need, and the norms behind the sum.
@@ -340,6 +350,56 @@ def test_weights_that_are_not_the_maps_are_refused(folder: Path, tmp_path: Path)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ValueError, match=r"exactly the sublayers that config.trim keeps, got .*model.layers.2"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+REMOTE = """
+import json, sys, torch
+sys.modules["trimllm_hf"] = None  # an import of the package fails
+from transformers import AutoModelForCausalLM
+folder, again = sys.argv[1:]
+for path in (folder, again):
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+    seen = torch.load(folder + "/seen.pt")
+    with torch.no_grad():
+        assert torch.equal(model(seen["tokens"]).logits, seen["logits"])
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached, uncached = (model.generate(seen["tokens"], use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, uncached)
+    if path == folder:
+        model.save_pretrained(again)
+try:
+    AutoModelForCausalLM.from_pretrained(folder)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise SystemExit("loaded without trust")
+print("same")
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])  # a mixture's weights are converted on the way
+def test_code_beside_the_weights_loads_it_without_the_package(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    drop_layers(model, POSITIONS, unit="sublayer")
+    model.save_pretrained(tmp_path / "one")
+    assert write_remote_code(tmp_path / "one").name == "modeling_trimllm.py"
+    torch.save({"tokens": tokens(), "logits": logits(model)}, tmp_path / "one" / "seen.pt")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", REMOTE, str(tmp_path / "one"), str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    assert done.stdout.endswith("same\n"), done.stderr
+    assert '"model_type": "trimllm"' in (tmp_path / "two" / "config.json").read_text()
+    for path in ("one", "two"):  # and with it, as before
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / path).eval()), logits(model))
+
+
+def test_code_is_written_only_where_it_is_needed(tmp_path: Path) -> None:
+    model = tiny_model()
+    drop_layers(model, [2])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="loads as it is"):
+        write_remote_code(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
 
 
 # --- trained

@@ -18,7 +18,7 @@ from .depth_config import readings
 from .guard import Renumbering, compare, rebuild
 from .layer_map import HALVES, LayerMap
 from .stack import Stack, find_stack
-from .sublayers import Gives, StandIn, find_halves, keep_attentions, stored, update_classes
+from .sublayers import Gives, StandIn, find_halves, keep_attentions, refuse_unloadable, stored, update_classes
 from .sublayers.attentions import WITHOUT_CACHE
 
 
@@ -112,6 +112,8 @@ def plan_drop(
             except ValueError as error:
                 refusal = refusal or error  # of the likeliest reading
                 continue
+            if not after.whole:
+                refuse_unloadable(base, values, after)
             return PlannedDrop(base, after, stack, gone, values, renumbering, stand_ins, configs)
     assert refusal is not None
     raise refusal

@@ -54,7 +54,7 @@ class FSDPEngine(Processes):
                     module.reshard()
 
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
-        """Run `edit`, mend the optimizer, and take what left out of the root's lists."""
+        """Run `edit`, mend the optimizer, and take what left out of the lists of the root and of the groups."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # an evaluation leaves gathered parameters in place of those that the optimizer has
@@ -67,6 +67,11 @@ class FSDPEngine(Processes):
         root = self.model._get_fsdp_state()
         if root._is_root:  # it is not known before the first forward pass, which makes the lists
             root._state_ctx.all_states[:] = [s for s in root._state_ctx.all_states if id(s) not in gone]
+        left = {id(parameter) for parameter in dropped}
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                for group in _param_groups(module):  # of a block that stays, a half may have gone
+                    group.fsdp_params[:] = [p for p in group.fsdp_params if id(p.sharded_param) not in left]
         for state in staying:
             for name in ("_states_to_forward_prefetch", "_states_to_backward_prefetch"):
                 getattr(state, name)[:] = [s for s in getattr(state, name) if id(s) not in gone]
