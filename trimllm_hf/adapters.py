@@ -2,8 +2,8 @@
 
 PEFT matches an adapter to modules by their names, so one that was trained on a trimmed model would be put on the first
 layers of the full one. Its folder therefore gets the kept-layer map, and its weights a tensor without elements, by the
-name of a parameter of the first layer that the trimmed model does not have: PEFT passes over it on the trimmed base, and
-on a deeper one raises an error of sizes that do not match, with or without this package.
+name of a parameter of the first layer, or the first half of one, that the trimmed model does not have: PEFT passes over it
+on the trimmed base, and on another one raises an error of sizes that do not match, with or without this package.
 """
 
 from __future__ import annotations
@@ -116,19 +116,32 @@ def mark(base: nn.Module, stack: str, layer_map: LayerMap) -> None:
 
     PEFT saves an adapter's config last, by the config's own method.
     """
-    if not layer_map.dropped_layers:
+    if not layer_map.dropped_layers and layer_map.whole:
         return
-    names = [{name for name, _ in block.named_parameters()} for block in base.get_submodule(stack).children()]
-    in_all = sorted(
-        set.intersection(*names) or set.union(*names)
-    )  # a module that has an adapter in some layers only has other names there
+    layers = f"{_PREFIX}{stack}."
+    blocks = list(base.get_submodule(stack).children())
+    names = [{name for name, _ in block.named_parameters()} for block in blocks]
+    in_all = sorted(set.intersection(*names) or set.union(*names))  # adapters may be in some layers only
     for adapter, config in adapters_of(base).items():
         of_base = next((name for name in in_all if f".{adapter}." not in name), in_all[0])
-        stop = f"{_PREFIX}{stack}.{layer_map.num_layers}.{of_base}"
-        config.save_pretrained = partial(_save_marked, config, f"{_PREFIX}{stack}.", stop, layer_map.to_dict())
+        stop = f"{layers}{layer_map.num_layers}.{of_base}"
+        of_half = next((_of_half(number, blocks, names, adapter) for number, _ in layer_map.missing_halves), None)
+        stop = stop if of_half is None else f"{layers}{of_half}"
+        exact = of_half is not None
+        config.save_pretrained = partial(_save_marked, config, layers, stop, exact, layer_map.to_dict())
 
 
-def _save_marked(config: Any, layers: str, stop: str, layer_map: dict[str, Any], save_directory: str, **kwargs: Any) -> None:
+def _of_half(number: int, blocks: Sequence[nn.Module], names: Sequence[set[str]], adapter: str) -> str | None:
+    """A parameter of the half that a block lacks, by its name in the others; the adapter's own if it has one there."""
+    empty = {name for name, child in blocks[number].named_children() if not any(True for _ in child.parameters())}
+    gone = sorted(name for name in set.union(*names) if name.partition(".")[0] in empty)
+    own = [name.replace(f".{adapter}.", ".") for name in gone if f".{adapter}." in name]
+    return f"{number}.{(own or gone)[0]}" if gone else None
+
+
+def _save_marked(
+    config: Any, layers: str, stop: str, exact: bool, layer_map: dict[str, Any], save_directory: str, **kwargs: Any
+) -> None:
     type(config).save_pretrained(config, save_directory, **kwargs)
     folder = Path(save_directory)
     (folder / ADAPTER_MAP).write_text(json.dumps(layer_map, indent=2) + "\n", encoding="utf-8")
@@ -139,7 +152,9 @@ def _save_marked(config: Any, layers: str, stop: str, layer_map: dict[str, Any],
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         metadata = opened.metadata()
     numbered = [name.removeprefix(layers).partition(".") for name in sorted(tensors) if name.startswith(layers)]
-    if numbered and not _names_layers(config):  # every layer has the same: the name of an adapter's own tensor will do
+    if (
+        numbered and not exact and not _names_layers(config)
+    ):  # every layer has the same: the name of an adapter's own tensor will do
         number, rest = len({number for number, _, _ in numbered}), numbered[0][2]
         stop = f"{layers}{number}.{rest}"
     tensors[stop] = torch.empty(0)
