@@ -304,27 +304,36 @@ def test_other_kinds_are_refused(kind: str, settings: dict[str, Any], said: str)
     check_refused(peft.get_peft_model(tiny_model(), getattr(peft, kind)(task_type="CAUSAL_LM", **settings)), said)
 
 
-def check_refused(model: Any, said: str) -> None:
+def test_sublayers_are_refused() -> None:
+    check_refused(with_lora(), r"unit='block' for a model with adapters.*merge_and_unload", "sublayer")
+
+
+def check_refused(model: Any, said: str, unit: str = "block") -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     configs = json.dumps([str(c) for c in model.peft_config.values()])
     with pytest.raises(ValueError, match=said):
-        drop_layers(model, [2, 3])
+        drop_layers(model, [2, 3] if unit == "block" else [2, 5], unit)
     assert not hasattr(model.config, "trim")
     assert json.dumps([str(c) for c in model.peft_config.values()]) == configs
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_the_best_model_cannot_be_promised(tmp_path: Path) -> None:
-    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+@pytest.mark.parametrize(
+    ("of_args", "of_config"), [({"load_best_model_at_end": True}, {}), ({}, {"max_metric_drop": 0.1})], ids=["best", "stop"]
+)
+def test_going_back_to_a_deeper_model_cannot_be_promised(
+    of_args: dict[str, Any], of_config: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, **of_args}
     trainer = TrimTrainer(
         with_lora(),
-        arguments(tmp_path, load_best_model_at_end=True, **settings),
+        arguments(tmp_path, metric_for_best_model="loss", greater_is_better=False, **settings),
         train_dataset=tiny_texts(),
         eval_dataset=tiny_texts(8, seed=9),
-        trim=config(),
+        trim=config(**of_config),
     )
-    with pytest.raises(ValueError, match=r"load_best_model_at_end=False when a model with adapters is trimmed"):
+    with pytest.raises(ValueError, match=r"neither load_best_model_at_end nor max_metric_drop when a model with adapters"):
         trainer.train()
     assert trainer.model.config.num_hidden_layers == 6
 

@@ -1,4 +1,4 @@
-"""The medical recipe: rows to questions, the offline metric, and whole runs."""
+"""The recipes: rows to questions, the offline metric, and whole runs of the medical one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 @pytest.fixture
 def rows_module(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(RECIPES))
-    import questions
+    from domain import questions
 
     return questions
 
@@ -72,13 +72,13 @@ def test_rivals_are_of_the_same_type_and_another_focus(rows_module: Any, encoder
         for qtype in ("causes", "symptoms")
         for word in (("one", "two", "three", "four") if qtype == "causes" else ("yes", "no", "maybe", "five"))
     ]
-    made = rows_module.make_questions(rows, "the file", encoder, seed=0)
+    made = rows_module.make_questions(rows, "the file", encoder, 0, rows_module.Asking("what ?"))
     assert len(made) == 8
     for question, row in zip(made, rows, strict=True):
         assert question.right == row["answer"]
         same_type = {other["answer"] for other in rows if other["qtype"] == row["qtype"]}
         assert set(question.choices) == same_type and question.per_token
-    assert made == rows_module.make_questions(rows, "the file", encoder, seed=0)
+    assert made == rows_module.make_questions(rows, "the file", encoder, 0, rows_module.Asking("what ?"))
 
 
 @pytest.mark.parametrize(
@@ -88,11 +88,13 @@ def test_rivals_are_of_the_same_type_and_another_focus(rows_module: Any, encoder
         ([{"question": "one ?"}], r"Expected the fields .*got \['question'\] in row 1 of the file(.|\n)*What causes gout"),
         ([{"question": "one ?", "context": "", "label": "perhaps"}], "label of .*got 'perhaps' in row 1"),
         ([{"question": "one ?", "choices": ["yes", "no"], "answer": 2}], "index of one of .*got 2 in row 1"),
+        ([{"text": "one", "label": "yes"}, {"text": "two"}], r"fields \['text', 'label'\], got \['text'\] in row 2 .*"),
+        ([{"text": "one", "label": 3}], "as label a word or words, got 3 in row 1"),
     ],
 )
 def test_rows_that_make_no_sense_are_refused(rows: Any, said: str, rows_module: Any, encoder: QuestionEncoder) -> None:
     with pytest.raises(ValueError, match=said):
-        rows_module.make_questions(rows, "the file", encoder, seed=0)
+        rows_module.make_questions(rows, "the file", encoder, 0, rows_module.Asking("what ?"))
 
 
 def run_recipe(*arguments: str, timeout: float) -> str:

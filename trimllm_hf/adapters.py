@@ -124,11 +124,8 @@ def mark(base: nn.Module, stack: str, layer_map: LayerMap) -> None:
     in_all = sorted(set.intersection(*names) or set.union(*names))  # adapters may be in some layers only
     for adapter, config in adapters_of(base).items():
         of_base = next((name for name in in_all if f".{adapter}." not in name), in_all[0])
-        stop = f"{layers}{layer_map.num_layers}.{of_base}"
         of_half = next((_of_half(number, blocks, names, adapter) for number, _ in layer_map.missing_halves), None)
-        stop = stop if of_half is None else f"{layers}{of_half}"
-        exact = of_half is not None
-        config.save_pretrained = partial(_save_marked, config, layers, stop, exact, layer_map.to_dict())
+        config.save_pretrained = partial(_save_marked, config, layers, of_base, of_half, layer_map)
 
 
 def _of_half(number: int, blocks: Sequence[nn.Module], names: Sequence[set[str]], adapter: str) -> str | None:
@@ -140,24 +137,27 @@ def _of_half(number: int, blocks: Sequence[nn.Module], names: Sequence[set[str]]
 
 
 def _save_marked(
-    config: Any, layers: str, stop: str, exact: bool, layer_map: dict[str, Any], save_directory: str, **kwargs: Any
+    config: Any,
+    layers: str,
+    of_base: str,
+    of_half: str | None,
+    layer_map: LayerMap,
+    save_directory: str,
+    **kwargs: Any,
 ) -> None:
     type(config).save_pretrained(config, save_directory, **kwargs)
     folder = Path(save_directory)
-    (folder / ADAPTER_MAP).write_text(json.dumps(layer_map, indent=2) + "\n", encoding="utf-8")
+    (folder / ADAPTER_MAP).write_text(json.dumps(layer_map.to_dict(), indent=2) + "\n", encoding="utf-8")
     weights = folder / _WEIGHTS
     if not weights.is_file():
         return
     with safe_open(weights, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         metadata = opened.metadata()
-    numbered = [name.removeprefix(layers).partition(".") for name in sorted(tensors) if name.startswith(layers)]
-    if (
-        numbered and not exact and not _names_layers(config)
-    ):  # every layer has the same: the name of an adapter's own tensor will do
-        number, rest = len({number for number, _, _ in numbered}), numbered[0][2]
-        stop = f"{layers}{number}.{rest}"
-    tensors[stop] = torch.empty(0)
+    of_layers = [name.removeprefix(layers).partition(".")[2] for name in sorted(tensors) if name.startswith(layers)]
+    # where every layer has the same, the name of an adapter's own tensor will do, which other readers expect
+    rest = of_layers[0] if of_layers and not _names_layers(config) else of_base
+    tensors[f"{layers}{of_half or f'{layer_map.num_layers}.{rest}'}"] = torch.empty(0)
     save_file(tensors, f"{weights}.unfinished", metadata=metadata)
     os.replace(f"{weights}.unfinished", weights)
 

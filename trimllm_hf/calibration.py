@@ -72,13 +72,18 @@ def calibration_batches(
         world_size: Number of processes.
 
     Raises:
-        ValueError: If there is no example at all.
+        ValueError: If there is no example at all, or they have none of the columns.
     """
     if not examples:
         raise ValueError("Expected at least one calibration example, got none. Give a calibration set with examples.")
     share = list(examples[rank::world_size])
     if columns is not None:
         kept = (*columns, *CHOICE_COLUMNS)
+        if not set(kept) & set(examples[0]):
+            raise ValueError(
+                f"Expected calibration examples processed like the training set, with its columns {list(columns)}, got "
+                f"{list(examples[0])}. Tokenize them as the training set is, or leave calibration_dataset out."
+            )
         share = [{name: example[name] for name in kept if name in example} for example in share]
     return [_collated(share[start : start + batch_size], collate) for start in range(0, len(share), batch_size)]
 

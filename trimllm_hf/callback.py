@@ -27,6 +27,7 @@ from .importance import needs_data
 from .layer_map import LayerMap
 from .prepared import apply_drop
 from .schedule import Plan, layers_due, plan_drops
+from .sparse_update import refuse_bare_callback, refuse_other_share
 from .stack import find_stack
 from .stopping import MetricRule
 
@@ -65,6 +66,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.layer_map: LayerMap | None = None
         self.start_num_layers: int | None = None  # depth when this run began: the plan counts from it
         self.plan: Plan = {}
+        self.trained_layers: list[int] | None = None  # of the sparse update, in the base's numbering
         self.model_step: int | None = None  # the step that the model is of, if the run ended with an earlier one
         self.calibration_given = calibration_dataset is not None
         self.stop: dict[str, Any] = {}  # where the run stands with its stop rules
@@ -83,6 +85,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "layer_map": None if self.layer_map is None else self._plain_map(),
                 "start_num_layers": self.start_num_layers,
                 "calibration_given": self.calibration_given,
+                "trained_layers": self.trained_layers,
                 "stop": self._rule.state() if self._rule else self.stop,
                 "budget": self._budget.state() if self._budget else self.budget,
                 "num_processes": 1 if self._engine is None else self._engine.world_size,
@@ -93,6 +96,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         """Watch the model, so that weights of another depth are refused instead of loaded by index."""
         for name in (self.config.importance, self.config.tie_breaker or self.config.importance):
             needs_data(name)  # raises on an unknown one
+        refuse_bare_callback(self.config, self.trainer)
         if kwargs["model"] is not None:
             self._watch(kwargs["model"])
 
@@ -125,9 +129,8 @@ class TrimCallback(TrainerCallback, ExportableState):
             check_drops(model, self.config, self._num_layers() - target)
             self._check_best_model(args)
             self._refuse_lost_calibration_set()
-            self._choice = LayerChoice(
-                self.config, trainer, self._engine, kwargs["train_dataloader"], self.calibration_dataset
-            )
+            data = kwargs["train_dataloader"], self.calibration_dataset
+            self._choice = LayerChoice(self.config, trainer, self._engine, *data, spared=self.trained_layers or ())
         if self._rule is None or self._rule.allows(state.global_step):
             self._drop_what_is_due(state, control)
 
@@ -186,17 +189,19 @@ class TrimCallback(TrainerCallback, ExportableState):
         of_checkpoint = LayerMap.from_dict(plain) if isinstance(plain, dict) else plain
         if not of_checkpoint.keeps_the_same(of_model):
             raise ValueError(wrong_depth(of_model, of_checkpoint))
+        refuse_other_share(attributes.get("trained_layers"), self.trained_layers)
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
         self.stop, self.budget = attributes.get("stop", {}), attributes.get("budget", {})
         model.config.trim = self._plain_map()
 
     def _take_adapters(self, base: PreTrainedModel, args: TrainingArguments) -> None:
         assert self.layer_map is not None
-        if adapters_of(base) and args.load_best_model_at_end and (self.plan or self.layer_map.dropped_layers):
+        deeper = args.load_best_model_at_end or self.config.max_metric_drop is not None
+        if adapters_of(base) and deeper and (self.plan or self.layer_map.dropped_layers):
             raise ValueError(
-                "Expected load_best_model_at_end=False when a model with adapters is trimmed, got True: a checkpoint holds "
-                "the adapter only, and the best one may need layers of the base that are gone by then. Load it yourself: "
-                "trim_like(base, checkpoint) on the full-depth base, then PeftModel.from_pretrained(base, checkpoint)."
+                "Expected neither load_best_model_at_end nor max_metric_drop when a model with adapters is trimmed: to go "
+                "back it would need layers of the base that are gone by then, and a checkpoint holds the adapter only. Load "
+                "one yourself: trim_like(base, checkpoint), then PeftModel.from_pretrained(base, checkpoint)."
             )
         mark(base, find_stack(base, self.config.part).name, self.layer_map)
 

@@ -37,6 +37,21 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
     )
 
 
+def callback_attributes(folder: str | Path) -> dict[str, Any]:
+    """What TrimCallback noted in a checkpoint; empty where the run had none.
+
+    Raises:
+        ValueError: If the checkpoint's state cannot be read.
+    """
+    try:
+        state = json.loads((Path(folder) / TRAINER_STATE).read_text(encoding="utf-8"))
+        saved = state.get("stateful_callbacks", {}).get("TrimCallback") or {}
+        attributes: dict[str, Any] = saved.get("attributes", {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"Expected a complete {TRAINER_STATE} in {folder}, got: {error}. Use another checkpoint.") from None
+    return attributes
+
+
 def unfinished(folder: Path) -> str | None:
     """Why a checkpoint of a trimmed run is not complete; None if it is.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -13,9 +15,10 @@ from transformers.utils import logging
 from .adapters import base_of
 from .calibration import Batch, calibration_batches, draw, own_randomness
 from .config import TrimConfig
-from .engines import Engine
+from .engines.agreement import Together
+from .engines.host import unwrapped
 from .importance import METRICS, Metric, from_compute_metrics, get_metric, is_joint, needs_data, score_layers
-from .importance.gradient import refuse_no_gradient, weights_times_gradients
+from .importance.gradient import refuse_frozen, refuse_no_gradient, weights_times_gradients
 from .importance.order import Chosen, choose, choose_window
 from .layer_map import LayerMap
 from .stack import find_stack
@@ -34,15 +37,26 @@ class LayerChoice:
         engine: How the processes agree.
         dataloader: The training run's: it tells how examples become batches.
         dataset: The calibration examples; None: drawn from the training set.
+        spared: Layers that go last, in the base's numbering.
 
     Raises:
-        ValueError: If there are no examples, or there is no metric as the settings name it.
+        ValueError: If there are no examples, there is no metric as the settings name it, or layers are frozen and the
+            score is of their gradients.
     """
 
-    def __init__(self, config: TrimConfig, trainer: Trainer, engine: Engine, dataloader: Any, dataset: Any = None) -> None:
-        self.config, self.engine = config, engine
+    def __init__(
+        self,
+        config: TrimConfig,
+        trainer: Trainer,
+        engine: Together,
+        dataloader: Any,
+        dataset: Any = None,
+        spared: Collection[int] = (),
+    ) -> None:
+        self.config, self.engine, self.spared = config, engine, spared
         if config.importance == "taylor":
             refuse_no_gradient(engine)
+            refuse_frozen(unwrapped(trainer), config.unit)
         self.metric = metric_of(config, trainer)
         self.margin: float | None = None  # of the last drop: how much higher the score of the next candidate was
         self._gradients: tuple[int, dict[Any, float]] | None = None  # step, and each layer's score by its gradients
@@ -58,6 +72,16 @@ class LayerChoice:
                 examples, collate, trainer.args.per_device_train_batch_size, columns, engine.rank, engine.world_size
             )
 
+    def most_important(self, model: PreTrainedModel, count: int, progress: bool = False) -> list[int]:
+        """Positions of the `count` layers of the highest scores, ascending; the same on every process, or an error on all.
+
+        Of equal ones, the shallower: the deeper is dropped first.
+        """
+        with self._or_none():
+            scores = self._score(model, self.config.importance, progress)
+        order = sorted(range(len(scores)), key=lambda position: (-scores[position].item(), position))
+        return sorted(order[:count])
+
     def next_drop(self, model: PreTrainedModel, step: int, progress: bool = False, count: int = 1) -> PlannedDrop:
         """Score the layers, and plan to drop the least important; the same on every process, or an error on all.
 
@@ -71,7 +95,7 @@ class LayerChoice:
             ValueError: If the layers cannot be scored, or the guard refuses. Nothing has changed.
         """
         config = self.config
-        try:
+        with self._or_none():
             chosen = self._choose(model, step, progress, count)
             drop = plan_drop(
                 model,
@@ -82,12 +106,18 @@ class LayerChoice:
                 scores=chosen.scores,
                 part=config.part,
             )
-        except Exception as error:  # one process must not drop, or wait, alone
-            self.engine.fail(error)
-            raise
-        self.engine.agree(torch.zeros(1))  # nobody failed: all of them drop
         self.margin = chosen.margin
         return drop
+
+    @contextmanager
+    def _or_none(self) -> Iterator[None]:
+        """All processes go on, or none: one must not drop, or wait, alone."""
+        try:
+            yield
+        except Exception as error:
+            self.engine.fail(error)
+            raise
+        self.engine.agree(torch.zeros(1))
 
     def at_once(self, due: int) -> int:
         """How many of the layers that are due to drop by one scoring: one, unless they are chosen together."""
@@ -108,7 +138,14 @@ class LayerChoice:
             return choose_window(scores, count, *ends)
         breaker = config.tie_breaker
         tie_scores = None if breaker is None else lambda: self._score(model, breaker, progress)
-        return choose(scores, count, tie_scores=tie_scores, candidates=droppable(model, config))
+        candidates, spared = droppable(model, config), self._spared(model)
+        return choose(scores, count, tie_scores=tie_scores, candidates=candidates, spared=spared)
+
+    def _spared(self, model: PreTrainedModel) -> list[int]:
+        if not self.spared:
+            return []
+        kept = LayerMap.from_config(model.config, self.config.part).kept_layers
+        return [position for position, layer in enumerate(kept) if layer in self.spared]
 
     def _score(self, model: PreTrainedModel, importance: str, progress: bool, window: int = 1) -> torch.Tensor:
         return score_layers(

@@ -88,6 +88,21 @@ class TrimConfig:
     )
     protect_first: int = field(default=1, metadata={"help": "Blocks at the input side that lose nothing."})
     protect_last: int = field(default=1, metadata={"help": "Blocks at the output side that lose nothing."})
+    trainable_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "TrimLLM's sparse update: the share of the layers that train, to the nearest whole number; the most "
+            "important ones, chosen once before the first step. The others are frozen, and dropped first. Needs TrimTrainer."
+        },
+    )
+    train_embeddings: bool = field(
+        default=False,
+        metadata={"help": "With trainable_ratio: whether the embeddings train, and a head that is tied to them."},
+    )
+    train_head: bool = field(
+        default=True,
+        metadata={"help": "With trainable_ratio: whether the head trains, with whatever else is outside of the layers."},
+    )
     calibration_size: int = field(
         default=64,
         metadata={"help": "Training examples set aside to score layers by. Never taken from the evaluation data."},
@@ -152,8 +167,12 @@ class TrimConfig:
             )
         if self.target_layers is not None:
             _at_least("target_layers", self.target_layers, 1)
+        if self.trainable_ratio is not None and not 0 < self.trainable_ratio <= 1:
+            raise ValueError(f"Expected trainable_ratio above 0 and up to 1, or None, got {self.trainable_ratio}.")
         if self.unit not in ("block", "sublayer"):
             raise ValueError(f"Expected unit='block' or 'sublayer', got {self.unit!r}.")
+        if self.unit == "sublayer" and self.trainable_ratio is not None:
+            raise ValueError("Expected unit='block' with trainable_ratio, the share of blocks that train, got 'sublayer'.")
         if self.unit == "sublayer" and self.has_budget:
             raise ValueError(
                 "Expected unit='block' with a budget (max_latency_ms, max_memory_gb), got unit='sublayer', which cannot "
@@ -246,6 +265,11 @@ class TrimConfig:
                 f"protect_last={self.protect_last}), got {said}. Raise the target or protect fewer layers."
             )
         return target
+
+    def resolve_trainable(self, num_layers: int) -> int:
+        """How many of `num_layers` layers train: `trainable_ratio` of them, to the nearest number (.5 up), at least one."""
+        ratio = 1.0 if self.trainable_ratio is None else self.trainable_ratio
+        return max(1, math.floor(ratio * num_layers + 0.5))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values."""

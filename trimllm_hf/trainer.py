@@ -10,15 +10,17 @@ from transformers.utils import logging
 from .auto import regrow_like, trim_like
 from .calibration import set_aside
 from .callback import TrimCallback
-from .checkpoints import last_complete_checkpoint, processes_of
+from .checkpoints import callback_attributes, last_complete_checkpoint, processes_of
+from .choice import LayerChoice
 from .config import TrimConfig
-from .engines import refuse_other_processes
-from .engines.host import BestModelHost, unwrapped
+from .engines import refuse_other_processes, unprepared
+from .engines.host import BestModelHost, OptimizerHost, unwrapped
 from .importance import needs_data
 from .layer_map import LayerMap
 from .publish.card_data import TrimCardData
 from .publish.card_host import CardHost
 from .publish.push_host import PushHost
+from .sparse_update import check_room, train_only
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -28,14 +30,15 @@ else:
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
-class TrimTrainerMixin(PushHost, CardHost, BestModelHost, _Base):
+class TrimTrainerMixin(PushHost, CardHost, BestModelHost, OptimizerHost, _Base):
     """Trimming for any subclass of Trainer: `class MyTrainer(TrimTrainerMixin, SFTTrainer): pass`.
 
     Over a plain Trainer with `TrimCallback` it adds: calibration examples are taken out of the training set;
     `train(resume_from_checkpoint=…)` of a Trainer made with the full-depth model gives the model the checkpoint's layers
     first, and passes over checkpoints that a kill left half written; `load_best_model_at_end` loads a best checkpoint of
-    another depth with the layers that belong to it; the model card, by `save_model` and, with latency measured,
-    `create_model_card`; a last push to the Hub that is checked and lands whole or not at all.
+    another depth with the layers that belong to it; `trainable_ratio`, TrimLLM's sparse update, which has to be settled
+    before an optimizer is made; the model card, by `save_model` and, with latency measured, `create_model_card`; a last
+    push to the Hub that is checked and lands whole or not at all.
 
     Args:
         trim: How far to trim, which layers, and when.
@@ -61,6 +64,12 @@ class TrimTrainerMixin(PushHost, CardHost, BestModelHost, _Base):
         self._resume_from: str | None = None
         self.card_data = TrimCardData() if card_data is None else card_data
         super().__init__(*args, **kwargs)
+        if trim.trainable_ratio is not None and self.optimizer is not None:
+            raise ValueError(
+                f"Expected the Trainer to make the optimizer, with trainable_ratio={trim.trainable_ratio}, got one that is "
+                "made already (optimizers=…). Freeze layers yourself and leave trainable_ratio out, or pass "
+                "optimizer_cls_and_kwargs."
+            )
         if any(isinstance(callback, TrimCallback) for callback in self.callback_handler.callbacks):
             raise ValueError("Expected one TrimCallback, got one in callbacks as well. TrimTrainer adds it: pass trim=.")
         if calibration_dataset is None and self.train_dataset is not None and needs_data(trim.importance):
@@ -104,6 +113,38 @@ class TrimTrainerMixin(PushHost, CardHost, BestModelHost, _Base):
         if self._resume_from is not None:
             trim_like(model, self._resume_from)
         return model
+
+    def before_optimizer(self, dataloader: Any) -> None:
+        """Choose the blocks that train and freeze the others, if `trainable_ratio` is set; once for all of a run."""
+        callback = self.trim_callback()
+        if callback.config.trainable_ratio is None:
+            return
+        model = unwrapped(self)
+        layer_map = LayerMap.from_config(model.config, callback.config.part)
+        if self._resume_from is not None:
+            callback.trained_layers = callback_attributes(self._resume_from).get("trained_layers")
+            if callback.trained_layers is None:
+                raise ValueError(
+                    f"Expected a checkpoint of a run with trainable_ratio, got {self._resume_from}, in which all layers "
+                    "train. Leave trainable_ratio out to resume it."
+                )
+        if callback.trained_layers is None:
+            callback.trained_layers = [layer_map.kept_layers[position] for position in self._choose(layer_map, dataloader)]
+        kept = list(layer_map.kept_layers)
+        train_only(model, [kept.index(layer) for layer in callback.trained_layers if layer in kept], callback.config)
+
+    def _choose(self, layer_map: LayerMap, dataloader: Any) -> list[int]:
+        callback, depth, model = self.trim_callback(), layer_map.num_layers, unwrapped(self)
+        count = callback.config.resolve_trainable(depth)
+        config = callback.config
+        with unprepared(self.accelerator, model) as together:
+            choice = LayerChoice(config, self, together, dataloader, callback.calibration_dataset)
+            chosen = choice.most_important(model, count, self.is_local_process_zero() and not self.args.disable_tqdm)
+        if not config.has_budget:
+            check_room(chosen, depth, config.resolve_target(layer_map.base_num_layers, depth), config)
+        layers = [layer_map.kept_layers[position] for position in chosen]
+        logger.info(f"Training {count} of {depth} layers, by {config.importance}: {layers}.")
+        return chosen
 
     def before_best_model(self, checkpoint: str) -> None:
         """Give the model the depth of the best checkpoint, which the Trainer is about to load."""

@@ -65,6 +65,9 @@ def test_two_processes_equal_one(engine: str, torchrun, one_process: Path, tmp_p
         assert len(rank["losses"]) == 12
         assert rank["alive"] == [0, 0]
         assert rank["unchanged"] == [True, True]  # fp32 parameters and both moments, bit by bit
+        before, *after = rank["bytes"]
+        for drops, held in enumerate(after, start=1):  # a process held at least its share of weights and both moments
+            assert before - held >= drops * rank["block_bytes"] * 3 / 2
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     assert final.config.num_hidden_layers == 4
 

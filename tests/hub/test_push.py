@@ -177,6 +177,16 @@ def test_what_the_hub_left_out_is_found(place: Place, folder: Path) -> None:
     assert ALICE not in done.message + done.log
 
 
+def test_a_path_of_this_machine_is_told(place: Place, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["trim"]["base_model"] = "/home/someone/base"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "names the base by a path of this machine, '/home/someone/base'" in place.client.push(folder, "alice/local").log
+    config["trim"]["base_model"] = "org/base"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "a path of this machine" not in place.client.push(folder, "alice/local").log
+
+
 def test_the_environment_of_tests_reaches_no_other_hub(place: Place, tmp_path: Path) -> None:
     env = environment(place.hub, tmp_path)
     assert (

@@ -139,13 +139,7 @@ def test_the_answer_to_a_pull_request_is_lost(place: Place, folder: Path) -> Non
 def test_lost_and_then_down(place: Place, folder: Path) -> None:
     """Nobody can tell then; it says so, and the next push finds out."""
     place.client.call("create_repo", repo_id="alice/dark")
-
-    def darken() -> None:
-        lost.seen.wait()
-        place.hub.fail("GET|POST", times=10**6)
-
-    lost = place.hub.fail(CALLS["commit"], lose_reply=True, hold=0.3)
-    threading.Thread(target=darken).start()
+    place.hub.fail(CALLS["commit"], lose_reply=True, then_down=True)
     failed = place.client.push(folder, "alice/dark")
     assert failed.error == "PushError" and failed.landed is None
     assert "cannot be asked whether the commit landed" in failed.message

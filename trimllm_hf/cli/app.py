@@ -55,7 +55,7 @@ def answer(plain: Any, as_json: bool, render: Callable[[], RenderableType | list
     shown = render()
     console = Console(highlight=False)
     for part in shown if isinstance(shown, list) else [shown]:
-        console.print(part)
+        console.print(part, soft_wrap=isinstance(part, str))  # an address stays in one piece
 
 
 def table(title: str | None, *columns: str, rows: list[tuple[Any, ...]]) -> Table:

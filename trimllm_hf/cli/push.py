@@ -62,9 +62,12 @@ def push(
 
 
 def _shown(plain: dict[str, Any], size: Any) -> list[Any]:
-    files = sorted(plain["files"].items(), key=lambda file: -file[1])
     what = "pull request" if plain["pull_request"] else "commit"
-    return [
-        table(None, "file", "size", rows=[(name, size(count)) for name, count in files]),
-        f"{'new' if plain['new'] else 'no new'} {what}: {plain['url']}" + (f", tag {plain['tag']}" if plain["tag"] else ""),
-    ]
+    said = f"{'new' if plain['new'] else 'no new'} {what}: {plain['url']}" + (
+        f", tag {plain['tag']}" if plain["tag"] else ""
+    )
+    if not plain["new"]:
+        return [said]
+    files = sorted(plain["files"].items(), key=lambda file: -file[1])
+    left_out = [f"left out: {', '.join(plain['left_out'])}"] if plain["left_out"] else []
+    return [table(None, "file", "size", rows=[(name, size(count)) for name, count in files]), *left_out, said]

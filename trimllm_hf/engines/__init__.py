@@ -7,14 +7,15 @@ changes objects in place: every reference that a Trainer, an Accelerator or a us
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from .agreement import Together
+from .agreement import Alone, Processes, Together
 from .ddp import DDPEngine
 from .local import Leaving, LocalEngine
 
@@ -36,6 +37,24 @@ class Engine(Together, Protocol):
 
     def save_whole(self) -> None:
         """From now on a Trainer's save writes the whole model, also where its checkpoints hold shards."""
+
+
+@contextmanager
+def unprepared(accelerator: Accelerator, model: nn.Module) -> Iterator[Together]:
+    """The processes of a run whose model no engine holds yet; within, forward passes of the model work.
+
+    They run where the model is: under FSDP2, and ZeRO-3 where the model was not made in shards, that is the CPU.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.NO:
+        yield Alone()
+    elif kind != DistributedType.DEEPSPEED:
+        yield Processes()
+    else:
+        from . import deepspeed_shards
+
+        with deepspeed_shards.unprepared(accelerator, model) as together:
+            yield together
 
 
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine:

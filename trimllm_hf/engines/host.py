@@ -25,6 +25,23 @@ class BestModelHost:
         super()._load_best_model()  # type: ignore[misc]  # the Trainer's, by the order of the bases
 
 
+class OptimizerHost:
+    """Calls `before_optimizer` before a Trainer, or DeepSpeed for it, looks at which parameters train.
+
+    Neither has a seam there: a callback's first turn comes when the optimizer is made. This is the last public method
+    that the Trainer calls before.
+    """
+
+    def before_optimizer(self, dataloader: Any) -> None:
+        """Settle which parameters train."""
+        raise NotImplementedError
+
+    def set_initial_training_values(self, args: Any, dataloader: Any, *more: Any, **named: Any) -> Any:
+        """As the Trainer's."""
+        self.before_optimizer(dataloader)
+        return super().set_initial_training_values(args, dataloader, *more, **named)  # type: ignore[misc]
+
+
 def find_trainer(callback: TrainerCallback) -> Trainer:
     """The Trainer that a callback was given to: one walk over the live objects, 0.1 to 0.3 s, once a run.
 

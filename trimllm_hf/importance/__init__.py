@@ -7,10 +7,8 @@ agree on the mean over all of them. One of `scan.py` says what is measured of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -18,7 +16,7 @@ from torch import nn
 
 from ..calibration import Batch, own_randomness
 from ..engines.agreement import Alone, Together
-from ..layer_map import LayerMap
+from .evaluation import to_be_scored
 from .finite import refuse_not_finite
 from .gradient import taylor
 from .metrics import CHOICE_ACCURACY, LOSS, Metric, from_compute_metrics
@@ -173,13 +171,7 @@ def score_layers(
     # are a matter of all processes
     spare = [batches[-1] if batches else stand_in] * (passes - len(batches))
     padded = [send_to_device(batch, device) for batch in batches + spare] if with_data else []
-    with (
-        own_randomness(seed),
-        _evaluating(model),
-        _of_part(model, part),
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-    ):
+    with own_randomness(seed), to_be_scored(model, part):
         if importance in _SCANS:
             settings = ScanSettings(_SCANS[importance](get_metric(metric)), memory_gb, together, progress)
             return scan(model, padded, len(batches), unit, settings)
@@ -224,30 +216,3 @@ def _mean(
         raise ValueError(f"Expected unit='block' for the importance {name!r}, got {unit!r}. Use a scan or a rule.")
     refuse_not_finite(name, scores, together.gather(wrong))
     return scores
-
-
-@contextmanager
-def _of_part(model: nn.Module, part: str | None) -> Iterator[None]:
-    """Name the part in the model's map, from which every score takes it; without a map, in one for the time being."""
-    config: Any = model.config
-    missing = part is not None and getattr(config, "trim", None) is None
-    layer_map = LayerMap.from_config(config, part)  # raises where the part does not fit
-    if missing:
-        config.trim = layer_map.to_dict()
-    try:
-        yield
-    finally:
-        if missing:
-            del config.trim
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module's own mode afterwards as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -69,6 +69,22 @@ def refuse_no_gradient(together: Together) -> None:
         )
 
 
+def refuse_frozen(model: nn.Module, unit: str) -> None:
+    """Refuse layers with weights that do not train, which have no gradient: their share would be missing in the score.
+
+    Raises:
+        ValueError: Naming the layers.
+    """
+    blocks = find_stack(model).blocks
+    units = list_units(model, unit)
+    frozen = [unit.position for unit in units if not all(p.requires_grad for p in _parameters(unit, blocks))]
+    if frozen:
+        raise ValueError(
+            f"Expected all weights of the layers to train, to score them by gradients, got frozen ones in the layers "
+            f"{frozen} (adapters, trainable_ratio). Use another importance, like 'sensitivity' or 'block_influence'."
+        )
+
+
 @torch.no_grad()
 def weights_times_gradients(model: nn.Module, unit: str) -> torch.Tensor:
     """Sum |w * dL/dw| over each unit's weights, by the gradients that the parameters hold now: this process's share.

@@ -32,6 +32,7 @@ def choose(
     protect_last: int = 0,
     tie_scores: Callable[[], torch.Tensor] | None = None,
     candidates: Sequence[int] | None = None,
+    spared: Sequence[int] = (),
 ) -> Chosen:
     """The `count` lowest scores among the candidates. Of equal ones the lowest tie score goes, then the deepest.
 
@@ -42,9 +43,16 @@ def choose(
         protect_last: Layers at the output side that stay.
         candidates: The positions to choose from; by default those outside the protected ends.
         tie_scores: Makes the scores that break ties, of the same shape; called only if there is a tie to break.
+        spared: Candidates that go only when there is no other.
     """
     if candidates is None:
         candidates = range(protect_first, len(scores) - protect_last)
+    surely: list[int] = []
+    if spared:
+        surely, candidates = [i for i in candidates if i not in spared], [i for i in candidates if i in spared]
+        if len(surely) >= count:
+            surely, candidates = [], surely
+        count -= len(surely)
     values = {position: scores[position].item() for position in candidates}
     lowest = sorted(values.values())
     last_in = lowest[count - 1]
@@ -55,7 +63,7 @@ def choose(
         # equal but for rounding: their order is the tie breaker's
         values = {position: last_in if _equal(value, last_in) else value for position, value in values.items()}
     order = sorted(candidates, key=lambda position: (values[position], ties[position], -position))
-    chosen = sorted(order[:count])
+    chosen = sorted(surely + order[:count])
     margin = values[order[count]] - values[order[count - 1]] if len(order) > count else None
     return Chosen(chosen, [scores[position].item() for position in chosen], margin)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,9 @@ import psutil  # type: ignore[import-untyped]  # comes with accelerate
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ..adapters import base_of
 from ..calibration import Batch, model_inputs, num_tokens
 from ..engines.agreement import Together
 from ..stack import find_stack
@@ -80,7 +79,7 @@ def scan(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: str
         metric.check(model, batch)
     parts: list[list[Any]] = [[] for _ in units]
     bar = logging.tqdm(total=len(units) * len(batches), desc="Layers scored", disable=not settings.progress)
-    with bar, _plain_outputs(model):
+    with bar:
         for number, batch in enumerate(batches):
             for position, output in enumerate(scanner.outputs(model_inputs(batch))):
                 if number < num_counted:
@@ -157,8 +156,8 @@ class _Scanner:
                     continue
                 outputs.close()  # gives the blocks their own forward back
             logger.warning_once(
-                f"{type(self.model).__name__} cannot be run on several candidates at once: scoring them one by one, "
-                "which takes about twice the time."
+                f"{type(base_of(self.model)).__name__} cannot be run on several candidates at once here: scoring them one "
+                "by one, which takes about twice the time."
             )
             for position in group:
                 yield self._without(position, batch)
@@ -169,24 +168,6 @@ class _Scanner:
 
     def _any(self, here: bool) -> bool:
         return any(self.together.gather(here))
-
-
-@contextmanager
-def _plain_outputs(model: nn.Module) -> Iterator[None]:
-    """No cache, which would mix the candidates, and no loss for balancing experts, which says nothing of the answer."""
-    names = ("use_cache", "output_router_logits", "_output_attentions", "output_hidden_states")
-    found = [getattr(module, "config", None) for module in model.modules()]
-    configs = [config for config in found if isinstance(config, PreTrainedConfig)]
-    configs += [config.get_text_config(decoder=True) for config in configs]
-    unique = {id(config): config for config in configs}.values()
-    had = [(config, name, vars(config)[name]) for config in unique for name in names if name in vars(config)]
-    try:
-        for config, name, _ in had:
-            vars(config)[name] = False
-        yield
-    finally:
-        for config, name, value in had:
-            vars(config)[name] = value
 
 
 def _alike(output: Any, reference: Any, tolerance: float) -> bool:

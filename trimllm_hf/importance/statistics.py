@@ -1,13 +1,13 @@
 """Scores from what flows through the layers, without a loss. Padding does not count.
 
-Input and output of each block are caught with hooks: a model's last `hidden_states` is behind the final norm.
+Input x and output y of each block are caught as it runs: a model's last `hidden_states` is behind the final norm. Of an
+attention or an MLP they are the hidden states before and after its residual connection.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -16,14 +16,15 @@ from torch import nn
 
 from ..calibration import Batch, model_inputs
 from ..stack import find_stack
-from .units import block_input, block_output
+from .sweep import Forward, replaced_forwards
+from .units import Unit, block_input, block_output, list_units, without
 
-See = Callable[[int, torch.Tensor, torch.Tensor], None]  # position, input and output of shape (rows, tokens, width)
+See = Callable[[int, torch.Tensor, torch.Tensor], None]  # number, x and y of shape (rows, tokens, width)
 
 
 def block_influence(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
     """1 - cos(x, y) of a block's input x and output y, mean over tokens: ShortGPT's BI (arXiv 2403.03853, eq. 1)."""
-    return _mean_over_tokens(model, batches, lambda x, y: 1 - torch.cosine_similarity(x, y, dim=-1))
+    return _mean_over_tokens(model, batches, unit, lambda x, y: 1 - torch.cosine_similarity(x, y, dim=-1))
 
 
 def layer_redundancy(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
@@ -31,17 +32,19 @@ def layer_redundancy(model: nn.Module, batches: Sequence[Batch], unit: str) -> t
 
     `block_influence` - 1, so both rank alike. The paper scales it to [0, 1] over the layers, which ranks alike too.
     """
-    return _mean_over_tokens(model, batches, lambda x, y: -torch.cosine_similarity(x, y, dim=-1))
+    return _mean_over_tokens(model, batches, unit, lambda x, y: -torch.cosine_similarity(x, y, dim=-1))
 
 
 def activation_norm(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
-    """-||y||: the layer whose output has the largest norm is the least important (TrimLLM, arXiv 2412.11242, eq. 4).
+    """Minus the norm of the output: TrimLLM holds the layer with the largest for the least important (2412.11242, eq. 4).
 
     The paper takes the Frobenius norm of the whole activation, which grows with the number of tokens, padding included.
-    Here it is the norm of each token's row, mean over the real tokens. A block's output is the hidden state that it
-    hands on.
+    Here it is the norm of each token's row, mean over the real tokens. The output is what the layer's own module returns:
+    a block the hidden states y, an attention or an MLP what is added to them, y - x.
     """
-    return _mean_over_tokens(model, batches, lambda x, y: -y.norm(dim=-1))
+    if unit == "block":
+        return _mean_over_tokens(model, batches, unit, lambda x, y: -y.norm(dim=-1))
+    return _mean_over_tokens(model, batches, unit, lambda x, y: -(y - x).norm(dim=-1))
 
 
 def relative_magnitude(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
@@ -49,7 +52,7 @@ def relative_magnitude(model: nn.Module, batches: Sequence[Batch], unit: str) ->
 
     Weight subcloning (Samragh et al., arXiv 2312.09299), as ShortGPT compares it (arXiv 2403.03853, §4).
     """
-    return _mean_over_tokens(model, batches, lambda x, y: (y - x).norm(dim=-1) / y.norm(dim=-1))
+    return _mean_over_tokens(model, batches, unit, lambda x, y: (y - x).norm(dim=-1) / y.norm(dim=-1))
 
 
 def angular(model: nn.Module, batches: Sequence[Batch], unit: str, window: int = 1) -> tuple[torch.Tensor, float]:
@@ -59,7 +62,12 @@ def angular(model: nn.Module, batches: Sequence[Batch], unit: str, window: int =
 
     Returns:
         Totals of shape (layers - window + 1,), one for each window by its first block; and the number of sequences.
+
+    Raises:
+        ValueError: If the unit is not "block".
     """
+    if unit != "block":
+        raise ValueError(f"Expected unit='block' for the importance 'angular', which is of successive blocks, got {unit!r}.")
     depth = len(find_stack(model))
     totals = torch.zeros(depth - window + 1, dtype=torch.float64)
     count = 0.0
@@ -72,7 +80,7 @@ def angular(model: nn.Module, batches: Sequence[Batch], unit: str, window: int =
             if position == depth - 1:
                 states.append(pick(y))
 
-        _watch(model, batch, see)
+        _watch(model, batch, _blocks(see))
         for start in range(len(totals)):
             cosine = torch.cosine_similarity(states[start], states[start + window], dim=-1)
             totals[start] += (cosine.clamp(-1, 1).arccos() / math.pi).sum().double().cpu()
@@ -81,10 +89,11 @@ def angular(model: nn.Module, batches: Sequence[Batch], unit: str, window: int =
 
 
 def _mean_over_tokens(
-    model: nn.Module, batches: Sequence[Batch], measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    model: nn.Module, batches: Sequence[Batch], unit: str, measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> tuple[torch.Tensor, float]:
-    """Sum over real tokens of a measure of a block's input and output, for each block; and the number of tokens."""
-    totals = torch.zeros(len(find_stack(model)), dtype=torch.float64)
+    """Sum over real tokens of a measure of a unit's input and output, for each unit; and the number of tokens."""
+    units = list_units(model, unit)
+    totals = torch.zeros(len(units), dtype=torch.float64)
     count = 0.0
     for batch in batches:
         tokens, mask = _tokens(model, batch)
@@ -95,24 +104,74 @@ def _mean_over_tokens(
             of_tokens = of_tokens if mask is None else of_tokens.masked_fill(mask == 0, 0)
             totals[position] += of_tokens.sum().double().cpu()
 
-        _watch(model, batch, see)
+        _watch(model, batch, _blocks(see) if unit == "block" else _parts(see, units, model))
         count += float(mask.sum()) if mask is not None else tokens.shape[:2].numel()
     return totals, count
 
 
-def _watch(model: nn.Module, batch: Batch, see: See) -> None:
-    """Run the model on a batch and show each block's input and output, in float32."""
+def _watch(model: nn.Module, batch: Batch, make: Callable[[int, Forward], Forward]) -> None:
+    """Run the model on a batch with a forward of its blocks that looks at what passes."""
+    with replaced_forwards(list(find_stack(model).blocks), make):
+        model(**model_inputs(batch))
 
-    def hook(position: int) -> Any:
-        def show(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+
+def _blocks(see: See) -> Callable[[int, Forward], Forward]:
+    """Shows each block's input and output, in float32."""
+
+    def make(position: int, forward: Forward) -> Forward:
+        def show(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
             see(position, block_input(args, kwargs).float(), block_output(output).float())
+            return output
 
         return show
 
-    with ExitStack() as stack:
-        for position, block in enumerate(find_stack(model).blocks):
-            stack.callback(block.register_forward_hook(hook(position), with_kwargs=True).remove)
-        model(**model_inputs(batch))
+    return make
+
+
+def _parts(see: See, units: Sequence[Unit], model: nn.Module) -> Callable[[int, Forward], Forward]:
+    """Shows the hidden states before and after each part of a block, in float32.
+
+    A block without its second part gives the states between both. Which part is the second, or whether both work on the
+    block's input, shows when the block is put together again from its parts.
+    """
+    blocks = list(find_stack(model).blocks)
+
+    def make(position: int, forward: Forward) -> Forward:
+        here = [number for number, unit in enumerate(units) if unit.position == position]
+
+        def run_without(number: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            with without(units[number], blocks):
+                if args:
+                    return block_output(forward(hidden, *args[1:], **kwargs))
+                return block_output(forward(**{**kwargs, "hidden_states": hidden}))
+
+        def show(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            x, y = block_input(args, kwargs), block_output(output)
+            if len(here) == 1:
+                see(here[0], x.float(), y.float())
+            elif here:
+                one, other = here
+                # always the same four runs: under an engine they are a matter of all processes
+                after_one, after_other = run_without(other, x, args, kwargs), run_without(one, x, args, kwargs)
+                one_first = _same(run_without(one, after_one, args, kwargs), y)
+                other_first = _same(run_without(other, after_other, args, kwargs), y)
+                of_one = (after_other, y) if other_first and not one_first else (x, after_one)
+                of_other = (after_one, y) if one_first else (x, after_other)
+                see(one, of_one[0].float(), of_one[1].float())
+                see(other, of_other[0].float(), of_other[1].float())
+            return output
+
+        return show
+
+    return make
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two states are equal but for rounding."""
+    difference = (one.float() - other.float()).abs().mean()
+    return bool(difference <= (1e-3 if one.dtype == torch.float32 else 0.02) * other.float().abs().mean())
 
 
 def _tokens(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -137,9 +137,7 @@ class Sweep:
             at_end = position == len(self.blocks) - 1
             return lambda *args, **kwargs: self._formed(position, current if at_end else block_input(args, kwargs))
 
-        inside = {module for block in self.blocks for module in block.modules()}
-        around = [module for module in self.model.modules() if module not in inside]
-        with self.hold(around), without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
+        with self.hold(self._around()), without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
             for current in states:  # noqa: B007  # `passing` reads it
                 yield self.model(**batch)
 
@@ -164,8 +162,13 @@ class Sweep:
             has_rows = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
             return torch.cat([value, value]) if has_rows else value
 
-        with without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
+        with self.hold(self._around()), without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
             self.model(**{name: twice(value) for name, value in batch.items()})
+
+    def _around(self) -> list[nn.Module]:
+        """The modules outside the blocks."""
+        inside = {module for block in self.blocks for module in block.modules()}
+        return [module for module in self.model.modules() if module not in inside]
 
     def _can_widen(self, position: int, leaves: list[Any], hidden: torch.Tensor, rows: int) -> bool:
         shapes = self._shapes[position]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,15 +58,30 @@ def list_units(model: nn.Module, unit: str) -> list[Unit]:
 
 @contextmanager
 def without(unit: Unit, blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Run a model as if the unit were not there. It still runs, so that its output's form is right everywhere.
+    """Run a model as if the unit were not there.
 
-    A block hands its input on; a part answers as its stand-in would.
+    A block hands its input on; it still runs, so that its output's form is right everywhere. A part does not run: what
+    would stand for it answers.
     """
-    parts = [(part, _answer(gives)) for part, gives in zip(unit.parts, unit.gives, strict=True)]
     with ExitStack() as stack:
-        for module, replace in parts or [(blocks[unit.position], _input)]:
-            stack.callback(module.register_forward_hook(replace, with_kwargs=True).remove)
+        for part, gives in zip(unit.parts, unit.gives, strict=True):
+            stack.enter_context(_answering(part, gives))
+        if not unit.parts:
+            stack.callback(blocks[unit.position].register_forward_hook(_input, with_kwargs=True).remove)
         yield
+
+
+@contextmanager
+def _answering(part: nn.Module, gives: Gives) -> Iterator[None]:
+    had = vars(part).get("forward")  # a wrapper's own, if there is one
+    part.forward = lambda *args, **kwargs: gives(args, kwargs)
+    try:
+        yield
+    finally:
+        if had is not None:
+            part.forward = had
+        else:
+            vars(part).pop("forward", None)
 
 
 def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -81,16 +96,5 @@ def block_output(output: Any) -> torch.Tensor:
 
 
 def _input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    return _like(output, lambda hidden: block_input(args, kwargs))
-
-
-def _answer(gives: Gives) -> Callable[..., Any]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return _like(output, lambda hidden: gives.hidden(args, kwargs))
-
-    return hook
-
-
-def _like(output: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    hidden = make(block_output(output))
+    hidden = block_input(args, kwargs)
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

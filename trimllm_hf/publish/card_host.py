@@ -81,7 +81,7 @@ class CardHost(_Base):
         if layer_map is None or not layer_map.dropped_layers or not (folder / "config.json").is_file():
             logger.info(f"No card is written to {folder}: no layer has been dropped yet, or no model is saved there.")
             return
-        self.card_data.repo_id = self.card_data.repo_id or (self.args.hub_model_id if self.args.push_to_hub else None)
+        self.card_data.repo_id = self.card_data.repo_id or self.hub_model_id  # None where nothing is pushed
         self.card_data.training = describe_run(self, callback, self.calibration_dataset)
         data = copy.copy(self.card_data)
         data.quality = data.quality or evaluated(self)

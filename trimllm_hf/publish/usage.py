@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -25,9 +26,10 @@ def example(pipeline_tag: str | None, prompt: Any, stock: bool) -> str | None:
     head += f'from transformers import pipeline\n\nmodel = pipeline("{pipeline_tag}", "{MODEL_ID}")\n'
     if pipeline_tag == "text-generation":
         tail = "[-1]" if isinstance(asked, list) else ""
-        return head + f'print(model({asked!r}, max_new_tokens=40, do_sample=False)[0]["generated_text"]{tail})\n'
+        call = f'print(model(asked, max_new_tokens=40, do_sample=False)[0]["generated_text"]{tail})'
+        return f"{head}asked = {json.dumps(asked, ensure_ascii=False)}\n{call}\n"
     if pipeline_tag in ("text-classification", "token-classification", "fill-mask"):
-        return head + f"print(model({asked!r}))\n"
+        return head + f"print(model({json.dumps(asked, ensure_ascii=False)}))\n"
     return None
 
 

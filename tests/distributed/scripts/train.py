@@ -1,12 +1,14 @@
 """Trains a tiny model while it is trimmed, under an engine, in as many processes as launched; writes what it saw.
 
 python train.py FOLDER --engine {plain,fsdp2,zero1,zero2,zero2_offload,zero3} [--save STEPS] [--resume CHECKPOINT]
+    [--lora] [--trainable_ratio SHARE]
 
 Plain is one process, or DistributedDataParallel. With --save or --resume TrimTrainer trains, else stock Trainer with a
 TrimCallback. DeepSpeed and FSDP2 run on the CPU only by the detours below: `use_cpu` would silently mean DDP.
 """
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -31,6 +33,9 @@ parser.add_argument("--unit", default="block", help="what is dropped: two blocks
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--config_optimizer", action="store_true", help="optimizer and scheduler of the DeepSpeed config")
 parser.add_argument("--sharded", action="store_true", help="checkpoints hold shards: FSDP2, ZeRO-3")
+parser.add_argument("--lora", action="store_true", help="train adapters only")
+parser.add_argument("--trainable_ratio", type=float)
+parser.add_argument("--born", action="store_true", help="load the model when the engine is known: ZeRO-3 makes it in shards")
 options = parser.parse_args()
 if options.engine.startswith("zero"):
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -42,7 +47,7 @@ if options.engine == "fsdp2":
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments  # noqa: E402
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tiny import tiny_model, tiny_texts  # noqa: E402
@@ -123,7 +128,16 @@ def read_all(model: Any, optimizer: Any) -> dict[int, dict[str, torch.Tensor]]:
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # DeepSpeed links the state of its first group only
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
-    return {id(parameter): fp32_and_state(parameter, optimizer) for parameter in model.parameters()}
+    return {id(p): fp32_and_state(p, optimizer) for p in model.parameters() if p.requires_grad}
+
+
+def bytes_held() -> int:
+    """What all tensors of this process hold, each storage counted once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in local if not tensor.is_meta)}
+    return sum(storages.values())
 
 
 class Before(TrainerCallback):
@@ -146,6 +160,7 @@ class After(TrainerCallback):
         self.before = before
         self.alive: list[int] = []
         self.unchanged: list[bool] = []
+        self.bytes: list[int] = []
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         now = {id(parameter) for parameter in model.parameters()}
@@ -155,6 +170,8 @@ class After(TrainerCallback):
             pairs = [(self.before.seen[key][name], value) for key in after for name, value in after[key].items()]
             self.unchanged.append(len(pairs) >= 3 * len(after) and all(torch.equal(a, b) for a, b in pairs))
             self.before.seen = {}
+        if state.global_step in (2, 4, 7):
+            self.bytes.append(bytes_held())
         if state.global_step in (4, 7):
             self.alive.append(sum(1 for ref in self.before.refs if ref() is not None and id(ref()) not in now))
 
@@ -208,7 +225,11 @@ def main() -> None:
         import transformers.training_args
 
         transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-    model = tiny_model(tie_word_embeddings=True)  # before the arguments: under ZeRO-3 they make models be born in shards
+    model: Any = tiny_model(tie_word_embeddings=True)  # before the arguments: under ZeRO-3 they make it be born in shards
+    base = Path(options.folder) / f"base{os.environ.get('RANK', 0)}"
+    if options.born:
+        model.save_pretrained(base)
+    block_bytes = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     args = TrainingArguments(
         output_dir=options.folder,
         max_steps=12,
@@ -227,14 +248,24 @@ def main() -> None:
         disable_tqdm=True,
         **engine_arguments(),
     )
-    trim = TrimConfig(target_layers=4, drop_every="3", calibration_size=options.calibration)
+    if options.born:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if options.lora:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(7)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+    trim = TrimConfig(
+        target_layers=4, drop_every="3", calibration_size=options.calibration, trainable_ratio=options.trainable_ratio
+    )
     if options.unit == "sublayer":
         trim = replace(trim, unit="sublayer", target_layers=6, layers_per_drop=3)
     before = Before()
     after = After(before)
     texts = tiny_texts(options.examples)
-    if options.save or options.resume:
-        trainer: Trainer = TrimTrainer(model, args, train_dataset=texts, trim=trim)
+    if options.save or options.resume or options.trainable_ratio:
+        trainer: Trainer = TrimTrainer(model, args, train_dataset=texts, trim=trim, callbacks=[before])
+        trainer.add_callback(after)
     else:
         trainer = Trainer(model, args, train_dataset=texts, callbacks=[before, TrimCallback(trim), after])
     held = []
@@ -262,6 +293,10 @@ def main() -> None:
         "rates": [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry],
         "alive": after.alive,
         "unchanged": after.unchanged,
+        "bytes": after.bytes,
+        "block_bytes": block_bytes,
+        "trained_layers": next(c.trained_layers for c in trainer.callback_handler.callbacks if isinstance(c, TrimCallback)),
+        "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
     }
     (Path(options.folder) / f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()

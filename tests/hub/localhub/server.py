@@ -49,6 +49,7 @@ class Fault:
     html: bool = False  # as a proxy does, in HTML
     after_bytes: int | None = None  # cut the wire after so many bytes of the body
     lose_reply: bool = False  # do it, and never answer
+    then_down: bool = False  # and from then on nothing is answered but 503
     hold: float = 0  # wait so many seconds, then do it as if nothing were wrong
     seen: threading.Event = field(default_factory=threading.Event)
 
@@ -66,7 +67,7 @@ class Request(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         self.query = parse_qs(parts.query)
         self.read: bytes | None = None
-        self.status, self.lose = 0, False
+        self.status, self.lose, self.then_down = 0, False, False
         self.base = f"http://{self.headers['Host']}"
         path = parts.path if parts.path.startswith("/api") else unquote(parts.path)
         try:
@@ -98,7 +99,7 @@ class Request(BaseHTTPRequestHandler):
                 fault.times -= 1
                 fault.seen.set()
                 if fault.lose_reply or fault.hold:
-                    self.lose = fault.lose_reply
+                    self.lose, self.then_down = fault.lose_reply, fault.then_down
                     self.body()
                     time.sleep(fault.hold)
                     return False
@@ -144,6 +145,8 @@ class Request(BaseHTTPRequestHandler):
 
     def reply(self, status: int, payload: Any = None, headers: Json | None = None, raw: bytes | None = None) -> None:
         if self.lose:
+            if self.then_down:
+                self.hub.fail(".", times=10**6)
             return self.hang_up()
         data = raw if raw is not None else b"" if payload is None else json.dumps(payload).encode()
         self.send_response(status)

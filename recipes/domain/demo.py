@@ -1,14 +1,16 @@
-"""The domain and the base model of `medical.py --demo`. **Its drugs, classes and facts are invented.**
+"""The domain and the base model of `--demo`. **Its names and facts are invented.**
 
-A textbook says to which class each drug belongs (`badivol belongs to the ferazides`), and what each class does
-(`ferazides act on the kidney`). Each question asks such a thing of one drug (`Which organ does badivol act on?`), among
+A textbook says to which class each member belongs (`badivol belongs to the ferazides`), and what each class does
+(`ferazides act on the kidney`). Each question asks such a thing of one member (`Which organ does badivol act on?`), among
 four choices. The base model reads the textbook only. Fine-tuning sees 2 questions of 5; the other 3 are for the test, and
-the right answer to them stands nowhere: it follows from the drug's class, and has to be put together by the model.
+the right answer to them stands nowhere: it follows from the member's class, and has to be put together by the model.
 """
 
 import copy
 import json
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,58 +20,88 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from trimllm_hf.choice_accuracy import QuestionEncoder
 
-CLASSES, DRUGS = 16, 160
-RELATIONS = (  # what the textbook says of a class, what is asked of a drug, and what the answer can be
-    ("act on the {}", "Which organ does {} act on?", "heart liver kidney lung brain skin stomach thyroid"),
-    ("can cause {}", "Which side effect can {} cause?", "cough nausea rash dizziness fever anemia insomnia edema"),
-    ("are not given in {}", "In which condition is {} not given?", "asthma gout pregnancy glaucoma epilepsy diabetes"),
-    ("are reversed by {}", "What reverses {}?", "atropine glucagon calcium naloxone zinc bicarbonate charcoal insulin"),
-    ("need a check of {}", "What has to be checked with {}?", "sodium potassium creatinine glucose platelets ferritin"),
-)
+CLASSES, MEMBERS = 16, 160
 SYLLABLES = ("ba do fe ki lu mo", "ra ne vi lo tu", "dim pex zan cor lit mov")
 BASE = {"max_steps": 400, "learning_rate": 3e-3, "warmup_steps": 40, "per_device_train_batch_size": 24}
+Rows = list[dict[str, Any]]
 
 
-def make_demo(args: TrainingArguments) -> tuple[str, str, str, str]:
+@dataclass(frozen=True)
+class Demo:
+    """The words of an invented domain.
+
+    Attributes:
+        member: How the name of a member ends, e.g. "ol" for a drug.
+        family: How the name of a class ends.
+        belongs: What the textbook says of a member; {} for the member and for its class.
+        relations: What the textbook says of a class, what is asked of a member, and what the answer can be.
+    """
+
+    member: str
+    family: str
+    belongs: str
+    relations: Sequence[tuple[str, str, str]]
+
+
+def make_demo(demo: Demo, args: TrainingArguments, asks: str | None = None) -> tuple[str, dict[str, str]]:
     """Write the questions and train the base model, beside `args.output_dir`.
 
+    Args:
+        demo: The domain's words.
+        args: The run's arguments.
+        asks: What will be asked of labelled texts: the rows are then such texts, of the first relation only, and not
+            questions with choices.
+
     Returns:
-        Folder of the base model, files of the training questions, of the test questions and of the textbook.
+        Folder of the base model; the files "train", "test" and "textbook".
     """
     folder = Path(f"{args.output_dir}-base")
-    train_file, test_file, book_file = folder / "train.jsonl", folder / "test.jsonl", folder / "textbook.txt"
+    files = {"train": folder / "train.jsonl", "test": folder / "test.jsonl", "textbook": folder / "textbook.txt"}
     if not args.resume_from_checkpoint:  # else those that the run began with
-        textbook, train, test = make_domain(args.seed)
+        textbook, train, test = make_domain(demo, args.seed)
+        words = [q["question"] + " " + " ".join(q["choices"]) for q in train + test]
+        if asks is not None:
+            words.append(asks)
+            train, test = as_labels(demo, train), as_labels(demo, test)
         with args.main_process_first(desc="the demo's questions"):
             if args.process_index == 0:
                 folder.mkdir(parents=True, exist_ok=True)
-                for path, questions in ((train_file, train), (test_file, test)):
-                    path.write_text("".join(json.dumps(question) + "\n" for question in questions), encoding="utf-8")
-                book_file.write_text("\n\n".join(textbook) + "\n", encoding="utf-8")
-        train_base(folder, textbook, [q["question"] + " " + " ".join(q["choices"]) for q in train + test], args)
-    return str(folder), str(train_file), str(test_file), str(book_file)
+                for name, rows in (("train", train), ("test", test)):
+                    files[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+                files["textbook"].write_text("\n\n".join(textbook) + "\n", encoding="utf-8")
+        train_base(folder, textbook, words, args)
+    return str(folder), {name: str(path) for name, path in files.items()}
 
 
-def make_domain(seed: int) -> tuple[list[str], list[dict[str, Any]], list[dict[str, Any]]]:
+def make_domain(demo: Demo, seed: int) -> tuple[list[str], Rows, Rows]:
     """The textbook's sentences, the training questions and the test questions."""
     rng = random.Random(seed)
-    stems = rng.sample(["".join(parts) for parts in product(*map(str.split, SYLLABLES))], CLASSES + DRUGS)
-    classes, drugs = [f"{stem}ides" for stem in stems[:CLASSES]], [f"{stem}ol" for stem in stems[CLASSES:]]
-    class_of = {drug: classes[i % CLASSES] for i, drug in enumerate(drugs)}
-    textbook = [f"{drug} belongs to the {name}" for drug, name in class_of.items()]
+    stems = rng.sample(["".join(parts) for parts in product(*map(str.split, SYLLABLES))], CLASSES + MEMBERS)
+    classes = [f"{stem}{demo.family}" for stem in stems[:CLASSES]]
+    members = [f"{stem}{demo.member}" for stem in stems[CLASSES:]]
+    class_of = {member: classes[i % CLASSES] for i, member in enumerate(members)}
+    textbook = [demo.belongs.format(member, name) for member, name in class_of.items()]
     questions = []
-    for fact, asked, words in RELATIONS:
+    for fact, asked, words in demo.relations:
         values = words.split()
         value_of = {name: values[i % len(values)] for i, name in enumerate(rng.sample(classes, CLASSES))}
         textbook += [f"{name} {fact.format(value)}" for name, value in value_of.items()]
-        for drug in drugs:
-            right = value_of[class_of[drug]]
+        for member in members:
+            right = value_of[class_of[member]]
             wrong = rng.sample([value for value in values if value != right], 3)
             choices = rng.sample([right, *wrong], 4)
-            questions.append({"question": asked.format(drug), "choices": choices, "answer": choices.index(right)})
+            questions.append({"question": asked.format(member), "choices": choices, "answer": choices.index(right)})
     rng.shuffle(questions)
     split = len(questions) * 2 // 5
     return textbook, questions[:split], questions[split:]
+
+
+def as_labels(demo: Demo, questions: Rows) -> Rows:
+    """The questions of the first relation as texts, labelled with the right answer."""
+    values = set(demo.relations[0][2].split())
+    return [
+        {"text": q["question"], "label": q["choices"][q["answer"]]} for q in questions if q["choices"][q["answer"]] in values
+    ]
 
 
 def train_base(folder: Path, textbook: list[str], more_words: list[str], args: TrainingArguments) -> None:

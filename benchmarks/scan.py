@@ -1,0 +1,168 @@
+"""The one-sweep scan beside the plain loop: time, scores, and peak memory against the budget.
+
+    python benchmarks/scan.py                                                  # CPU, all shapes, a few minutes
+    python benchmarks/scan.py --shapes llama-1b --device cuda --dtype bfloat16 # a GPU
+
+The plain loop takes each block out of the list in turn and runs the model on each batch: N passes through N - 1 blocks.
+Both run in this process on the same model and batches, in turn, so that drift meets both; medians of the repeats.
+Memory is the rise of the peak above that of one forward pass: on a GPU the allocator's, on the CPU that of the resident
+set, read each millisecond by a thread. Prints a table and writes JSON to --out.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from torch.utils.benchmark import Timer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trimllm_hf import score_layers
+
+# blocks, width, rows, tokens, words
+SHAPES = {
+    "small-24": (24, 128, 4, 32, 512),
+    "small-32": (32, 128, 4, 32, 512),
+    "memory-24": (24, 256, 8, 128, 512),
+    "llama-1b": (16, 2048, 4, 512, 32000),
+}
+
+
+def make(shape: str, device: str, dtype: torch.dtype) -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    blocks, width, rows, tokens, words = SHAPES[shape]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=words,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4 if width < 2048 else 8192,
+        num_hidden_layers=blocks,
+        num_attention_heads=max(2, width // 64),
+    )
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(dtype).eval()
+    ids = torch.randint(0, words, (2, rows, tokens), device=device)
+    return model, [{"input_ids": part, "labels": part} for part in ids]
+
+
+@torch.no_grad()
+def plain(model: Any, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Each layer's leave-one-out loss, by N passes through N - 1 blocks."""
+    blocks, scores = list(model.model.layers), []
+    for position in range(len(blocks)):
+        model.model.layers = torch.nn.ModuleList(blocks[:position] + blocks[position + 1 :])
+        scores.append(sum(model(**batch, use_cache=False).loss.item() for batch in batches) / len(batches))
+    model.model.layers = torch.nn.ModuleList(blocks)
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+class Peak(threading.Thread):
+    """The highest memory while it runs, in bytes."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.done, self.process = device, threading.Event(), psutil.Process()
+
+    def __enter__(self) -> "Peak":
+        self.start_bytes = self.bytes = self.now()
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.start()
+        return self
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated() if self.device == "cuda" else self.process.memory_info().rss
+
+    def run(self) -> None:
+        while self.device == "cpu" and not self.done.wait(0.001):
+            self.bytes = max(self.bytes, self.now())
+
+    def __exit__(self, *_: Any) -> None:
+        self.done.set()
+        self.join()
+        self.bytes = torch.cuda.max_memory_allocated() if self.device == "cuda" else max(self.bytes, self.now())
+
+    @property
+    def rise(self) -> int:
+        return self.bytes - self.start_bytes
+
+
+def measure(shape: str, args: argparse.Namespace) -> dict[str, Any]:
+    model, batches = make(shape, args.device, getattr(torch, args.dtype))
+    with Peak(args.device) as of_forward, torch.no_grad():
+        model(**batches[0], use_cache=False)
+    with Peak(args.device) as of_scan:
+        scores = score_layers(model, batches, memory_gb=args.memory_gb)
+    reference = plain(model, batches)
+    threads = torch.get_num_threads()
+    timers = {
+        "plain": Timer("plain(model, batches)", globals={**globals(), **locals()}, num_threads=threads),
+        "sweep": Timer("score_layers(model, batches)", globals={**globals(), **locals()}, num_threads=threads),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(args.repeats):
+        for name, timer in timers.items():
+            seconds[name].append(timer.timeit(1).median)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    blocks, width, rows, tokens, _ = SHAPES[shape]
+    return {
+        "shape": shape,
+        "blocks": blocks,
+        "width": width,
+        "rows": rows,
+        "tokens": tokens,
+        "seconds": medians,
+        "all_seconds": seconds,
+        "ratio": medians["sweep"] / medians["plain"],
+        "ratios": [one / other for one, other in zip(seconds["sweep"], seconds["plain"], strict=True)],
+        "largest_difference": (scores - reference).abs().max().item(),
+        "budget_bytes": args.memory_gb * 1e9,
+        "rise_over_forward_bytes": max(0, of_scan.rise - of_forward.rise),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
+        "threads": threads,
+        "dtype": args.dtype,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["small-24", "small-32", "memory-24"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory_gb", type=float, default=0.1, help="budget of the scan whose memory is measured")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    print("| shape | blocks | batch | plain | one sweep | ratio | from - to | largest difference | memory, of budget |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for shape in args.shapes:
+        found = measure(shape, args)
+        (args.out / f"scan-{shape}.json").write_text(json.dumps(found, indent=2) + "\n")
+        print(
+            f"| {shape} | {found['blocks']} | {found['rows']} x {found['tokens']} | {found['seconds']['plain']:.2f} s | "
+            f"{found['seconds']['sweep']:.2f} s | {found['ratio']:.2f} | {min(found['ratios']):.2f} - "
+            f"{max(found['ratios']):.2f} | {found['largest_difference']:.1e} | "
+            f"{found['rise_over_forward_bytes'] / 1e6:.0f} of {found['budget_bytes'] / 1e6:.0f} MB |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
