@@ -107,7 +107,8 @@ def test_after_training_a_card_is_measured_and_its_example_run_without_this_pack
     text, report = (folder / CARD).read_text(), report_of(folder)
     latency = LatencyReport.from_dict(report["latency"])
     assert (latency.base_sizes.num_layers, latency.sizes.num_layers) == (6, 3)
-    assert f"{latency.speedup('decode').ratio:.2f} times as fast" in text
+    decode = latency.speedup("decode")
+    assert f"{decode.ratio:.2f} [{decode.low:.2f}, {decode.high:.2f}] times as fast, of at most 1.90" in text
     assert report["usage"]["stock"] and report["usage"]["output"].startswith("w5 w6")
     assert report["usage"]["output"] in text and 'pipeline("text-generation", "three-layers")' in text
     assert metadata_of(text)["tags"] == ["mine", "trimmed", "pruned", "layer-pruning"]
@@ -196,7 +197,7 @@ def test_what_a_hand_wrote_is_kept(saved: Path) -> None:
     path.write_text(text[:begin] + text[end:])  # a section taken out, with its marks
     text = write_card(saved, TrimCardData(domain="other words", quality=[TEST]), measured=False).read_text()
     assert "My own words." in text and "trimllm_hf: data" not in text
-    assert "fine-tuned for other words" in text and "0.750 (0.709 to 0.787)" in text
+    assert "fine-tuned for other words" in text and "0.750 [0.709, 0.787]" in text
     metadata = metadata_of(text)
     assert "by-hand" in metadata["tags"] and metadata["extra_gated_prompt"] == "be kind"
     assert metadata["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.75

@@ -30,6 +30,7 @@ FLOORS = {
     "depth_check": 2,
     "depth_config": 2,
     "guard": 2,
+    "own_config": 2,
     "sublayers": 2,
     "importance": 3,
     "latency": 3,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -143,3 +145,76 @@ def test_a_damaged_base_is_refused(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(ValueError, match=r"Expected model.safetensors or"):
         load_kept_layers(tmp_path, KEPT)
+
+
+def quantizable() -> PreTrainedModel:
+    """Six blocks wide enough for bitsandbytes' blocks of 64 values."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def bits(number: int) -> Any:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    return BitsAndBytesConfig(**{f"load_in_{number}bit": True})
+
+
+@pytest.mark.parametrize("number", [8, 4])
+def test_quantization_reaches_from_pretrained(tmp_path: Path, number: int) -> None:
+    arguments = {"quantization_config": bits(number), "dtype": torch.float32}
+    quantizable().save_pretrained(tmp_path / "base")
+    loaded = load_kept_layers(tmp_path / "base", KEPT, **arguments)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **arguments)
+    for position, layer in enumerate(KEPT):
+        mine = loaded.model.layers[position].mlp.up_proj.weight
+        of_base = whole.model.layers[layer].mlp.up_proj.weight
+        assert mine.dtype == of_base.dtype and mine.dtype != torch.float32
+        assert torch.equal(mine.data, of_base.data)
+    assert loaded.config.num_hidden_layers == len(KEPT)
+    loaded.save_pretrained(tmp_path / "quantized")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    assert torch.equal(logits(again), logits(loaded))
+
+
+def test_a_base_that_is_quantized_already(tmp_path: Path) -> None:
+    quantizable().save_pretrained(tmp_path / "base")
+    arguments = {"quantization_config": bits(4), "dtype": torch.float32}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base", **arguments).save_pretrained(tmp_path / "quantized")
+    expected = load_kept_layers(tmp_path / "base", KEPT, **arguments)
+    assert torch.equal(logits(load_kept_layers(tmp_path / "quantized", KEPT)), logits(expected))
+    write_kept_layers(tmp_path / "quantized", KEPT, tmp_path / "written")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "written")), logits(expected))
+
+
+def in_hub_cache(model: PreTrainedModel, cache: Path, shard: str) -> Path:
+    """A model as the Hub's client keeps it, under the name org/base; its folder."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = cache / "models--org--base" / "snapshots" / commit
+    model.save_pretrained(snapshot, max_shard_size=shard)
+    refs = cache / "models--org--base" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(commit)
+    return snapshot
+
+
+def test_of_a_hub_model_only_the_files_with_kept_layers_are_needed(tmp_path: Path) -> None:
+    model = base_model()
+    snapshot = in_hub_cache(model, tmp_path / "cache", "60KB")
+    held = json.loads((snapshot / "model.safetensors.index.json").read_text())["weight_map"]
+    of_first = {file for name, file in held.items() if not name.startswith(("model.layers.4.", "model.layers.5."))}
+    spare = sorted(set(held.values()) - of_first)
+    assert spare
+    for file in spare:
+        (snapshot / file).unlink()  # offline, nothing could fetch them
+    loaded = load_kept_layers("org/base", [0, 1, 2, 3], cache_dir=tmp_path / "cache")
+    layer_map = LayerMap.from_config(loaded.config)
+    drop_layers(model, [4, 5])
+    assert torch.equal(logits(loaded), logits(model))
+    assert (layer_map.base_model, layer_map.base_revision) == ("org/base", snapshot.name)
+    write_kept_layers("org/base", [0, 1, 2, 3], tmp_path / "written", cache_dir=tmp_path / "cache")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "written")), logits(model))
+    with pytest.raises(OSError, match="find them in the cached files"):
+        load_kept_layers("org/base", KEPT, cache_dir=tmp_path / "cache")

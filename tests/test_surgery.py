@@ -193,3 +193,32 @@ def assert_same(before: tuple, after: tuple) -> None:
     assert before[0] == after[0] and before[2] == after[2]
     assert before[1].keys() == after[1].keys()
     assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+
+
+def test_a_shared_config_is_not_shared_any_more() -> None:
+    model = tiny_model()
+    other = type(model)(model.config)
+    alone = tiny_model("gpt2")
+    config, config_of_alone = model.config, alone.config
+    wrapper = nn.Module()
+    wrapper.model, wrapper.config = model, model.config
+    drop_layers(model, [1, 2])
+    drop_layers(alone, [1, 2])
+    assert other.config is config and config.num_hidden_layers == 6 and not hasattr(config, "trim")
+    assert model.config.num_hidden_layers == 4 and wrapper.config is model.config
+    assert {id(module.config) for module in model.modules() if hasattr(module, "config")} == {id(model.config)}
+    assert other(tokens()).logits.shape == model(tokens()).logits.shape
+    assert alone.config is config_of_alone
+
+
+def test_a_shared_text_config_is_not_shared_any_more() -> None:
+    from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
+
+    text = tiny_model("gemma3_text").config
+    assert isinstance(text, Gemma3TextConfig)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text.to_dict(), vision_config=vision))
+    other = Gemma3ForCausalLM(model.config.text_config)
+    drop_layers(model, [1, 2])
+    assert other.config.num_hidden_layers == 6 and model.config.text_config.num_hidden_layers == 4
+    assert model.model.language_model.config is model.config.text_config

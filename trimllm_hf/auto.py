@@ -41,7 +41,7 @@ def trim_like(model: nn.Module, checkpoint: str | Path) -> LayerMap:
     positions = of_model.positions_to_drop(of_checkpoint)
     if positions:
         drop_layers(model, positions, of_model.common_unit(of_checkpoint), part=of_checkpoint.part)
-        config.trim = of_checkpoint.to_dict()
+        base_of(model).config.trim = of_checkpoint.to_dict()  # its config is a copy now, if it was shared
     return of_checkpoint
 
 

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .adapters import adapters_of, base_of, mark
 from .auto import regrow_like
 from .budget import Budget
-from .choice import LayerChoice, check_drops, drop_log
+from .choice import LayerChoice, drop_log, rehearse
 from .config import TrimConfig
 from .depth_check import refuse_other_depths, wrong_depth
 from .engines import Engine, attach
@@ -126,11 +126,11 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self.config.max_metric_drop is not None:
             self._rule = MetricRule(self.config, trainer, self._engine, self.plan, self.stop)
         if self.plan:
-            check_drops(model, self.config, self._num_layers() - target)
+            sizes = rehearse(model, self.config, self._num_layers() - target)  # raises where there is no way
             self._check_best_model(args)
             self._refuse_lost_calibration_set()
             data = kwargs["train_dataloader"], self.calibration_dataset
-            self._choice = LayerChoice(self.config, trainer, self._engine, *data, spared=self.trained_layers or ())
+            self._choice = LayerChoice(self.config, trainer, self._engine, *data, self.trained_layers or (), sizes)
         if self._rule is None or self._rule.allows(state.global_step):
             self._drop_what_is_due(state, control)
 
@@ -248,8 +248,9 @@ class TrimCallback(TrainerCallback, ExportableState):
         should_log = control.should_log
         due = self._due(state)
         while due > 0:
-            assert self._choice is not None
-            count = self._choice.at_once(due if self._budget is None else min(due, self.config.layers_per_drop))
+            assert self._choice is not None and self.layer_map is not None
+            allotted = due if self._budget is None else min(due, self.config.layers_per_drop)
+            count = self._choice.at_once(allotted, self.layer_map.num_layers)  # a whole pattern goes with its first layer
             self._drop(state, count)
             due = self._due(state) if self._rule is None else min(due - count, self._due(state))
         control.should_log = should_log  # logging a drop clears it, and this step's loss would go unlogged

@@ -29,20 +29,24 @@ _OF_LAYERS = re.compile(r".*(layer|moe|attn|attention|expert|mlp|sparse|window|r
 _INDICES = re.compile(r".*(layers|layer_id|layers_id|layer_idx|layer_index|attn_idx|layer_indice|layer_indexe).*")
 
 
-def readings(config: PreTrainedConfig, depth_name: str, kept: Sequence[int]) -> Iterator[dict[str, Any]]:
+def readings(
+    config: PreTrainedConfig, depth_name: str, kept: Sequence[int], part: str | None = None
+) -> Iterator[dict[str, Any]]:
     """Values to set in a config so that it describes only the layers `kept`; the likeliest reading first.
 
     Args:
         config: The config that holds the depth. It is not changed.
         depth_name: The name of its field for the depth.
         kept: Positions of the layers that stay, ascending.
+        part: Of an encoder-decoder, the stack; what names the other is left alone.
     """
+    other = {"decoder": "encoder", "encoder": "decoder", None: None}[part]
     depth = getattr(config, depth_name)
     # where the depth is the length of a list, the list says it all
     fixed: dict[str, Any] = {depth_name: len(kept)} if depth_name in vars(config) else {}
     choices: dict[str, list[Any]] = {}
     for name, value in vars(config).items():
-        if name.startswith("_") or name == depth_name:
+        if name.startswith("_") or name == depth_name or (other is not None and other in name):
             continue
         options = _options(name, value, depth, kept)
         if len(options) == 1:

@@ -24,6 +24,7 @@ from transformers.utils import (  # type: ignore[attr-defined]  # its types re-e
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
     cached_file,
+    extract_commit_hash,
     logging,
 )
 
@@ -154,6 +155,8 @@ def _plan(
             model = named._from_config(config)
         else:
             model = (auto_class or AutoModelForCausalLM).from_config(config, **trust)
+    found = _find(base, "config.json", arguments)
+    model.config._commit_hash = extract_commit_hash(None if found is None else str(found), None)  # for the map
     stack = find_stack(model, part)
     depth = len(stack)
     LayerMap(depth, tuple(kept_layers))  # raises on what is no list of layers

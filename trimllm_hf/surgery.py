@@ -17,6 +17,7 @@ from .adapters import adapter_readings, adapters_of, base_of, mark
 from .depth_config import readings
 from .guard import Renumbering, compare, rebuild
 from .layer_map import HALVES, LayerMap
+from .own_config import give_own_config
 from .stack import Stack, find_stack
 from .sublayers import Gives, StandIn, find_halves, keep_attentions, refuse_unloadable, stored, update_classes
 from .sublayers.attentions import WITHOUT_CACHE
@@ -56,14 +57,21 @@ class PlannedDrop:
         return list(leaving.values())
 
     def apply(self) -> LayerMap:
-        """Drop the layers, in place. The model, its container of blocks and its configs stay the same objects."""
-        for config in _configs_of(self.model, self.stack):
-            _set_values(config, self.config_values)
+        """Drop the layers, in place. The model and its container of blocks stay the same objects.
+
+        So do its configs, unless another model holds one of them too: then this model gets copies.
+        """
+        give_own_config(self.model)
+        config = find_stack(self.model, self.stack.part).config
         for name, gives in self.stand_ins.items():
             self.model.set_submodule(name, StandIn(gives))
         for position in sorted(self.positions, reverse=True):
             del self.stack.blocks[position]
         modules = dict(self.model.named_modules())
+        changed = [modules[name].config for name, _ in self.renumbering.configs if name in modules]  # some are copies
+        for each in {id(held): held for held in [config, *changed]}.values():
+            if type(each) is type(config):
+                _set_values(each, self.config_values)
         for (name, field), (before, after) in self.renumbering.configs.items():
             if name in modules and getattr(modules[name].config, field, None) == before:
                 setattr(modules[name].config, field, after)
@@ -110,7 +118,7 @@ def plan_drop(
     inner_name = find_stack(full, stack.part).name
     stand_ins = {} if after.whole else _stand_ins(base, stack, before, after, full)
     refusal: ValueError | None = None
-    for values in readings(stack.config, stack.depth_name, kept) if gone else [{}]:
+    for values in readings(stack.config, stack.depth_name, kept, stack.part) if gone else [{}]:
         for configs in adapter_readings(adapters, full, inner_name, kept):
             try:
                 renumbering = compare(base, stack, kept, values, full, configs) if gone else Renumbering({}, {})
@@ -184,14 +192,3 @@ def _keep_an_attention(stack: Stack, kept: Sequence[int]) -> None:
 def _set_values(config: PreTrainedConfig, values: dict[str, Any]) -> None:
     for name, value in values.items():
         setattr(config, name, value)
-
-
-def _configs_of(model: PreTrainedModel, stack: Stack) -> list[PreTrainedConfig]:
-    """Every config object in the model that describes the stack: submodules may hold copies."""
-    found: dict[int, PreTrainedConfig] = {id(stack.config): stack.config}
-    depth = getattr(stack.config, stack.depth_name)
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if type(config) is type(stack.config) and getattr(config, stack.depth_name) == depth:
-            found[id(config)] = config
-    return list(found.values())

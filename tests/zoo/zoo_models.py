@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 
 DEPTH = 6
 VOCABULARY = 99
@@ -125,7 +125,21 @@ _SHARING = [
     "full_attention",
 ]
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
+_BERT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 _SMALL_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+# Types that are encoders unless they are told to be decoders.
+ENCODERS = {
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
 
 # Where the rule cannot know: values that have to fit together, and defaults that leave out what the released models set.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -147,8 +161,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"num_key_value_heads": 4},
     "dory": {"n_input_layers": 2, "n_output_layers": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 2},
-    "dots3_note": {"num_key_value_heads": 4},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note": {"num_key_value_heads": 4, "per_layer_config": None},
+    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": None},
+    "encoder-decoder": {
+        "encoder": {"model_type": "bert", **_BERT},
+        "decoder": {"model_type": "bert", "is_decoder": True, "add_cross_attention": True, **_BERT},
+        "decoder_start_token_id": 1,
+        "pad_token_id": 0,
+    },
     "gemma3n_text": {
         "layer_types": _SHARING,
         "num_kv_shared_layers": 2,
@@ -160,6 +180,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": DEPTH, "attention_types": [[["global", "local"], DEPTH // 2]], "window_size": 16},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"layer_types": _LINEAR, "shared_intermediate_size": 64, **_MAMBA},
+    "led": {"attention_window": [8] * DEPTH},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "llama4_text": {"interleave_moe_layer_step": 2},
     "longcat_flash": {"zero_expert_num": 2, "moe_topk": 2, "num_key_value_heads": 4},
@@ -195,6 +216,23 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_buckets": 4,
     },
     "siglip_vision_model": _SMALL_VISION,
+    **{  # T5's cache is as long as its encoder is deep
+        t5: {"num_decoder_layers": 4, "decoder_start_token_id": 0}
+        for t5 in ("longt5", "mt5", "prophetnet", "switch_transformers", "t5", "umt5")
+    },
+    **{
+        text: {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+        for text in (
+            "glm4v_moe_text",
+            "glm4v_text",
+            "glm_ocr_text",
+            "glmga_text",
+            "paddleocr_vl_text",
+            "qwen2_5_omni_text",
+            "qwen2_5_vl_text",
+            "qwen2_vl_text",
+        )
+    },
     "xlstm": {"num_blocks": DEPTH, "num_heads": 4, "chunk_size": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -228,6 +266,11 @@ def tiny_model(auto_class: Any, model_type: str, seed: int = 0) -> nn.Module:
         TooBig: If it would have more than a few million parameters.
     """
     config = tiny_config(model_type)
+    text_config = config.get_text_config(decoder=True)
+    if auto_class is AutoModelForSequenceClassification and getattr(text_config, "pad_token_id", None) is None:
+        text_config.pad_token_id = 0
+    if auto_class is AutoModelForCausalLM and config.model_type in ENCODERS:
+        config.is_decoder = True
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in auto_class.from_config(copy.deepcopy(config)).parameters())
     if size > 4_000_000:
@@ -236,6 +279,6 @@ def tiny_model(auto_class: Any, model_type: str, seed: int = 0) -> nn.Module:
     model = auto_class.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and parameter.requires_grad:  # Marian's positions are computed, and not saved
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()

@@ -22,7 +22,8 @@ def summary(data: TrimCardData) -> str:
     lack = [(sum(missing == half for _, missing in layer_map.missing_halves), half) for half in HALVES]
     if lacking := ", ".join(f"{count} of them without {half}" for count, half in lack if count):
         layers += f" ({lacking})"
-    said = f"**{base_name(data)}** with {layers} kept"
+    named = base_name(data)
+    said = f"**{named[0].upper()}{named[1:]}** with {layers} kept"
     if data.domain:
         said += f", fine-tuned for {data.domain}"
     run = data.training
@@ -119,7 +120,7 @@ def _speedup(report: LatencyReport, what: str, batch_size: int) -> str:
     found = report.speedup(what, batch_size)
     if found is None:
         return ""
-    said = f"{found.ratio:.2f} times as fast ({found.low:.2f} to {found.high:.2f})"
+    said = f"{found.ratio:.2f} [{found.low:.2f}, {found.high:.2f}] times as fast"
     return said if found.byte_bound is None else f"{said}, of at most {found.byte_bound:.2f}"
 
 
@@ -156,7 +157,7 @@ def score(measured: Score | None) -> str:
         return NOT_MEASURED
     if measured.low is None or measured.high is None:
         return f"{measured.value:.4g}"
-    return f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})"
+    return f"{measured.value:.3f} [{measured.low:.3f}, {measured.high:.3f}]"
 
 
 def size(count: float | None) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,18 +13,19 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from .adapters import base_of
-from .calibration import Batch, calibration_batches, draw, own_randomness
-from .config import TrimConfig
-from .engines.agreement import Together
-from .engines.host import unwrapped
-from .importance import METRICS, Metric, from_compute_metrics, get_metric, is_joint, needs_data, score_layers
-from .importance.gradient import refuse_frozen, refuse_no_gradient, weights_times_gradients
-from .importance.order import Chosen, choose, choose_window
-from .layer_map import LayerMap
-from .stack import find_stack
-from .sublayers import attentions_that_stay
-from .surgery import PlannedDrop, plan_drop
+from ..adapters import base_of
+from ..calibration import Batch, calibration_batches, draw, own_randomness
+from ..config import TrimConfig
+from ..engines.agreement import Together
+from ..engines.host import unwrapped
+from ..importance import METRICS, Metric, from_compute_metrics, get_metric, is_joint, needs_data, score_layers
+from ..importance.gradient import refuse_frozen, refuse_no_gradient, weights_times_gradients
+from ..importance.order import Chosen, choose, choose_window
+from ..layer_map import LayerMap
+from ..surgery import PlannedDrop, plan_drop
+from .rehearsal import Planner, droppable, least_important, rehearse
+
+__all__ = ["LayerChoice", "drop_log", "metric_of", "names_of", "rehearse"]
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -38,6 +40,7 @@ class LayerChoice:
         dataloader: The training run's: it tells how examples become batches.
         dataset: The calibration examples; None: drawn from the training set.
         spared: Layers that go last, in the base's numbering.
+        sizes: For each depth, how many layers have to go at once: what `rehearse` found.
 
     Raises:
         ValueError: If there are no examples, there is no metric as the settings name it, or layers are frozen and the
@@ -52,8 +55,9 @@ class LayerChoice:
         dataloader: Any,
         dataset: Any = None,
         spared: Collection[int] = (),
+        sizes: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        self.config, self.engine, self.spared = config, engine, spared
+        self.config, self.engine, self.spared, self.sizes = config, engine, spared, sizes
         if config.importance == "taylor":
             refuse_no_gradient(engine)
             refuse_frozen(unwrapped(trainer), config.unit)
@@ -85,6 +89,8 @@ class LayerChoice:
     def next_drop(self, model: PreTrainedModel, step: int, progress: bool = False, count: int = 1) -> PlannedDrop:
         """Score the layers, and plan to drop the least important; the same on every process, or an error on all.
 
+        Where the guard refuses that, the least important of those that it lets go.
+
         Args:
             model: The unwrapped model.
             step: Optimizer step, for the map's history.
@@ -96,17 +102,22 @@ class LayerChoice:
         """
         config = self.config
         with self._or_none():
-            chosen = self._choose(model, step, progress, count)
-            drop = plan_drop(
-                model,
-                chosen.positions,
-                config.unit,
-                step=step,
-                importance=config.importance,
-                scores=chosen.scores,
-                part=config.part,
-            )
-        self.margin = chosen.margin
+            chosen, scores = self._choose(model, step, progress, count)
+            margin = chosen.margin
+
+            def plan(positions: list[int]) -> PlannedDrop:
+                of_each = chosen.scores if positions == chosen.positions else scores[positions].tolist()
+                how: dict[str, Any] = {"step": step, "importance": config.importance, "part": config.part}
+                return plan_drop(model, positions, config.unit, scores=of_each, **how)
+
+            try:
+                drop = plan(chosen.positions)
+            except ValueError:
+                if is_joint(config.importance):
+                    raise
+                margin = None
+                drop = self._allowed(model, plan, {p: scores[p].item() for p in droppable(model, config)}, count)
+        self.margin = margin
         return drop
 
     @contextmanager
@@ -119,27 +130,46 @@ class LayerChoice:
             raise
         self.engine.agree(torch.zeros(1))
 
-    def at_once(self, due: int) -> int:
-        """How many of the layers that are due to drop by one scoring: one, unless they are chosen together."""
-        return 1 if self.config.rescore and not is_joint(self.config.importance) else due
+    def at_once(self, due: int, depth: int) -> int:
+        """How many layers to drop by one scoring: one, unless more are chosen together, or have to go together."""
+        together = 1 if self.config.rescore and not is_joint(self.config.importance) else due
+        return max(together, self.sizes.get(depth, 1))
+
+    def _allowed(self, model: PreTrainedModel, plan: Planner, scores: Mapping[int, float], count: int) -> PlannedDrop:
+        """The least important layers that the guard lets go one by one; if there are too few, those of a run."""
+        positions: list[int] = []
+        spared = set(self._spared(model))
+        refusal: ValueError | None = None
+        for position in sorted(scores, key=lambda position: (position in spared, scores[position], -position)):
+            try:
+                drop = plan(sorted([*positions, position]))
+            except ValueError as error:
+                refusal = refusal or error
+                continue
+            positions.append(position)
+            if len(positions) == count:
+                return drop
+        if count == 1 and refusal is not None:
+            raise refusal
+        return least_important(plan, scores, count, count)
 
     def take_gradients(self, model: PreTrainedModel, step: int) -> None:
         """Score by the gradients that the parameters hold now, for a drop after the optimizer step `step`."""
         shares = weights_times_gradients(model, self.config.unit)
         self._gradients = step, dict(zip(names_of(model, self.config), shares.tolist(), strict=True))
 
-    def _choose(self, model: PreTrainedModel, step: int, progress: bool, count: int) -> Chosen:
+    def _choose(self, model: PreTrainedModel, step: int, progress: bool, count: int) -> tuple[Chosen, torch.Tensor]:
         config = self.config
         ends = config.protect_first, config.protect_last
         scores = self._scores_by_training(model, step)
         if scores is None:
             scores = self._score(model, config.importance, progress, count)
         if is_joint(config.importance):
-            return choose_window(scores, count, *ends)
+            return choose_window(scores, count, *ends), scores
         breaker = config.tie_breaker
         tie_scores = None if breaker is None else lambda: self._score(model, breaker, progress)
         candidates, spared = droppable(model, config), self._spared(model)
-        return choose(scores, count, tie_scores=tie_scores, candidates=candidates, spared=spared)
+        return choose(scores, count, tie_scores=tie_scores, candidates=candidates, spared=spared), scores
 
     def _spared(self, model: PreTrainedModel) -> list[int]:
         if not self.spared:
@@ -172,41 +202,6 @@ class LayerChoice:
         scores = self.engine.agree(torch.tensor([shares[name] for name in names], dtype=torch.float64))
         # in half precision a step may overflow, and is skipped
         return scores if torch.isfinite(scores).all() and scores.any() else None
-
-
-def check_drops(model: nn.Module, config: TrimConfig, to_drop: int) -> None:
-    """Refuse now what the guard would refuse at the first drop, and what would leave no layer to choose at a later one.
-
-    Raises:
-        ValueError: If a layer cannot be dropped, or not so many of them. Nothing has changed.
-    """
-    candidates = droppable(model, config)
-    if to_drop > len(candidates):
-        raise ValueError(
-            f"Expected a target that leaves at most {len(candidates)} layers to drop (the others are protected, and "
-            f"of sublayers the first attention of each type), got {to_drop}. Raise target_layers or target_ratio."
-        )
-    if to_drop > 0:
-        plan_drop(model, candidates[:1], config.unit, part=config.part)
-
-
-def droppable(model: nn.Module, config: TrimConfig) -> list[int]:
-    """The positions from which a layer may be chosen: those outside the protected ends.
-
-    Of sublayers also without the attentions from which the cache reads its length.
-    """
-    base: PreTrainedModel = base_of(model)
-    layer_map = LayerMap.from_config(base.config, config.part)
-    layers = layer_map.kept_layers
-    inside = layers[config.protect_first : len(layers) - config.protect_last]
-    if config.unit == "block":
-        return [layers.index(layer) for layer in inside]
-    stay = attentions_that_stay(find_stack(base, config.part), layers, range(len(layers)))
-    return [
-        position
-        for position, (layer, half) in enumerate(layer_map.sublayers)
-        if layer in inside and not (half == "attention" and layer in stay)
-    ]
 
 
 def names_of(model: nn.Module, config: TrimConfig) -> tuple[Any, ...]:
