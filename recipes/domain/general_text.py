@@ -11,7 +11,8 @@ def read_pieces(path: str, encoder: QuestionEncoder, most: int = 200) -> list[di
     """A text file in pieces (between `<|endoftext|>` if it has that, else between empty lines), cut to the context."""
     text = Path(path).read_text(encoding="utf-8")
     pieces = text.split("<|endoftext|>" if "<|endoftext|>" in text else "\n\n")
-    ids = [encoder.tokenizer(piece.strip()).input_ids[: encoder.max_length] for piece in pieces if piece.strip()]
+    cut: dict[str, Any] = {"truncation": True, "max_length": encoder.max_length}
+    ids = [encoder.tokenizer(piece.strip(), **cut).input_ids for piece in pieces if piece.strip()]
     long_enough = [piece for piece in ids if len(piece) > 1][:most]
     if not long_enough:
         raise ValueError(f"Expected text in {path}, got none of at least two tokens.")
