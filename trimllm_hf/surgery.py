@@ -112,11 +112,6 @@ def plan_drop(
     adapters = adapters_of(base)
     before = LayerMap.from_config(base.config, part)
     after = before.drop(layers, step=step, importance=importance, scores=scores, unit=unit)
-    if adapters and not after.whole:
-        raise ValueError(
-            f"Expected unit='block' for a model with adapters, got sublayers to drop from one with {sorted(adapters)}. Use "
-            "unit='block', or merge the adapters first (merge_and_unload). Nothing was changed."
-        )
     kept = [position for position, layer in enumerate(before.kept_layers) if layer in set(after.kept_layers)]
     gone = frozenset(range(len(stack))) - set(kept)
     _keep_an_attention(stack, kept)
