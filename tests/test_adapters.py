@@ -304,10 +304,6 @@ def test_other_kinds_are_refused(kind: str, settings: dict[str, Any], said: str)
     check_refused(peft.get_peft_model(tiny_model(), getattr(peft, kind)(task_type="CAUSAL_LM", **settings)), said)
 
 
-def test_sublayers_are_refused() -> None:
-    check_refused(with_lora(), r"unit='block' for a model with adapters.*merge_and_unload", "sublayer")
-
-
 def check_refused(model: Any, said: str, unit: str = "block") -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     configs = json.dumps([str(c) for c in model.peft_config.values()])

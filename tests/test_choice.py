@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, register_importance
+from trimllm_hf import LayerMap, TrimConfig, TrimTrainer
 from trimllm_hf.choice.rehearsal import least_important, rehearse
 from trimllm_hf.stack import find_stack
 from trimllm_hf.surgery import plan_drop
-
-
-def of_position(model: torch.nn.Module, batches: Sequence[Any], unit: str) -> tuple[torch.Tensor, float]:
-    """The first layers matter least."""
-    return torch.arange(len(find_stack(model).blocks), dtype=torch.float64), 1.0
-
-
-register_importance("of_position", of_position)
 
 
 def hybrid() -> PreTrainedModel:
@@ -59,7 +50,7 @@ def trainer(model: PreTrainedModel, folder: Path, data: Any, **settings: Any) ->
         output_dir=str(folder), max_steps=10, per_device_train_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True,
         save_strategy="no", logging_strategy="no",
     )  # fmt: skip
-    trim = TrimConfig(importance="of_position", drop_every="1", calibration_size=4, **settings)
+    trim = TrimConfig(importance="first", drop_every="1", calibration_size=4, **settings)
     return TrimTrainer(model, arguments, train_dataset=data, trim=trim)
 
 

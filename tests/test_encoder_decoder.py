@@ -20,8 +20,10 @@ from transformers import (
     T5ForConditionalGeneration,
     TrainingArguments,
 )
+from typer.testing import CliRunner
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers, load_kept_layers, score_layers, trim_like
+from trimllm_hf.cli import app
 from trimllm_hf.stack import find_stack
 
 SOURCE = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -194,3 +196,12 @@ def test_only_the_kept_layers_of_a_part_are_loaded(tmp_path: Path, family: str, 
     drop_layers(model, [1, 3], part=part)
     assert torch.equal(logits(loaded), logits(model))
     assert LayerMap.from_config(loaded.config).kept_layers == tuple(kept)
+
+
+def test_the_command_line_trims_a_part(tmp_path: Path) -> None:
+    model = seq2seq()
+    model.save_pretrained(tmp_path / "base")
+    arguments = ["trim", "--drop", "1,3", "--part", "encoder", str(tmp_path / "base"), str(tmp_path / "out")]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    drop_layers(model, [1, 3], part="encoder")
+    assert torch.equal(logits(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")), logits(model))

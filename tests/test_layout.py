@@ -24,6 +24,7 @@ FLOORS = {
     "choice_accuracy": 0,
     "adapters": 1,
     "stack": 1,
+    "packed_tensors": 1,
     "schedule": 1,
     "checkpoints": 1,
     "stopping": 2,

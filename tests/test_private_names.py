@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from torch.distributed.fsdp._fully_shard import _fsdp_state
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
@@ -32,6 +32,10 @@ def test_fsdp2_keeps_its_lists_under_these_names() -> None:
         assert name in source, name
     for name in ("_is_root", "_state_ctx", "_comm_ctx", "_init_fqns"):
         assert name in source, name
+    group = inspect.getsource(_fsdp_param_group)
+    for name in ("self.fsdp_params = [", "fsdp_param.sharded_param", "self._module_to_pre_save_state_dict_hook_handle:"):
+        assert name in group, name
+    assert "self._module_to_pre_load_state_dict_hook_handle:" in group
 
 
 def test_peft_saves_an_adapters_weights_before_its_config() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import pytest
 import torch
 from test_surgery import BLOCKS, assert_same, logits, snapshot
 from tiny import FAMILIES, tiny_model, tiny_texts, tokens
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,12 +26,23 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    pipeline,
 )
 
-from trimllm_hf import LayerMap, TrimCallback, TrimConfig, TrimTrainer, drop_layers, score_layers, trim_like
+from trimllm_hf import (
+    LayerMap,
+    TrimCallback,
+    TrimConfig,
+    TrimTrainer,
+    drop_layers,
+    score_layers,
+    trim_like,
+    write_remote_code,
+)
 from trimllm_hf.sublayers import StandIn, find_halves
 
 # What each architecture calls its halves, the norms that only they need, and the norms behind the sum.
@@ -342,6 +357,56 @@ def test_weights_that_are_not_the_maps_are_refused(folder: Path, tmp_path: Path)
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+REMOTE = """
+import json, sys, torch
+sys.modules["trimllm_hf"] = None  # an import of the package fails
+from transformers import AutoModelForCausalLM
+folder, again = sys.argv[1:]
+for path in (folder, again):
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+    seen = torch.load(folder + "/seen.pt")
+    with torch.no_grad():
+        assert torch.equal(model(seen["tokens"]).logits, seen["logits"])
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached, uncached = (model.generate(seen["tokens"], use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, uncached)
+    if path == folder:
+        model.save_pretrained(again)
+try:
+    AutoModelForCausalLM.from_pretrained(folder)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise SystemExit("loaded without trust")
+print("same")
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])  # a mixture's weights are converted on the way
+def test_code_beside_the_weights_loads_it_without_the_package(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    drop_layers(model, POSITIONS, unit="sublayer")
+    model.save_pretrained(tmp_path / "one")
+    assert write_remote_code(tmp_path / "one").name == "modeling_trimllm.py"
+    torch.save({"tokens": tokens(), "logits": logits(model)}, tmp_path / "one" / "seen.pt")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", REMOTE, str(tmp_path / "one"), str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    assert done.stdout.endswith("same\n"), done.stderr
+    assert '"model_type": "trimllm"' in (tmp_path / "two" / "config.json").read_text()
+    for path in ("one", "two"):  # and with it, as before
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / path).eval()), logits(model))
+
+
+def test_code_is_written_only_where_it_is_needed(tmp_path: Path) -> None:
+    model = tiny_model()
+    drop_layers(model, [2])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="loads as it is"):
+        write_remote_code(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+
+
 # --- trained
 
 
@@ -438,6 +503,51 @@ def test_the_best_model_gets_its_halves_back(tmp_path: Path) -> None:
     assert best is not None and LayerMap.from_config(run.model.config).keeps_the_same(best)
     loaded = AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint)
     assert torch.equal(logits(run.model.eval()), logits(loaded.eval()))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"]])
+@pytest.mark.parametrize("positions", [[3], [4], [3, 4, 8, 9]], ids=["mlp", "attention", "more"])
+def test_an_adapter_goes_onto_a_base_with_the_same_halves_only(
+    positions: list[int], targets: list[str], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    settings = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model(), settings).eval()
+    drop_layers(model, positions, unit="sublayer")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(tiny_model(), tmp_path)
+    base = tiny_model()
+    trim_like(base, tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(base, tmp_path).eval()), logits(model))
+
+
+def test_peft_pipelines_and_label_smoothing(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM"))  # it knows Llama's modules by name
+    trainer = Trainer(adapted, arguments(tmp_path, max_steps=2, label_smoothing_factor=0.1), train_dataset=tiny_texts())
+    trainer.train()
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(again.eval()), logits(merged.eval()), atol=1e-6)
+
+    words = {f"w{i}": i for i in range(97)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w2").save_pretrained(tmp_path / "merged")
+    generate = pipeline("text-generation", str(tmp_path / "merged"))
+    (written,) = generate("w5 w6 w7", max_new_tokens=4, do_sample=False)
+    assert written["generated_text"].startswith("w5 w6 w7w")
+
+    def smoothed(model: Any) -> float:
+        run = Trainer(model, arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=tiny_texts())
+        return run.compute_loss(model, {"input_ids": tokens(), "labels": tokens()}).item()
+
+    zeroed = tiny_model()
+    logits_without(zeroed, LOST)  # leaves the weights at zero
+    assert smoothed(AutoModelForCausalLM.from_pretrained(folder).eval()) == pytest.approx(smoothed(zeroed), abs=1e-5)
 
 
 def test_settings_count_sublayers(tmp_path: Path) -> None:

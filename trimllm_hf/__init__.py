@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .publish.card import write_card
     from .publish.card_data import TrimCardData
     from .publish.hub import push_to_hub
+    from .sublayers import write_remote_code
     from .surgery import drop_layers
     from .trainer import TrimTrainer, TrimTrainerMixin
 
@@ -46,6 +47,7 @@ _FILES = {
     "trim_like": "auto",
     "write_card": "publish.card",
     "write_kept_layers": "loading",
+    "write_remote_code": "sublayers",
 }
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "trim_like",
     "write_card",
     "write_kept_layers",
+    "write_remote_code",
 ]
 
 

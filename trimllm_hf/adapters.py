@@ -2,8 +2,8 @@
 
 PEFT matches an adapter to modules by their names, so one that was trained on a trimmed model would be put on the first
 layers of the full one. Its folder therefore gets the kept-layer map, and its weights a tensor without elements, by the
-name of a parameter of the first layer that the trimmed model does not have: PEFT passes over it on the trimmed base, and
-on a deeper one raises an error of sizes that do not match, with or without this package.
+name of a parameter of the first layer, or the first half of one, that the trimmed model does not have: PEFT passes over it
+on the trimmed base, and on another one raises an error of sizes that do not match, with or without this package.
 """
 
 from __future__ import annotations
@@ -116,18 +116,35 @@ def mark(base: nn.Module, stack: str, layer_map: LayerMap) -> None:
 
     PEFT saves an adapter's config last, by the config's own method.
     """
-    if not layer_map.dropped_layers:
+    if not layer_map.dropped_layers and layer_map.whole:
         return
-    names = [{name for name, _ in block.named_parameters()} for block in base.get_submodule(stack).children()]
-    in_all = sorted(
-        set.intersection(*names) or set.union(*names)
-    )  # a module that has an adapter in some layers only has other names there
+    layers = f"{_PREFIX}{stack}."
+    blocks = list(base.get_submodule(stack).children())
+    names = [{name for name, _ in block.named_parameters()} for block in blocks]
+    in_all = sorted(set.intersection(*names) or set.union(*names))  # adapters may be in some layers only
     for adapter, config in adapters_of(base).items():
         of_base = next((name for name in in_all if f".{adapter}." not in name), in_all[0])
-        config.save_pretrained = partial(_save_marked, config, f"{_PREFIX}{stack}.", of_base, layer_map)
+        of_half = next((_of_half(number, blocks, names, adapter) for number, _ in layer_map.missing_halves), None)
+        config.save_pretrained = partial(_save_marked, config, layers, of_base, of_half, layer_map)
 
 
-def _save_marked(config: Any, layers: str, of_base: str, layer_map: LayerMap, save_directory: str, **kwargs: Any) -> None:
+def _of_half(number: int, blocks: Sequence[nn.Module], names: Sequence[set[str]], adapter: str) -> str | None:
+    """A parameter of the half that a block lacks, by its name in the others; the adapter's own if it has one there."""
+    empty = {name for name, child in blocks[number].named_children() if not any(True for _ in child.parameters())}
+    gone = sorted(name for name in set.union(*names) if name.partition(".")[0] in empty)
+    own = [name.replace(f".{adapter}.", ".") for name in gone if f".{adapter}." in name]
+    return f"{number}.{(own or gone)[0]}" if gone else None
+
+
+def _save_marked(
+    config: Any,
+    layers: str,
+    of_base: str,
+    of_half: str | None,
+    layer_map: LayerMap,
+    save_directory: str,
+    **kwargs: Any,
+) -> None:
     type(config).save_pretrained(config, save_directory, **kwargs)
     folder = Path(save_directory)
     (folder / ADAPTER_MAP).write_text(json.dumps(layer_map.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -140,7 +157,7 @@ def _save_marked(config: Any, layers: str, of_base: str, layer_map: LayerMap, sa
     of_layers = [name.removeprefix(layers).partition(".")[2] for name in sorted(tensors) if name.startswith(layers)]
     # where every layer has the same, the name of an adapter's own tensor will do, which other readers expect
     rest = of_layers[0] if of_layers and not _names_layers(config) else of_base
-    tensors[f"{layers}{layer_map.num_layers}.{rest}"] = torch.empty(0)
+    tensors[f"{layers}{of_half or f'{layer_map.num_layers}.{rest}'}"] = torch.empty(0)
     save_file(tensors, f"{weights}.unfinished", metadata=metadata)
     os.replace(f"{weights}.unfinished", weights)
 

@@ -14,7 +14,7 @@ import re
 import textwrap
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isclose
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from .adapters import inject
 from .layer_map import num_hidden_layers, part_config
+from .packed_tensors import is_packed, packed_dimensions
 from .stack import Stack, find_stack
 
 WARNING = 30  # logging.WARNING
@@ -40,10 +41,12 @@ class Renumbering:
     Attributes:
         attributes: The attributes of modules that number or count layers.
         configs: The fields of modules' configs: some modules hold a config of their own, made from the model's.
+        packed: By the name of a module's parameter, the dimension along which it holds a part for each layer.
     """
 
     attributes: Changes
     configs: Changes
+    packed: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
 def compare(
@@ -80,26 +83,31 @@ def compare(
     inner_name = find_stack(full, stack.part).name
     attributes: Changes = {}
     configs: Changes = {}
+    packed: dict[tuple[str, str], int] = {}
     seen: set[int] = set()
     for name, (of_full, of_trimmed) in _pairs(full, trimmed, inner_name, kept).items():
         block = _block_number(name, inner_name)
         if of_full is None or of_trimmed is None or type(of_full) is not type(of_trimmed):
             _refuse(model, name, "another kind of module", _kind(of_full), _kind(of_trimmed))
-        shapes = [_shapes(module) for module in (of_full, of_trimmed)]
+        cuts = {} if block is not None else packed_dimensions(name, of_full, of_trimmed, len(stack), len(kept))
+        packed |= {(name, parameter): dimension for parameter, dimension in cuts.items()}
+        shapes = [_shapes(module, cuts) for module in (of_full, of_trimmed)]
         if shapes[0] != shapes[1]:
             _refuse(model, name, "other parameters", *shapes)
         real_name = name.replace(inner_name, stack.name, 1) if block is not None else name
-        configs |= {(real_name, field): change for field, change in _config_changes(of_full, of_trimmed, seen).items()}
+        configs |= {(real_name, key): change for key, change in _config_changes(of_full, of_trimmed, seen).items()}
         before, after = _scalars(of_full), _scalars(of_trimmed)
         for attribute in sorted(before.keys() | after.keys()):
             old, new = before.get(attribute), after.get(attribute)
             if old == new or (isinstance(old, float) and isinstance(new, float) and isclose(old, new, rel_tol=1e-12)):
                 continue
-            if isinstance(old, bool) or not _is_place(attribute, old, new, block, kept, len(stack), of_full):
+            if cuts and isinstance(old, int) and isinstance(new, int) and is_packed(old, new, len(stack), len(kept)):
+                pass  # the size of what is cut
+            elif isinstance(old, bool) or not _is_place(attribute, old, new, block, kept, len(stack), of_full):
                 _refuse(model, f"{name}.{attribute}" if name else attribute, "another value", old, new)
             attributes[(real_name, attribute)] = (old, new)
     _keep_room_in_the_cache(model, full, trimmed, stack.part)
-    return Renumbering(attributes, configs)
+    return Renumbering(attributes, configs, packed)
 
 
 def _keep_room_in_the_cache(model: PreTrainedModel, full: nn.Module, trimmed: nn.Module, part: str | None) -> None:
@@ -216,9 +224,9 @@ def _block_number(name: str, stack_name: str) -> int | None:
     return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
 
 
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+def _shapes(module: nn.Module, packed: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return {name: tuple(tensor.shape) for name, tensor in tensors}
+    return {name: tuple(tensor.shape) for name, tensor in tensors if name not in packed}
 
 
 def _scalars(module: nn.Module) -> dict[str, Any]:
@@ -243,9 +251,9 @@ def _config_changes(of_full: nn.Module, of_trimmed: nn.Module, seen: set[int]) -
         return {}
     seen.add(id(before))
     return {
-        field: (old, vars(after)[field])
-        for field, old in vars(before).items()
-        if not field.startswith("_") and not isinstance(old, PreTrainedConfig) and vars(after).get(field, old) != old
+        key: (old, vars(after)[key])
+        for key, old in vars(before).items()
+        if not key.startswith("_") and not isinstance(old, PreTrainedConfig) and vars(after).get(key, old) != old
     }
 
 

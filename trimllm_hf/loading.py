@@ -29,8 +29,9 @@ from transformers.utils import (  # type: ignore[attr-defined]  # its types re-e
 )
 
 from .layer_map import LayerMap
+from .packed_tensors import cut
 from .stack import find_stack
-from .surgery import drop_layers
+from .surgery import plan_drop
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _COPIED = ("generation_config.json", "chat_template.jinja", "preprocessor_config.json", "processor_config.json")
@@ -44,6 +45,9 @@ class _Plan:
     config: PreTrainedConfig
     files: dict[str, Path]
     names: dict[str, dict[str, str]]
+    packed: dict[str, int]  # by the name of a tensor that holds a part for each layer, along which dimension
+    kept_layers: Sequence[int]
+    depth: int
 
 
 def load_kept_layers(
@@ -75,7 +79,7 @@ def load_kept_layers(
     """
     plan = _plan(base, kept_layers, auto_class, part, from_pretrained_kwargs)
     arguments = {k: v for k, v in from_pretrained_kwargs.items() if k not in (*_HUB_ARGUMENTS, "use_safetensors")}
-    state = {new: tensor for _, new, tensor in _kept_tensors(plan)}
+    state = dict(_kept_tensors(plan))
     model: PreTrainedModel = plan.model_class.from_pretrained(None, config=plan.config, state_dict=state, **arguments)
     if model.can_generate() and (generation := _find(base, "generation_config.json", from_pretrained_kwargs)):
         model.generation_config = transformers.GenerationConfig.from_pretrained(generation.parent)
@@ -120,7 +124,7 @@ def write_kept_layers(
     total = 0
     for number, file in enumerate(files, start=1):
         name = SAFE_WEIGHTS_NAME if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        tensors = {new: tensor for _, new, tensor in _kept_tensors(plan, [file])}
+        tensors = dict(_kept_tensors(plan, [file]))
         save_file(tensors, unfinished / name, metadata={"format": "pt"})
         index.update(dict.fromkeys(tensors, name))
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -175,20 +179,31 @@ def _plan(
             number, _, rest = name.removeprefix(prefix).partition(".")
             if int(number) in place:
                 renamed[file][name] = f"{prefix}{place[int(number)]}.{rest}"
+    packed: dict[str, int] = {}
     dropped = [layer for layer in range(depth) if layer not in place]
     if dropped:
-        drop_layers(model, dropped, part=part)
+        drop = plan_drop(model, dropped, part=part)
+        drop.apply()
+        for (module, key), dimension in drop.renumbering.packed.items():
+            ending = f"{module.rpartition('.')[2]}.{key}"
+            packed |= {n: dimension for held in renamed.values() for n in held.values() if n.endswith(ending)}
     needed = {file: _download(base, file, arguments) for file in renamed if renamed[file]}
-    return _Plan(type(model), model.config, needed, renamed)
+    return _Plan(type(model), model.config, needed, renamed, packed, kept_layers, depth)
 
 
-def _kept_tensors(plan: _Plan, files: Sequence[str] | None = None) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """File by file: a kept tensor's name in the base, its name in the trimmed model, and the tensor."""
+def _kept_tensors(plan: _Plan, files: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """File by file: a kept tensor's name in the trimmed model, and the tensor as it is there."""
+    for name, tensor in _tensors(plan, files):
+        packed = name in plan.packed
+        yield name, cut(tensor, plan.packed[name], plan.depth, plan.kept_layers) if packed else tensor
+
+
+def _tensors(plan: _Plan, files: Sequence[str] | None) -> Iterator[tuple[str, torch.Tensor]]:
     for file in files if files is not None else plan.files:
         path = plan.files[file]
         if path.suffix != ".safetensors":
             held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            yield from ((old, new, held[old]) for old, new in plan.names[file].items())
+            yield from ((new, held[old]) for old, new in plan.names[file].items())
             continue
         with path.open("rb", buffering=0) as opened:
             if hasattr(os, "posix_fadvise"):
@@ -199,7 +214,7 @@ def _kept_tensors(plan: _Plan, files: Sequence[str] | None = None) -> Iterator[t
                 start, end = header[old]["data_offsets"]
                 tensor = torch.empty(header[old]["shape"], dtype=str_to_torch_dtype[header[old]["dtype"]])
                 _read_into(tensor, opened, 8 + size + start, end - start)
-                yield old, new, tensor
+                yield new, tensor
 
 
 def _read_into(tensor: torch.Tensor, file: io.RawIOBase, offset: int, size: int) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from .calibration import own_randomness
 from .engines import Engine, attach
 from .layer_map import LayerMap
-from .surgery import PlannedDrop, plan_drop
+from .surgery import PlannedDrop, plan_drop, refuse_packed
 
 
 def drop_prepared_layers(
@@ -48,7 +48,12 @@ def drop_prepared_layers(
 
 
 def apply_drop(engine: Engine, drop: PlannedDrop) -> LayerMap:
-    """Carry out a planned drop under an engine; random state stays as it was, and what was dropped is freed."""
+    """Carry out a planned drop under an engine; random state stays as it was, and what was dropped is freed.
+
+    Raises:
+        ValueError: If parameters outside the layers would change their shape. Nothing has changed.
+    """
+    refuse_packed(drop)
     with own_randomness(0):  # an engine may draw when it is built anew
         layer_map = engine.edit(drop.apply, lambda: drop.leaving)
     gc.collect()  # FSDP2 and DeepSpeed hold parameters in cycles

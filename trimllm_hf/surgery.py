@@ -18,8 +18,9 @@ from .depth_config import readings
 from .guard import Renumbering, compare, rebuild
 from .layer_map import HALVES, LayerMap
 from .own_config import give_own_config
+from .packed_tensors import cut
 from .stack import Stack, find_stack
-from .sublayers import Gives, StandIn, find_halves, keep_attentions, stored, update_classes
+from .sublayers import Gives, StandIn, find_halves, keep_attentions, refuse_unloadable, stored, update_classes
 from .sublayers.attentions import WITHOUT_CACHE
 
 
@@ -61,6 +62,11 @@ class PlannedDrop:
 
         So do its configs, unless another model holds one of them too: then this model gets copies.
         """
+        kept = [position for position in range(len(self.stack)) if position not in self.positions]
+        for (name, key), dimension in self.renumbering.packed.items():
+            parameter = self.model.get_submodule(name).get_parameter(key)
+            parameter.data = cut(parameter.data, dimension, len(self.stack), kept)
+            parameter.grad = None  # of another shape
         give_own_config(self.model)
         config = find_stack(self.model, self.stack.part).config
         for name, gives in self.stand_ins.items():
@@ -106,11 +112,6 @@ def plan_drop(
     adapters = adapters_of(base)
     before = LayerMap.from_config(base.config, part)
     after = before.drop(layers, step=step, importance=importance, scores=scores, unit=unit)
-    if adapters and not after.whole:
-        raise ValueError(
-            f"Expected unit='block' for a model with adapters, got sublayers to drop from one with {sorted(adapters)}. Use "
-            "unit='block', or merge the adapters first (merge_and_unload). Nothing was changed."
-        )
     kept = [position for position, layer in enumerate(before.kept_layers) if layer in set(after.kept_layers)]
     gone = frozenset(range(len(stack))) - set(kept)
     _keep_an_attention(stack, kept)
@@ -125,9 +126,26 @@ def plan_drop(
             except ValueError as error:
                 refusal = refusal or error  # of the likeliest reading
                 continue
+            if not after.whole:
+                refuse_unloadable(base, values, after)
             return PlannedDrop(base, after, stack, gone, values, renumbering, stand_ins, configs)
     assert refusal is not None
     raise refusal
+
+
+def refuse_packed(drop: PlannedDrop) -> None:
+    """Refuse a drop that an optimizer could not follow.
+
+    Raises:
+        ValueError: If it cuts parameters outside the layers.
+    """
+    if drop.renumbering.packed:
+        names = [".".join(key) for key in drop.renumbering.packed]
+        raise ValueError(
+            f"Expected a model whose other parameters keep their shape while it trains, got {type(drop.model).__name__}, "
+            f"which holds a part for each layer in {names}. Drop its layers before training, by drop_layers. Nothing was "
+            "changed."
+        )
 
 
 def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block", part: str | None = None) -> LayerMap:

@@ -20,6 +20,7 @@ EXACT = [
     (CAUSAL, "recurrent_gemma"),  # a pattern that is repeated
     (CAUSAL, "gpt_neo"),  # a pattern in shorthand
     (CAUSAL, "gemma4_unified_text"),  # overrides by number
+    (CAUSAL, "gemma3n_text"),  # tensors that hold a part for each layer
     (CAUSAL, "minicpm3"),  # a scale by the depth
     (CAUSAL, "bart"),  # the decoder's own depth
     (CAUSAL, "ctrl"),  # blocks without a mark
@@ -37,7 +38,6 @@ EXACT = [
 REFUSED = {
     "diffllama": "lambda_init",
     "beam": "residual_add_idx",
-    "gemma3n_text": "per_layer_model_projection",
     "xlm": "Expected one list of 6 blocks",
 }
 LEAST_BUILT = {CAUSAL.name: 170, CLASSIFICATION.name: 100, DECODER.name: 20, ENCODER.name: 20, MULTIMODAL.name: 40}

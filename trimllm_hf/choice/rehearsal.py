@@ -18,7 +18,7 @@ from ..guard import rebuild
 from ..layer_map import LayerMap
 from ..stack import find_stack
 from ..sublayers import attentions_that_stay
-from ..surgery import PlannedDrop, plan_drop
+from ..surgery import PlannedDrop, plan_drop, refuse_packed
 
 Planner = Callable[[list[int]], PlannedDrop]  # plans a drop of some positions, or raises a ValueError
 
@@ -109,6 +109,7 @@ def rehearse(model: nn.Module, config: TrimConfig, to_drop: int) -> dict[int, in
             raise ValueError(
                 f"Expected a target that {type(base).__name__} can be trimmed to, got {target} layers. {reached}{error}"
             ) from error
+        refuse_packed(drop)
         size = sizes[depth] = len(drop.positions)
         drop.apply()
         depth -= size

@@ -16,6 +16,7 @@ def trim(
     out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
     kept: Annotated[str | None, typer.Option(help="Layers to keep, by the base's numbering from 0: 0-11,20-31.")] = None,
     drop: Annotated[str | None, typer.Option(help="Or the layers to drop.")] = None,
+    part: Annotated[str | None, typer.Option(help="Of an encoder-decoder: decoder (the default) or encoder.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -36,11 +37,11 @@ def trim(
     from ..publish.folder import describe_weights
 
     if kept is None:
-        depth = num_hidden_layers(AutoConfig.from_pretrained(base, revision=revision))
+        depth = num_hidden_layers(AutoConfig.from_pretrained(base, revision=revision), part)
         if missing := [layer for layer in named if layer >= depth]:
             raise ValueError(f"Expected layers from 0 to {depth - 1} (the base has {depth}), got {missing} to drop.")
         named = [layer for layer in range(depth) if layer not in set(named)]
-    layer_map = write_kept_layers(base, named, out, **({} if revision is None else {"revision": revision}))
+    layer_map = write_kept_layers(base, named, out, part=part, **({} if revision is None else {"revision": revision}))
     plain = {"folder": str(out), "map": layer_map.to_dict(), "weights": describe_weights(out)}
     said = f"{out}: {layer_map.num_layers} of {layer_map.base_num_layers} layers of {base}"
     answer(plain, as_json, lambda: [said, text_strip(layer_map)])

@@ -54,7 +54,7 @@ class FSDPEngine(Processes):
                     module.reshard()
 
     def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
-        """Run `edit`, mend the optimizer, and take what left out of the root's lists."""
+        """Run `edit`, mend the optimizer, and take what left out of the lists of the root and of the groups."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # an evaluation leaves gathered parameters in place of those that the optimizer has
@@ -67,6 +67,7 @@ class FSDPEngine(Processes):
         root = self.model._get_fsdp_state()
         if root._is_root:  # it is not known before the first forward pass, which makes the lists
             root._state_ctx.all_states[:] = [s for s in root._state_ctx.all_states if id(s) not in gone]
+        self._forget_in_groups(dropped)
         for state in staying:
             for name in ("_states_to_forward_prefetch", "_states_to_backward_prefetch"):
                 getattr(state, name)[:] = [s for s in getattr(state, name) if id(s) not in gone]
@@ -74,6 +75,19 @@ class FSDPEngine(Processes):
         if root._is_root:
             root._init_fqns()
         return result
+
+    def _forget_in_groups(self, dropped: list[nn.Parameter]) -> None:
+        """Of a block that stays, a half may have gone: its group gathers the rest."""
+        left, modules = {id(parameter) for parameter in dropped}, set(self.model.modules())
+        for module in modules:
+            if not isinstance(module, FSDPModule):
+                continue
+            for group in _param_groups(module):
+                group.fsdp_params[:] = [p for p in group.fsdp_params if id(p.sharded_param) not in left]
+                for name in ("_module_to_pre_save_state_dict_hook_handle", "_module_to_pre_load_state_dict_hook_handle"):
+                    handles = getattr(group, name)
+                    for gone in [held for held in handles if held not in modules]:
+                        del handles[gone]
 
     def save_whole(self) -> None:
         """A Trainer saves what Accelerate's plugin names: one whole model, or a shard for each process."""

@@ -1,8 +1,9 @@
 """Sublayers: an attention or an MLP that goes alone, and the model classes that are built without it."""
 
 from .attentions import attentions_that_stay, keep_attentions
-from .classes import cast, class_of, take_halves_out, update_classes
+from .classes import cast, class_of, refuse_unloadable, take_halves_out, update_classes
 from .halves import Halves, find_halves
+from .remote_code import write_remote_code
 from .stand_in import Gives, StandIn
 from .stored import restored, stored
 
@@ -15,8 +16,10 @@ __all__ = [
     "class_of",
     "find_halves",
     "keep_attentions",
+    "refuse_unloadable",
     "restored",
     "stored",
     "take_halves_out",
     "update_classes",
+    "write_remote_code",
 ]

@@ -6,15 +6,17 @@ generation treat it alike. The classes differ in how they store a config and in 
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..layer_map import MODEL_TYPE, LayerMap
+from ..layer_map import MODEL_TYPE, LayerMap, part_config
 from ..stack import find_stack
 from .halves import find_halves
 from .stand_in import StandIn
@@ -135,6 +137,34 @@ def _replaced(found: type, old: type, new: type) -> type:
         return new if found is old else found
     bases = tuple(new if base is old else base for base in found.__bases__)
     return type(found.__name__, bases, {k: v for k, v in vars(found).items() if k not in ("__dict__", "__weakref__")})
+
+
+def refuse_unloadable(model: PreTrainedModel, values: dict[str, Any], layer_map: LayerMap) -> None:
+    """Refuse a drop after which the model could not be built again: some architectures look into their blocks.
+
+    It is built and initialized without memory, as a load does.
+
+    Args:
+        model: The model that is to be trimmed.
+        values: What changes in the config that holds the depth.
+        layer_map: The map after the drop.
+
+    Raises:
+        ValueError: Naming the error.
+    """
+    config = copy.deepcopy(model.config)
+    for name, value in values.items():
+        setattr(part_config(config), name, value)
+    config.trim = layer_map.to_dict()
+    stock: Any = getattr(type(config), "stock_class", type(config))
+    try:
+        with torch.device("meta"):
+            class_of(type(model), whole=False)(cast(stock.from_dict(config.to_dict()))).initialize_weights()
+    except Exception as error:
+        raise ValueError(
+            f"Expected {type(model).__name__} to be built without these sublayers, got {type(error).__name__}: {error}. "
+            "Drop others, or use unit='block'. Nothing was changed."
+        ) from error
 
 
 def take_halves_out(model: PreTrainedModel) -> None:

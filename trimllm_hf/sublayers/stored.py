@@ -46,6 +46,11 @@ def restored(plain: dict[str, Any]) -> dict[str, Any]:
         ValueError: If it is damaged.
     """
     layer_map = LayerMap.from_dict(plain.get("trim"))
+    if layer_map.whole:
+        raise ValueError(
+            "Expected config.trim to name the layers that lack a half, as the model_type says, got a map of whole layers "
+            f"{shown(layer_map.kept_layers)}. The config was changed by hand or is damaged."
+        )
     base = plain.get("base_model_type")
     if not isinstance(base, str) or base == MODEL_TYPE or base not in CONFIG_MAPPING:
         raise ValueError(f"Expected base_model_type to be a model type that transformers knows, got {shown(base)}.")

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ parser.add_argument("--kill_rank", type=int, default=0)
 parser.add_argument("--calibration", type=int, default=9)  # not a multiple of two: shares differ
 parser.add_argument("--examples", type=int, default=120, help="24, and each second step ends an epoch")
 parser.add_argument("--universal", action="store_true", help="DeepSpeed loads a universal checkpoint")
+parser.add_argument("--unit", default="block", help="what is dropped: two blocks, or six sublayers")
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--config_optimizer", action="store_true", help="optimizer and scheduler of the DeepSpeed config")
 parser.add_argument("--sharded", action="store_true", help="checkpoints hold shards: FSDP2, ZeRO-3")
@@ -256,6 +258,8 @@ def main() -> None:
     trim = TrimConfig(
         target_layers=4, drop_every="3", calibration_size=options.calibration, trainable_ratio=options.trainable_ratio
     )
+    if options.unit == "sublayer":
+        trim = replace(trim, unit="sublayer", target_layers=6, layers_per_drop=3)
     before = Before()
     after = After(before)
     texts = tiny_texts(options.examples)
@@ -284,6 +288,7 @@ def main() -> None:
         "distributed_type": trainer.accelerator.distributed_type.value,
         "zero_stage": trainer.model_wrapped.zero_optimization_stage() if options.engine.startswith("zero") else None,
         "kept_layers": model.config.trim["kept_layers"],
+        "kept_halves": [model.config.trim.get("kept_attention"), model.config.trim.get("kept_mlp")],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "rates": [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry],
         "alive": after.alive,

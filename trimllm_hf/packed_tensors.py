@@ -1,0 +1,51 @@
+"""Tensors outside the blocks that hold a part for each of them, one after the other, and are cut when blocks go.
+
+Gemma 3n and 4 keep the embeddings and the projection of every layer's own input so, in modules named `..._per_layer...`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+WORD = "per_layer"
+
+
+def packed_dimensions(name: str, of_full: nn.Module, of_trimmed: nn.Module, depth: int, num_kept: int) -> dict[str, int]:
+    """By the name of a module's parameter, the dimension along which it holds a part for each layer; else nothing.
+
+    Args:
+        name: The module's name in the model.
+        of_full: The module in the model with all layers.
+        of_trimmed: The module in the trimmed one.
+        depth: How many layers there are.
+        num_kept: How many stay.
+    """
+    if WORD not in name.rpartition(".")[2]:
+        return {}
+    found: dict[str, int] = {}
+    trimmed = dict(of_trimmed.named_parameters(recurse=False))
+    for parameter, tensor in of_full.named_parameters(recurse=False):
+        before, after = tensor.shape, trimmed[parameter].shape if parameter in trimmed else ()
+        differ = [i for i, (old, new) in enumerate(zip(before, after, strict=False)) if old != new]
+        if (
+            len(before) == len(after)
+            and len(differ) == 1
+            and is_packed(before[differ[0]], after[differ[0]], depth, num_kept)
+        ):
+            found[parameter] = differ[0]
+    return found
+
+
+def is_packed(before: int, after: int, depth: int, num_kept: int) -> bool:
+    """Whether a size is so many for each layer, before a drop and after it."""
+    return before % depth == 0 and after == before // depth * num_kept
+
+
+def cut(tensor: torch.Tensor, dimension: int, depth: int, kept: Sequence[int]) -> torch.Tensor:
+    """A packed tensor with the parts of the layers that stay, in memory of its own."""
+    index = torch.tensor(kept, device=tensor.device)
+    parts = tensor.unflatten(dimension, (depth, -1)).index_select(dimension, index)
+    return parts.flatten(dimension, dimension + 1).contiguous()
