@@ -20,7 +20,7 @@ def report_of(card: Path) -> TrimCardData:
 
 
 def test_there_are_cards() -> None:
-    assert {"medical-demo", "medical-medquad"} <= {card.name for card in CARDS}
+    assert {"medical-demo", "legal-demo", "finance-demo", "medical-medquad"} <= {card.name for card in CARDS}
     assert {card.parent for card in FOLDER.glob(f"*/{CARD}")} == set(CARDS), "a card without its report"
 
 
