@@ -21,6 +21,7 @@ from .budget import Budget
 from .choice import LayerChoice
 from .config import TrimConfig
 from .depth_check import refuse_other_depths, wrong_depth
+from .distillation import refuse_another_teacher
 from .engines import Engine, attach
 from .engines.host import find_trainer, unwrapped
 from .importance import needs_data
@@ -84,6 +85,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "layer_map": None if self.layer_map is None else self._plain_map(),
                 "start_num_layers": self.start_num_layers,
                 "calibration_given": self.calibration_given,
+                "teacher": getattr(getattr(self.trainer, "teacher", None), "fingerprint", None),
                 "stop": self._rule.state() if self._rule else self.stop,
                 "budget": self._budget.state() if self._budget else self.budget,
                 "num_processes": 1 if self._engine is None else self._engine.world_size,
@@ -104,6 +106,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         stateful: Any = state.stateful_callbacks  # a dict by class name, whatever its annotation says
         saved = stateful.setdefault(type(self).__name__, self.state())  # a checkpoint may be from before this callback
         self._restore(saved["attributes"], model, state)
+        refuse_another_teacher(trainer, self.config, saved["attributes"].get("teacher") if state.global_step else None)
         assert self.layer_map is not None and self.start_num_layers is not None
         self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
         target = self._least = self.config.resolve_target(self.layer_map.base_num_layers, self.layer_map.num_layers)

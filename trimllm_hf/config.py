@@ -106,6 +106,17 @@ class TrimConfig:
     latency_batch_size: int = field(default=1, metadata={"help": "Sequences at a time in these measurements."})
     latency_prompt_tokens: int = field(default=128, metadata={"help": "Tokens before the generated ones in them."})
 
+    distill_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the loss that is the KL divergence from what the full-depth model says as it was before "
+            "training, from 0 (off) to 1. Takes TrimTrainer, and the memory and the forward pass of that model."
+        },
+    )
+    distill_temperature: float = field(
+        default=1.0, metadata={"help": "What the logits of both models are divided by in that divergence."}
+    )
+
     def __post_init__(self) -> None:
         self.drop_every = str(self.drop_every)
         targets = [value for value in (self.target_layers, self.target_ratio) if value is not None]
@@ -138,6 +149,10 @@ class TrimConfig:
         _at_least("calibration_size", self.calibration_size, 1)
         if self.scan_memory_gb is not None and not self.scan_memory_gb > 0:
             raise ValueError(f"Expected scan_memory_gb above 0, or None, got {self.scan_memory_gb}.")
+        if not (_is_number(self.distill_weight) and 0 <= self.distill_weight <= 1):
+            raise ValueError(f"Expected distill_weight from 0 to 1, got {self.distill_weight!r}.")
+        if not (_is_number(self.distill_temperature) and self.distill_temperature > 0):
+            raise ValueError(f"Expected distill_temperature to be a number above 0, got {self.distill_temperature!r}.")
         self._check_stop_rules()
 
     @property

@@ -27,6 +27,7 @@ parser.add_argument("--calibration", type=int, default=9)  # not a multiple of t
 parser.add_argument("--examples", type=int, default=120, help="24, and each second step ends an epoch")
 parser.add_argument("--universal", action="store_true", help="DeepSpeed loads a universal checkpoint")
 parser.add_argument("--bf16", action="store_true")
+parser.add_argument("--distill", type=float, default=0.0, help="TrimTrainer with a teacher")
 parser.add_argument("--config_optimizer", action="store_true", help="optimizer and scheduler of the DeepSpeed config")
 parser.add_argument("--sharded", action="store_true", help="checkpoints hold shards: FSDP2, ZeRO-3")
 options = parser.parse_args()
@@ -225,11 +226,12 @@ def main() -> None:
         disable_tqdm=True,
         **engine_arguments(),
     )
-    trim = TrimConfig(target_layers=4, drop_every="3", calibration_size=options.calibration)
+    distill = {"distill_weight": options.distill, "distill_temperature": 2.0}
+    trim = TrimConfig(target_layers=4, drop_every="3", calibration_size=options.calibration, **distill)
     before = Before()
     after = After(before)
     texts = tiny_texts(options.examples)
-    if options.save or options.resume:
+    if options.save or options.resume or options.distill:
         trainer: Trainer = TrimTrainer(model, args, train_dataset=texts, trim=trim)
     else:
         trainer = Trainer(model, args, train_dataset=texts, callbacks=[before, TrimCallback(trim), after])
