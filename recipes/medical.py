@@ -23,6 +23,9 @@ token, as its choices differ in length). Without validation data a fifth of the 
 The demo makes its own domain and base model (medical_demo.py). **Its drugs, classes and facts are invented**: it shows
 trimming at work, not medicine. Beside the model that goes from 12 to 6 layers, stock Trainer fine-tunes all 12 for the
 same steps on the same questions (`--compare_full_depth`, which any run can have).
+
+At its end the run writes a model card into its folder, with the figures of its own table, speed and memory measured, and
+(`--general_file text.txt`) the loss on a text outside the domain.
 """
 
 import copy
@@ -37,8 +40,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import wait_for_everyone
+from general_text import general_loss, read_pieces
 from medical_demo import make_demo
 from questions import load_questions
+from recipe_card import write_card
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -58,7 +63,7 @@ logger = logging.get_logger("transformers.trimllm_hf")
 
 DEMO_FLAGS = """--output_dir runs/medical-demo --compare_full_depth --max_steps 200 --warmup_steps 20
     --learning_rate 2e-3 --weight_decay 0.1 --per_device_train_batch_size 24 --per_device_eval_batch_size 128
-    --logging_steps 50 --save_strategy no""".split()
+    --logging_steps 50 --save_strategy no --eval_strategy steps --eval_steps 10""".split()
 
 
 @dataclass
@@ -68,8 +73,11 @@ class RecipeArguments:
     model_name_or_path: str = "HuggingFaceTB/SmolLM2-135M"
     dataset_name: str = "qiaojin/PubMedQA"
     dataset_config_name: str | None = None  # of the default data set: pqa_labeled
+    dataset_revision: str | None = None  # that was read; filled in by itself
     train_file: str | None = None
     validation_file: str | None = None
+    general_file: str | None = None  # a text outside the domain
+    domain: str = "medical questions"  # for the card
     max_length: int = 1024  # tokens of context, question and answer; the model's own context is a limit as well
     max_train_samples: int | None = None
     max_eval_samples: int = 500
@@ -101,8 +109,8 @@ def fine_tune(
     args: TrainingArguments,
     questions: dict[str, list[Question]],
     encoder: QuestionEncoder,
-) -> dict[str, str]:
-    """Fine-tune and trim; if asked for, fine-tune at full depth as well. Names of models, and where they are."""
+) -> tuple[TrimTrainer, dict[str, str]]:
+    """Fine-tune and trim; if asked for, fine-tune at full depth as well. The Trainer; names of models, where they are."""
     if "train" not in questions:
         raise ValueError("Expected training questions, got validation questions only. Give --train_file, or --do_eval.")
     examples = {split: [encoder.example(q, q.right) for q in part] for split, part in questions.items()}
@@ -113,18 +121,18 @@ def fine_tune(
     }
     trainer = TrimTrainer(load(recipe.model_name_or_path), args, trim=trim, train_dataset=examples["train"], **common)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()  # with --push_to_hub, onto the Hub as well
+    trainer.save_model()  # with --push_to_hub, onto the Hub as well; the card follows when the models are compared
     models = {"trimmed and fine-tuned": str(args.output_dir)}
     if recipe.compare_full_depth:
         stock = copy.copy(args)
-        stock.output_dir, stock.push_to_hub = f"{args.output_dir}-full", False
+        stock.output_dir, stock.push_to_hub, stock.eval_strategy = f"{args.output_dir}-full", False, "no"
         # without the calibration examples here too: both train on the same questions
         full = Trainer(load(recipe.model_name_or_path), stock, train_dataset=trainer.train_dataset, **common)
         full.train()
         full.save_model()
         models = {"full depth, fine-tuned": stock.output_dir, **models}
     wait_for_everyone()  # the main process saves; all of them load
-    return models
+    return trainer, models
 
 
 # ---- what it did
@@ -154,11 +162,14 @@ def ms_per_token(models: list[Any], prompt: list[int], new_tokens: int = 32, rou
     return [statistics.median(of_model) for of_model in times]
 
 
-def report(models: dict[str, str], questions: list[Question], encoder: QuestionEncoder, args: TrainingArguments) -> None:
+def report(
+    models: dict[str, str], questions: list[Question], encoder: QuestionEncoder, args: TrainingArguments, general: str | None
+) -> list[dict[str, Any]]:
     """Load each model as anybody would, score and time it, print the table, and let the last one answer a question."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     loaded = [load(path, dtype).to(args.device).eval() for path in models.values()]
     scores = [score_questions(model, questions, encoder, args.per_device_eval_batch_size) for model in loaded]
+    rows: list[dict[str, Any]] = []
     if args.process_index == 0:
         prompt = encoder.prompt(questions[0])
         times = ms_per_token(loaded, prompt[-max(1, encoder.max_length - 32) :])
@@ -172,11 +183,16 @@ def report(models: dict[str, str], questions: list[Question], encoder: QuestionE
             }
             for name, model, score, ms in zip(models, loaded, scores, times, strict=True)
         ]
+        if general is not None:
+            pieces = read_pieces(general, encoder)
+            for row, model in zip(rows, loaded, strict=True):
+                row |= general_loss(model, pieces, encoder, args.per_device_eval_batch_size) | {"pieces": len(pieces)}
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(args.output_dir) / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         show(rows)
         answer(loaded[-1], questions[0], encoder)
     wait_for_everyone()
+    return rows
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -214,17 +230,21 @@ def main(argv: list[str]) -> None:
     recipe, trim, args = parse(argv)
     logger.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)  # a line a drop, once
     if recipe.demo:
-        recipe.model_name_or_path, recipe.train_file, recipe.validation_file = make_demo(args)
+        recipe.model_name_or_path, recipe.train_file, recipe.validation_file, recipe.general_file = make_demo(args)
+        recipe.domain = "questions about invented drugs"
     config = AutoConfig.from_pretrained(recipe.model_name_or_path).get_text_config()
     tokenizer = AutoTokenizer.from_pretrained(recipe.model_name_or_path)
     context = getattr(config, "max_position_embeddings", recipe.max_length)
     encoder = QuestionEncoder(tokenizer, min(recipe.max_length, context))
     questions = load_questions(recipe, encoder, args.seed)
-    models = {"as it is": recipe.model_name_or_path}
+    trainer, models = None, {"as it is": recipe.model_name_or_path}
     if args.do_train or not args.do_eval or args.eval_strategy != "no":  # eval_strategy sets do_eval by itself
         models = {"base, before fine-tuning": recipe.model_name_or_path}
-        models |= fine_tune(recipe, trim, args, questions, encoder)
-    report(models, questions["validation"], encoder, args)
+        trainer, tuned = fine_tune(recipe, trim, args, questions, encoder)
+        models |= tuned
+    rows = report(models, questions["validation"], encoder, args, recipe.general_file)
+    if trainer is not None:
+        write_card(trainer, rows, recipe, questions)
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ SYLLABLES = ("ba do fe ki lu mo", "ra ne vi lo tu", "dim pex zan cor lit mov")
 BASE = {"max_steps": 400, "learning_rate": 3e-3, "warmup_steps": 40, "per_device_train_batch_size": 24}
 
 
-def make_demo(args: TrainingArguments) -> tuple[str, str, str]:
+def make_demo(args: TrainingArguments) -> tuple[str, str, str, str]:
     """Write the questions and train the base model, beside `args.output_dir`.
 
     Returns:
-        Folder of the base model, file of the training questions, file of the test questions.
+        Folder of the base model, files of the training questions, of the test questions and of the textbook.
     """
     folder = Path(f"{args.output_dir}-base")
-    train_file, test_file = folder / "train.jsonl", folder / "test.jsonl"
+    train_file, test_file, book_file = folder / "train.jsonl", folder / "test.jsonl", folder / "textbook.txt"
     if not args.resume_from_checkpoint:  # else those that the run began with
         textbook, train, test = make_domain(args.seed)
         with args.main_process_first(desc="the demo's questions"):
@@ -45,8 +45,9 @@ def make_demo(args: TrainingArguments) -> tuple[str, str, str]:
                 folder.mkdir(parents=True, exist_ok=True)
                 for path, questions in ((train_file, train), (test_file, test)):
                     path.write_text("".join(json.dumps(question) + "\n" for question in questions), encoding="utf-8")
+                book_file.write_text("\n\n".join(textbook) + "\n", encoding="utf-8")
         train_base(folder, textbook, [q["question"] + " " + " ".join(q["choices"]) for q in train + test], args)
-    return str(folder), str(train_file), str(test_file)
+    return str(folder), str(train_file), str(test_file), str(book_file)
 
 
 def make_domain(seed: int) -> tuple[list[str], list[dict[str, Any]], list[dict[str, Any]]]:

@@ -10,6 +10,7 @@ from datasets import load_dataset
 from transformers.utils import logging
 
 from trimllm_hf.choice_accuracy import Question, QuestionEncoder
+from trimllm_hf.publish.run import source_of
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -27,8 +28,9 @@ def load_questions(recipe: Any, encoder: QuestionEncoder, seed: int) -> dict[str
     if any(files.values()):
         rows = {split: read_json_lines(path) for split, path in files.items() if path}
     else:
-        config = recipe.dataset_config_name
-        rows = {split: [from_hub(row) for row in part] for split, part in load_dataset(recipe.dataset_name, config).items()}
+        parts = load_dataset(recipe.dataset_name, recipe.dataset_config_name)
+        rows = {split: [from_hub(row) for row in part] for split, part in parts.items()}
+        recipe.dataset_revision = (source_of(next(iter(parts.values()))) or {}).get("revision")
         files = dict.fromkeys(("train", "validation"), recipe.dataset_name)
     held_out = rows.get("validation", rows.get("test"))
     if held_out is None:

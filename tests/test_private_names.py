@@ -15,6 +15,11 @@ def test_trainer_loads_its_best_model_by_this_method() -> None:
     assert list(inspect.signature(Trainer._load_best_model).parameters) == ["self"]
 
 
+def test_trainer_waits_for_its_pushes_by_this_method() -> None:
+    assert "self._finish_current_push()" in inspect.getsource(Trainer.push_to_hub)
+    assert list(inspect.signature(Trainer._finish_current_push).parameters) == ["self"]
+
+
 def test_ddp_keeps_its_buckets_under_these_names() -> None:
     source = inspect.getsource(DistributedDataParallel)
     for name in ("self.reducer =", "self.logger", "self.find_unused_parameters =", "self.gradient_as_bucket_view ="):

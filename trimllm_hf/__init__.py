@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from .prepared import drop_prepared_layers
     from .publish.card import write_card
     from .publish.card_data import TrimCardData
+    from .publish.hub import push_to_hub
     from .surgery import drop_layers
     from .trainer import TrimTrainer, TrimTrainerMixin
+
+# models that lack halves become known to the Auto classes
+import_module(".auto_config", __name__).register_when_imported()
 
 __version__ = "0.1.0.dev0"
 
@@ -36,6 +40,7 @@ _FILES = {
     "drop_prepared_layers": "prepared",
     "load_kept_layers": "loading",
     "measure_latency": "latency.measure",
+    "push_to_hub": "publish.hub",
     "register_importance": "importance",
     "score_layers": "importance",
     "trim_like": "auto",
@@ -55,6 +60,7 @@ __all__ = [
     "drop_prepared_layers",
     "load_kept_layers",
     "measure_latency",
+    "push_to_hub",
     "register_importance",
     "score_layers",
     "trim_like",

@@ -119,7 +119,9 @@ def mark(base: nn.Module, stack: str, layer_map: LayerMap) -> None:
     if not layer_map.dropped_layers:
         return
     names = [{name for name, _ in block.named_parameters()} for block in base.get_submodule(stack).children()]
-    in_all = sorted(set.intersection(*names))  # a module that has an adapter in some layers only has other names there
+    in_all = sorted(
+        set.intersection(*names) or set.union(*names)
+    )  # a module that has an adapter in some layers only has other names there
     for adapter, config in adapters_of(base).items():
         of_base = next((name for name in in_all if f".{adapter}." not in name), in_all[0])
         stop = f"{_PREFIX}{stack}.{layer_map.num_layers}.{of_base}"

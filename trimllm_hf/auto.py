@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .adapters import base_of
 from .layer_map import LayerMap
 from .stack import find_stack
+from .sublayers import class_of, update_classes
 from .surgery import drop_layers
 
 
@@ -39,7 +40,7 @@ def trim_like(model: nn.Module, checkpoint: str | Path) -> LayerMap:
     of_model = LayerMap.from_config(config, of_checkpoint.part)
     positions = of_model.positions_to_drop(of_checkpoint)
     if positions:
-        drop_layers(model, positions, part=of_checkpoint.part)
+        drop_layers(model, positions, of_model.common_unit(of_checkpoint), part=of_checkpoint.part)
         config.trim = of_checkpoint.to_dict()
     return of_checkpoint
 
@@ -53,7 +54,9 @@ def regrow_like(model: PreTrainedModel, checkpoint: str | Path, layer_map: Layer
     Raises:
         OSError: If the folder holds no model.
     """
-    donor = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+    of_checkpoint = LayerMap.from_checkpoint(checkpoint)
+    donor_class = class_of(type(model), of_checkpoint is None or of_checkpoint.whole)
+    donor = donor_class.from_pretrained(checkpoint, dtype=model.dtype)
     own = find_stack(model)
     other = find_stack(donor, own.part)
     device = next(model.parameters()).device
@@ -69,5 +72,6 @@ def regrow_like(model: PreTrainedModel, checkpoint: str | Path, layer_map: Layer
                     setattr(module.config, name, value)
     layer_map = layer_map or LayerMap.from_config(donor.config, own.part)
     model.config.trim = layer_map.to_dict()
+    update_classes(model, layer_map.whole)
     model.load_state_dict(donor.state_dict())
     return layer_map

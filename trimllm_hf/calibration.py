@@ -80,7 +80,16 @@ def calibration_batches(
     if columns is not None:
         kept = (*columns, *CHOICE_COLUMNS)
         share = [{name: example[name] for name in kept if name in example} for example in share]
-    return [collate(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]
+    return [_collated(share[start : start + batch_size], collate) for start in range(0, len(share), batch_size)]
+
+
+def _collated(rows: list[Any], collate: Callable[[list[Any]], Batch]) -> Batch:
+    """A batch of rows; what only a scan by choices looks at goes past the collator, which may not know it."""
+    names = [name for name in CHOICE_COLUMNS if isinstance(rows[0], dict) and name in rows[0]]
+    apart = {name: torch.tensor([int(row[name]) for row in rows]) for name in names}
+    if not apart:
+        return collate(rows)
+    return {**collate([{name: value for name, value in row.items() if name not in names} for row in rows]), **apart}
 
 
 def model_inputs(batch: Batch) -> Batch:

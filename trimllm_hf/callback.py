@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .adapters import adapters_of, base_of, mark
 from .auto import regrow_like
 from .budget import Budget
-from .choice import LayerChoice
+from .choice import LayerChoice, check_drops, drop_log
 from .config import TrimConfig
 from .depth_check import refuse_other_depths, wrong_depth
 from .distillation import refuse_another_teacher
@@ -30,7 +30,6 @@ from .prepared import apply_drop
 from .schedule import Plan, layers_due, plan_drops
 from .stack import find_stack
 from .stopping import MetricRule
-from .surgery import plan_drop
 
 logger = logging.get_logger("transformers.trimllm_hf")  # below transformers' logger: its verbosity and handlers
 
@@ -40,7 +39,7 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     `Trainer(callbacks=[TrimCallback(TrimConfig(target_layers=16))])` is all that a script needs, in one process and under
     data-parallel training (DDP), with `Trainer` and its subclasses. The kept-layer map goes into `model.config.trim`, the
-    checkpoints' trainer_state.json, and the logs (`trim/num_layers`, `trim/parameters`, `trim/score`).
+    checkpoints' trainer_state.json, and the logs (`trim/num_layers`, `trim/parameters`, `trim/score`, `trim/margin`).
 
     Args:
         config: The settings (or, as a Trainer hands them back on resume, a dict of them).
@@ -94,7 +93,8 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Watch the model, so that weights of another depth are refused instead of loaded by index."""
-        needs_data(self.config.importance)  # raises on an unknown name
+        for name in (self.config.importance, self.config.tie_breaker or self.config.importance):
+            needs_data(name)  # raises on an unknown one
         if kwargs["model"] is not None:
             self._watch(kwargs["model"])
 
@@ -109,7 +109,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         refuse_another_teacher(trainer, self.config, saved["attributes"].get("teacher") if state.global_step else None)
         assert self.layer_map is not None and self.start_num_layers is not None
         self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
-        target = self._least = self.config.resolve_target(self.layer_map.base_num_layers, self.layer_map.num_layers)
+        base_layers = self.layer_map.base_num_layers * (2 if self.config.unit == "sublayer" else 1)
+        target = self._least = self.config.resolve_target(base_layers, self._num_layers())
         if self.config.has_budget:
             self._budget = Budget(self.config, self._engine, args, self.budget)
             target = self._budget.target(model, self._least)
@@ -124,7 +125,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self.config.max_metric_drop is not None:
             self._rule = MetricRule(self.config, trainer, self._engine, self.plan, self.stop)
         if self.plan:
-            self._check_plan(model, target)
+            check_drops(model, self.config, self._num_layers() - target)
             self._check_best_model(args)
             self._refuse_lost_calibration_set()
             self._choice = LayerChoice(
@@ -137,6 +138,17 @@ class TrimCallback(TrainerCallback, ExportableState):
         """Drop what an evaluation after the step before has allowed."""
         if self._rule is not None and self._rule.allows(state.global_step):
             self._drop_what_is_due(state, control)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Score by the gradients of this step, where that is the importance and a drop may follow."""
+        if self.config.importance == "taylor" and self._choice is not None and self.trainer is not None:
+            assert self.layer_map is not None and self.start_num_layers is not None
+            step = state.global_step + 1
+            dropped = self.start_num_layers - self._num_layers()
+            if self._rule is not None or self._budget is not None or layers_due(self.plan, step, dropped):
+                self._choice.take_gradients(unwrapped(self.trainer), step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Drop what is due after this optimizer step; under a stop rule on a metric, have the model evaluated first."""
@@ -171,12 +183,12 @@ class TrimCallback(TrainerCallback, ExportableState):
         of_model = LayerMap.from_config(model.config, self.config.part)
         plain = attributes["layer_map"]
         if state.global_step == 0 or plain is None:
-            self.layer_map, self.start_num_layers = of_model, of_model.num_layers
+            self.layer_map, self.start_num_layers = of_model, of_model.num_units(self.config.unit)
             self.stop, self.budget = {}, {}
             return
         of_checkpoint = LayerMap.from_dict(plain) if isinstance(plain, dict) else plain
-        if (of_checkpoint.part, of_checkpoint.kept_layers) != (of_model.part, of_model.kept_layers):
-            raise ValueError(wrong_depth(of_model.kept_layers, of_checkpoint.kept_layers))
+        if not of_checkpoint.keeps_the_same(of_model):
+            raise ValueError(wrong_depth(of_model, of_checkpoint))
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
         self.stop, self.budget = attributes.get("stop", {}), attributes.get("budget", {})
         model.config.trim = self._plain_map()
@@ -195,12 +207,6 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self._watched is None or self._watched() is not model:
             refuse_other_depths(model, self.config.part)
             self._watched = weakref.ref(model)
-
-    def _check_plan(self, model: PreTrainedModel, target: int) -> None:
-        """Refuse now what the guard would refuse at the first drop."""
-        depth = len(find_stack(model, self.config.part))
-        if depth > target:
-            plan_drop(model, [self.config.protect_first], part=self.config.part)
 
     def _check_best_model(self, args: TrainingArguments) -> None:
         """Refuse what would fail at the very end: the best checkpoint may be deeper than the model by then."""
@@ -222,7 +228,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _due(self, state: TrainerState) -> int:
         """How many layers have to go now, as far as no evaluation stands in the way."""
         assert self.layer_map is not None and self.start_num_layers is not None and self.trainer is not None
-        step, depth = state.global_step, self.layer_map.num_layers
+        step, depth = state.global_step, self._num_layers()
         if self._rule is not None:
             if not self._rule.is_open(step):
                 return 0
@@ -240,25 +246,25 @@ class TrimCallback(TrainerCallback, ExportableState):
         should_log = control.should_log
         due = self._due(state)
         while due > 0:
-            self._drop_one(state)
-            due = self._due(state) if self._rule is None else min(due - 1, self._due(state))
+            assert self._choice is not None
+            count = self._choice.at_once(due if self._budget is None else min(due, self.config.layers_per_drop))
+            self._drop(state, count)
+            due = self._due(state) if self._rule is None else min(due - count, self._due(state))
         control.should_log = should_log  # logging a drop clears it, and this step's loss would go unlogged
 
-    def _drop_one(self, state: TrainerState) -> None:
-        """Choose by scores of the model as it is now, and drop: one layer."""
+    def _drop(self, state: TrainerState, count: int) -> None:
+        """Choose by scores of the model as it is now, and drop."""
         assert self.trainer is not None and self._engine is not None and self._choice is not None
         model = unwrapped(self.trainer)
         progress = state.is_local_process_zero and not self.trainer.args.disable_tqdm
-        self.layer_map = apply_drop(self._engine, self._choice.next_drop(model, state.global_step, progress))
+        self.layer_map = apply_drop(self._engine, self._choice.next_drop(model, state.global_step, progress, count))
         if self._rule is not None:
             self._rule.dropped(state.global_step)
-        record, depth, parameters = self.layer_map.history[-1], self.layer_map.num_layers, get_model_param_count(model)
-        assert record.scores is not None
-        logger.info(
-            f"Step {state.global_step}: dropped layer {record.dropped[0]} of {self.layer_map.base_num_layers} "
-            f"({record.importance} {record.scores[0]:.4f}); {depth} layers, {parameters:,} parameters left."
+        line, logs = drop_log(
+            self.layer_map, self.config.unit, state.global_step, self._choice.margin, get_model_param_count(model)
         )
-        self.trainer.log({"trim/num_layers": depth, "trim/parameters": parameters, "trim/score": record.scores[0]})
+        logger.info(line)
+        self.trainer.log(logs)
 
     def _end_with_what_passed(self, rule: MetricRule, trainer: Trainer) -> None:
         """Give the model back the layers and weights with which it last passed, if it does not pass now."""
@@ -266,7 +272,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         if passed is not None:
             model, (folder, layer_map, self.model_step) = unwrapped(trainer), passed
             self.regrow(lambda: regrow_like(model, folder, layer_map))
-            trainer.log({"trim/num_layers": layer_map.num_layers, "trim/parameters": get_model_param_count(model)})
+            trainer.log({"trim/num_layers": self._num_layers(), "trim/parameters": get_model_param_count(model)})
 
     def regrow(self, edit: Callable[[], LayerMap]) -> None:
         """Run an edit that gives the model other layers when training is over, and take up the map that it returns."""
@@ -274,6 +280,11 @@ class TrimCallback(TrainerCallback, ExportableState):
         blocks = find_stack(unwrapped(self.trainer), self.config.part).blocks
         self.layer_map = self._engine.edit(edit, lambda: list(blocks.parameters()))
         self.trainer.optimizer = self.trainer.lr_scheduler = None  # made for other layers; a later train() makes them anew
+
+    def _num_layers(self) -> int:
+        """Depth now, in the unit."""
+        assert self.layer_map is not None
+        return self.layer_map.num_units(self.config.unit)
 
     def _plain_map(self) -> dict[str, Any]:
         assert isinstance(self.layer_map, LayerMap)

@@ -6,21 +6,27 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
+from .adapters import base_of
 from .calibration import Batch, calibration_batches, draw, own_randomness
 from .config import TrimConfig
 from .engines import Engine
-from .importance import needs_data, score_layers
+from .importance import METRICS, Metric, from_compute_metrics, get_metric, is_joint, needs_data, score_layers
+from .importance.gradient import refuse_no_gradient, weights_times_gradients
+from .importance.order import Chosen, choose, choose_window
+from .layer_map import LayerMap
 from .stack import find_stack
+from .sublayers import attentions_that_stay
 from .surgery import PlannedDrop, plan_drop
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
 class LayerChoice:
-    """Chooses the least important layer of the model as it is at that time.
+    """Chooses the least important layers of the model as it is at that time.
 
     Args:
         config: The settings.
@@ -30,11 +36,16 @@ class LayerChoice:
         dataset: The calibration examples; None: drawn from the training set.
 
     Raises:
-        ValueError: If there are no examples.
+        ValueError: If there are no examples, or there is no metric as the settings name it.
     """
 
     def __init__(self, config: TrimConfig, trainer: Trainer, engine: Engine, dataloader: Any, dataset: Any = None) -> None:
         self.config, self.engine = config, engine
+        if config.importance == "taylor":
+            refuse_no_gradient(engine)
+        self.metric = metric_of(config, trainer)
+        self.margin: float | None = None  # of the last drop: how much higher the score of the next candidate was
+        self._gradients: tuple[int, dict[Any, float]] | None = None  # step, and each layer's score by its gradients
         self.batches: list[Batch] = []
         self.stand_in: Batch | None = None  # for a process whose share of the calibration set is empty
         if not needs_data(config.importance):
@@ -47,51 +58,155 @@ class LayerChoice:
                 examples, collate, trainer.args.per_device_train_batch_size, columns, engine.rank, engine.world_size
             )
 
-    def next_drop(self, model: PreTrainedModel, step: int, progress: bool = False) -> PlannedDrop:
-        """Score the layers, and plan to drop the least important one; the same on every process, or an error on all.
+    def next_drop(self, model: PreTrainedModel, step: int, progress: bool = False, count: int = 1) -> PlannedDrop:
+        """Score the layers, and plan to drop the least important; the same on every process, or an error on all.
 
         Args:
             model: The unwrapped model.
             step: Optimizer step, for the map's history.
             progress: Whether to show a bar.
+            count: How many layers go by these scores; `at_once` says it.
 
         Raises:
             ValueError: If the layers cannot be scored, or the guard refuses. Nothing has changed.
         """
+        config = self.config
         try:
-            scores = score_layers(
-                model,
-                self.batches,
-                self.config.importance,
-                self.config.unit,
-                seed=self.config.calibration_seed + len(find_stack(model, self.config.part)),
-                memory_gb=self.config.scan_memory_gb,
-                together=self.engine,
-                stand_in=self.stand_in,
-                progress=progress,
-                part=self.config.part,
-            )
-            position = least_important(scores, self.config.protect_first, self.config.protect_last)
+            chosen = self._choose(model, step, progress, count)
             drop = plan_drop(
                 model,
-                [position],
-                self.config.unit,
+                chosen.positions,
+                config.unit,
                 step=step,
-                importance=self.config.importance,
-                scores=[scores[position].item()],
-                part=self.config.part,
+                importance=config.importance,
+                scores=chosen.scores,
+                part=config.part,
             )
         except Exception as error:  # one process must not drop, or wait, alone
             self.engine.fail(error)
             raise
         self.engine.agree(torch.zeros(1))  # nobody failed: all of them drop
+        self.margin = chosen.margin
         return drop
 
+    def at_once(self, due: int) -> int:
+        """How many of the layers that are due to drop by one scoring: one, unless they are chosen together."""
+        return 1 if self.config.rescore and not is_joint(self.config.importance) else due
 
-def least_important(scores: torch.Tensor, protect_first: int, protect_last: int) -> int:
-    """Position of the lowest score outside the protected ends; of equal ones, the deepest."""
-    candidates = range(protect_first, len(scores) - protect_last)
-    return min(candidates, key=lambda position: (scores[position].item(), -position))
+    def take_gradients(self, model: PreTrainedModel, step: int) -> None:
+        """Score by the gradients that the parameters hold now, for a drop after the optimizer step `step`."""
+        shares = weights_times_gradients(model, self.config.unit)
+        self._gradients = step, dict(zip(names_of(model, self.config), shares.tolist(), strict=True))
+
+    def _choose(self, model: PreTrainedModel, step: int, progress: bool, count: int) -> Chosen:
+        config = self.config
+        ends = config.protect_first, config.protect_last
+        scores = self._scores_by_training(model, step)
+        if scores is None:
+            scores = self._score(model, config.importance, progress, count)
+        if is_joint(config.importance):
+            return choose_window(scores, count, *ends)
+        breaker = config.tie_breaker
+        tie_scores = None if breaker is None else lambda: self._score(model, breaker, progress)
+        return choose(scores, count, tie_scores=tie_scores, candidates=droppable(model, config))
+
+    def _score(self, model: PreTrainedModel, importance: str, progress: bool, window: int = 1) -> torch.Tensor:
+        return score_layers(
+            model,
+            self.batches,
+            importance,
+            self.config.unit,
+            metric=self.metric,
+            window=window,
+            seed=self.config.calibration_seed + len(names_of(model, self.config)),
+            memory_gb=self.config.scan_memory_gb,
+            progress=progress,
+            part=self.config.part,
+            together=self.engine,
+            stand_in=self.stand_in,
+        )
+
+    def _scores_by_training(self, model: PreTrainedModel, step: int) -> torch.Tensor | None:
+        """The scores by the gradients of the step that was just made, if there are any that are numbers."""
+        if self._gradients is None or self._gradients[0] != step:
+            return None
+        shares = self._gradients[1]
+        names = names_of(model, self.config)
+        scores = self.engine.agree(torch.tensor([shares[name] for name in names], dtype=torch.float64))
+        # in half precision a step may overflow, and is skipped
+        return scores if torch.isfinite(scores).all() and scores.any() else None
+
+
+def check_drops(model: nn.Module, config: TrimConfig, to_drop: int) -> None:
+    """Refuse now what the guard would refuse at the first drop, and what would leave no layer to choose at a later one.
+
+    Raises:
+        ValueError: If a layer cannot be dropped, or not so many of them. Nothing has changed.
+    """
+    candidates = droppable(model, config)
+    if to_drop > len(candidates):
+        raise ValueError(
+            f"Expected a target that leaves at most {len(candidates)} layers to drop (the others are protected, and "
+            f"of sublayers the first attention of each type), got {to_drop}. Raise target_layers or target_ratio."
+        )
+    if to_drop > 0:
+        plan_drop(model, candidates[:1], config.unit, part=config.part)
+
+
+def droppable(model: nn.Module, config: TrimConfig) -> list[int]:
+    """The positions from which a layer may be chosen: those outside the protected ends.
+
+    Of sublayers also without the attentions from which the cache reads its length.
+    """
+    base: PreTrainedModel = base_of(model)
+    layer_map = LayerMap.from_config(base.config, config.part)
+    layers = layer_map.kept_layers
+    inside = layers[config.protect_first : len(layers) - config.protect_last]
+    if config.unit == "block":
+        return [layers.index(layer) for layer in inside]
+    stay = attentions_that_stay(find_stack(base, config.part), layers, range(len(layers)))
+    return [
+        position
+        for position, (layer, half) in enumerate(layer_map.sublayers)
+        if layer in inside and not (half == "attention" and layer in stay)
+    ]
+
+
+def names_of(model: nn.Module, config: TrimConfig) -> tuple[Any, ...]:
+    """The model's layers in the base's numbering, in the order of their scores: blocks, or sublayers."""
+    layer_map = LayerMap.from_config(base_of(model).config, config.part)
+    return layer_map.kept_layers if config.unit == "block" else layer_map.sublayers
+
+
+def drop_log(
+    layer_map: LayerMap, unit: str, step: int, margin: float | None, parameters: int
+) -> tuple[str, dict[str, float]]:
+    """What to tell of the last drop, and to log: to a person, and to TensorBoard and its like."""
+    record, depth = layer_map.history[-1], layer_map.num_units(unit)
+    score = max(record.scores or (float("nan"),))
+    layers = f"layer{'s' * (len(record.dropped) > 1)} {', '.join(map(str, record.dropped))}"
+    if record.halves is not None:
+        named = zip(record.halves, record.dropped, strict=True)
+        layers = ", ".join(f"the {half} of layer {layer}" for half, layer in named)
+    to_next = "no other candidate" if margin is None else f"margin to the next best {margin:.4g}"
+    line = (
+        f"Step {step}: dropped {layers} of {layer_map.base_num_layers} ({record.importance} {score:.4f}, {to_next}); "
+        f"{depth} layers, {parameters:,} parameters left."
+    )
+    logs = {"trim/num_layers": depth, "trim/parameters": parameters, "trim/score": score}
+    return line, logs if margin is None else {**logs, "trim/margin": margin}
+
+
+def metric_of(config: TrimConfig, trainer: Trainer) -> str | Metric:
+    """What a run's scan measures: a metric by its name, or a key of what the Trainer's `compute_metrics` returns.
+
+    Raises:
+        ValueError: If the Trainer has no `compute_metrics` for a name that is not known.
+    """
+    name, compute_metrics = config.scan_metric, trainer.compute_metrics
+    if name in METRICS or compute_metrics is None:
+        return get_metric(name)
+    return from_compute_metrics(name, compute_metrics, trainer.preprocess_logits_for_metrics, config.scan_greater_is_better)
 
 
 def _drawn(config: TrimConfig, dataset: Any) -> list[Any]:

@@ -29,7 +29,13 @@ class TrimConfig:
         default=None,
         metadata={"help": "Share of the base's layers to keep, between 0 and 1; with a budget, at least."},
     )
-    unit: str = field(default="block", metadata={"help": "What is dropped at a time: 'block' (a whole layer)."})
+    unit: str = field(
+        default="block",
+        metadata={
+            "help": "What a layer is: 'block' (a whole layer of the model), or 'sublayer' (TrimLLM's: an attention or an "
+            "MLP with its residual, two a block). target_layers, target_ratio and layers_per_drop count them."
+        },
+    )
     part: str | None = field(
         default=None,
         metadata={"help": "Of an encoder-decoder (T5, BART), what to trim: 'decoder' (the default there) or 'encoder'."},
@@ -38,8 +44,25 @@ class TrimConfig:
         default="sensitivity",
         metadata={
             "help": "The score by which the least important layer is chosen: 'sensitivity' (leave-one-out loss on the "
-            "calibration set), 'block_influence', 'last', 'random', or a name given to `register_importance`."
+            "calibration set), 'perplexity', 'activation_norm', 'block_influence', 'layer_redundancy', 'angular', "
+            "'relative_magnitude', 'taylor', 'last', 'deepest_except_last', 'first', 'random', or a name given to "
+            "`register_importance`."
         },
+    )
+    scan_metric: str = field(
+        default="loss",
+        metadata={
+            "help": "What 'sensitivity' measures of the model without a layer: 'loss' (per token of the labels), "
+            "'choice_accuracy', or a key of what the Trainer's compute_metrics returns."
+        },
+    )
+    scan_greater_is_better: bool | None = field(
+        default=None,
+        metadata={"help": "Whether such a key is better the greater it is. Default: unless it ends in 'loss'."},
+    )
+    tie_breaker: str | None = field(
+        default=None,
+        metadata={"help": "The score that chooses among layers of equal importance, e.g. 'activation_norm' (TrimLLM's)."},
     )
     drop_every: str = field(
         default="auto",
@@ -55,9 +78,16 @@ class TrimConfig:
             "'auto', one step for the other schedules."
         },
     )
-    layers_per_drop: int = field(default=1, metadata={"help": "Layers dropped at a time, re-scored after each one of them."})
-    protect_first: int = field(default=1, metadata={"help": "Layers at the input side that are never dropped."})
-    protect_last: int = field(default=1, metadata={"help": "Layers at the output side that are never dropped."})
+    layers_per_drop: int = field(default=1, metadata={"help": "Layers dropped at a time."})
+    rescore: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to score anew after each layer of a drop, or to drop the lowest of one ranking. 'angular' "
+            "always drops successive layers together."
+        },
+    )
+    protect_first: int = field(default=1, metadata={"help": "Blocks at the input side that lose nothing."})
+    protect_last: int = field(default=1, metadata={"help": "Blocks at the output side that lose nothing."})
     calibration_size: int = field(
         default=64,
         metadata={"help": "Training examples set aside to score layers by. Never taken from the evaluation data."},
@@ -133,8 +163,15 @@ class TrimConfig:
             )
         if self.target_layers is not None:
             _at_least("target_layers", self.target_layers, 1)
-        if self.unit != "block":
-            raise ValueError(f"Expected unit='block', got {self.unit!r}. Other units cannot be trimmed yet.")
+        if self.unit not in ("block", "sublayer"):
+            raise ValueError(f"Expected unit='block' or 'sublayer', got {self.unit!r}.")
+        if self.unit == "sublayer" and self.has_budget:
+            raise ValueError(
+                "Expected unit='block' with a budget (max_latency_ms, max_memory_gb), got unit='sublayer', which cannot "
+                "be measured ahead. Set target_layers instead."
+            )
+        if self.unit == "sublayer" and self.part is not None:
+            raise ValueError(f"Expected unit='block' for a part of an encoder-decoder ({self.part}), got unit='sublayer'.")
         if self.part not in (None, "decoder", "encoder"):
             raise ValueError(f"Expected part='decoder', 'encoder' or None, got {self.part!r}.")
         if self.drop_every not in ("auto", "once", "epoch"):
@@ -153,6 +190,11 @@ class TrimConfig:
             raise ValueError(f"Expected distill_weight from 0 to 1, got {self.distill_weight!r}.")
         if not (_is_number(self.distill_temperature) and self.distill_temperature > 0):
             raise ValueError(f"Expected distill_temperature to be a number above 0, got {self.distill_temperature!r}.")
+        if self.scan_metric != "loss" and self.importance != "sensitivity":
+            raise ValueError(
+                f"Expected importance='sensitivity' for scan_metric={self.scan_metric!r}, got {self.importance!r}, which "
+                "does not measure it."
+            )
         self._check_stop_rules()
 
     @property
@@ -192,12 +234,13 @@ class TrimConfig:
     def resolve_target(self, base_num_layers: int, num_layers: int) -> int:
         """The number of layers to end with, for a model that has `num_layers` now and had `base_num_layers` once.
 
-        With a budget it is the number to end with at least: the target if there is one, else the protected layers.
+        All are counted in the unit. With a budget it is the number to end with at least: the target if there is one, else
+        the protected layers.
 
         Raises:
             ValueError: If the target is not below the depth, or would need a protected layer to go.
         """
-        protected = self.protect_first + self.protect_last
+        protected = (self.protect_first + self.protect_last) * (2 if self.unit == "sublayer" else 1)
         if self.target_layers is not None:
             target = self.target_layers
             said = f"target_layers={target}"

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .adapters import adapters_of, base_of
+from .layer_map import LayerMap
 from .stack import find_stack
 
 
@@ -42,14 +43,33 @@ def refuse_other_depths(model: nn.Module, part: str | None = None) -> None:
         whole = rest <= state_dict.keys()
         if numbers[-1] >= depth or (whole and len(numbers) < depth):
             raise ValueError(wrong_depth(range(depth), numbers))
+        there = {(int(number), rest.partition(".")[0]) for number, _, rest in found if "." in rest}
+        parts = [(n, *part) for n, block in enumerate(stack.blocks) for part in block.named_children()]
+        here = {(n, name) for n, name, part in parts if _holds(part)}
+        wrong = (there - here) | (here - there if whole else set())
+        if wrong:
+            names = sorted(f"{stack.name}.{number}.{name}" for number, name in wrong)
+            raise ValueError(
+                f"Expected a checkpoint of the sublayers that the model has, got one of others: they differ in {names}. Use "
+                "TrimTrainer, or call trim_like(model, checkpoint) on the full-depth model before the Trainer is made."
+            )
 
     model.register_load_state_dict_pre_hook(check)
 
 
-def wrong_depth(of_model: Sequence[int], of_checkpoint: Sequence[int]) -> str:
+def _holds(module: nn.Module) -> bool:
+    """Whether a module has something in a state dict."""
+    return any(True for _ in module.parameters())
+
+
+def wrong_depth(of_model: Sequence[int] | LayerMap, of_checkpoint: Sequence[int] | LayerMap) -> str:
     """What to say when a checkpoint keeps other layers than the model."""
+    (number, layers), (other_number, others) = (
+        (each.num_layers, str(each)) if isinstance(each, LayerMap) else (len(each), str(list(each)))
+        for each in (of_model, of_checkpoint)
+    )
     return (
-        f"Expected a checkpoint of the model's {len(of_model)} layers {list(of_model)}, got one with "
-        f"{len(of_checkpoint)}: {list(of_checkpoint)}. Use TrimTrainer, which gives the model the checkpoint's layers on "
-        "resume, or call trim_like(model, checkpoint) on the full-depth model before the Trainer is made."
+        f"Expected a checkpoint of the model's {number} layers {layers}, got one with {other_number}: {others}. Use "
+        "TrimTrainer, which gives the model the checkpoint's layers on resume, or call trim_like(model, checkpoint) on the "
+        "full-depth model before the Trainer is made."
     )

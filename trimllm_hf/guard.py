@@ -183,9 +183,12 @@ def rebuild(
         attention = {"": model.config._attn_implementation}
         for name in config.sub_configs:
             attention[name] = getattr(getattr(config, name), "_attn_implementation", None)
-        config = type(config).from_dict(config.to_dict(), attn_implementation=attention)
+        # classes that build a model without some halves have the architecture's own, which builds all
+        config_class = getattr(type(config), "stock_class", type(config))
+        config = config_class.from_dict(config.to_dict(), attn_implementation=attention)
         with torch.device(device):
-            return inject(type(model)(config), adapters)
+            found: nn.Module = getattr(type(model), "stock_class", type(model))(config)
+            return inject(found, adapters)
     finally:
         logging.set_verbosity(verbosity)
 

@@ -33,7 +33,7 @@ def drop_prepared_layers(
         model: The model as `accelerator.prepare` returned it.
         optimizer: The optimizer as `accelerator.prepare` returned it.
         layers: Positions in the model as it is now, from 0; the same on every process.
-        unit: "block", a whole layer.
+        unit: "block" or "sublayer", as for `drop_layers`.
         step: Optimizer step, for the map's history.
         part: As for `drop_layers`.
 

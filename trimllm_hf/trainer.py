@@ -19,6 +19,7 @@ from .importance import needs_data
 from .layer_map import LayerMap
 from .publish.card_data import TrimCardData
 from .publish.card_host import CardHost
+from .publish.push_host import PushHost
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -28,14 +29,14 @@ else:
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
-class TrimTrainerMixin(CardHost, DistillHost, BestModelHost, _Base):
+class TrimTrainerMixin(PushHost, CardHost, DistillHost, BestModelHost, _Base):
     """Trimming for any subclass of Trainer: `class MyTrainer(TrimTrainerMixin, SFTTrainer): pass`.
 
     Over a plain Trainer with `TrimCallback` it adds: calibration examples are taken out of the training set;
     `train(resume_from_checkpoint=…)` of a Trainer made with the full-depth model gives the model the checkpoint's layers
     first, and passes over checkpoints that a kill left half written; `load_best_model_at_end` loads a best checkpoint of
     another depth with the layers that belong to it; a teacher (`distill_weight`); the model card, by `save_model` and, with
-    latency measured, `create_model_card`.
+    latency measured, `create_model_card`; a last push to the Hub that is checked and lands whole or not at all.
 
     Args:
         trim: How far to trim, which layers, and when.
@@ -113,11 +114,11 @@ class TrimTrainerMixin(CardHost, DistillHost, BestModelHost, _Base):
         """Give the model the depth of the best checkpoint, which the Trainer is about to load."""
         best = LayerMap.from_checkpoint(checkpoint)
         callback = self.trim_callback()
-        if best is None or callback.layer_map is None or best.kept_layers == callback.layer_map.kept_layers:
+        if best is None or callback.layer_map is None or best.keeps_the_same(callback.layer_map):
             return
         logger.warning(
-            f"The best checkpoint, {checkpoint}, keeps {best.num_layers} layers and not the {callback.layer_map.num_layers} "
-            "that training ended with: the model gets its layers back. To end with the trimmed model, set "
+            f"The best checkpoint, {checkpoint}, keeps the layers {best} and not those "
+            f"that training ended with: the model gets its layers back. To end with the trimmed model, set "
             "load_best_model_at_end=False."
         )
         callback.regrow(lambda: regrow_like(unwrapped(self), checkpoint))

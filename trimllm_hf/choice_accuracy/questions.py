@@ -84,6 +84,23 @@ class QuestionEncoder:
         prompt, answer = self.prompt(question), self._answer(choice)
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
+    def rows(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+        """Every choice of every question as a row, to scan a model's layers by the accuracy (`scan_metric`).
+
+        Beside `input_ids` and `labels` a row says which `question` it belongs to, whether its choice is the `right` one,
+        and whether choices are compared `per_token`. Give them as `calibration_dataset`.
+        """
+        return [
+            {
+                **self.example(question, choice),
+                "question": number,
+                "right": int(choice == question.right),
+                "per_token": int(question.per_token),
+            }
+            for number, question in enumerate(questions)
+            for choice in question.choices
+        ]
+
     def fitting(self, questions: Sequence[Question], source: str) -> list[Question]:
         """The questions that fit, in their order; the number of the others is logged.
 

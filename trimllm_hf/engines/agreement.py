@@ -18,6 +18,7 @@ class Together(Protocol):
 
     rank: int
     world_size: int
+    free_backward: bool  # whether a backward pass beside training leaves nothing behind but `grad`
 
     def agree(self, total: torch.Tensor) -> torch.Tensor:
         """The sum of `total` over all processes, the same on each of them; or the error of one that has failed."""
@@ -40,6 +41,7 @@ class Alone:
 
     rank = 0
     world_size = 1
+    free_backward = True
 
     def agree(self, total: torch.Tensor) -> torch.Tensor:
         """One process agrees with itself."""
@@ -59,6 +61,8 @@ class Alone:
 
 class Processes:
     """The processes of a run; see `engines.Engine`."""
+
+    free_backward = True
 
     def __init__(self, group: Any = None) -> None:
         self.group = group

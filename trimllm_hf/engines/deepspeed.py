@@ -31,6 +31,7 @@ class DeepSpeedEngine(Processes):
     """A model in DeepSpeed's engine under ZeRO; see `engines.Engine`."""
 
     regrows = False
+    free_backward = False
 
     def __init__(self, model: Any, optimizer: Any) -> None:
         refuse_unsupported(model)

@@ -54,3 +54,8 @@ def unwrapped(trainer: Trainer) -> PreTrainedModel:
 def save_model(trainer: Trainer, folder: str) -> None:
     """Save the model, by all processes, without a push."""
     trainer.save_model(folder, _internal_call=True)
+
+
+def finish_current_push(trainer: Trainer) -> None:
+    """Wait until a push that the Trainer made at a save, in the background, is through."""
+    trainer._finish_current_push()

@@ -21,12 +21,26 @@ from ..engines.agreement import Alone, Together
 from ..layer_map import LayerMap
 from .finite import refuse_not_finite
 from .gradient import taylor
-from .metrics import CHOICE_ACCURACY, LOSS, Metric
+from .metrics import CHOICE_ACCURACY, LOSS, Metric, from_compute_metrics
 from .rules import deepest_except_last, first, last, random
 from .scan import ScanSettings, perplexity, scan, sensitivity
 from .statistics import activation_norm, angular, block_influence, layer_redundancy, relative_magnitude
+from .units import list_units
 
 Importance = Callable[[nn.Module, Sequence[Batch], str], tuple[torch.Tensor, float]]
+
+__all__ = [
+    "METRICS",
+    "Importance",
+    "Metric",
+    "from_compute_metrics",
+    "get_metric",
+    "is_joint",
+    "known",
+    "needs_data",
+    "register_importance",
+    "score_layers",
+]
 
 METRICS = {metric.name: metric for metric in (LOSS, CHOICE_ACCURACY)}
 _SCANS: dict[str, Callable[[Metric], Metric]] = {"sensitivity": sensitivity, "perplexity": perplexity}
@@ -122,9 +136,10 @@ def score_layers(
         model: A transformers model, unwrapped.
         batches: Dicts of model inputs, moved to the model's device here; with labels, where the score needs a loss.
         importance: Name of the score.
-        unit: "block".
+        unit: "block"; or "sublayer": a score for each attention and each MLP, in the order of `LayerMap.sublayers`
+            (attention, then MLP of each block; 2n for a base of n blocks).
         metric: For a scan: what is measured of the model without a layer. "loss", "choice_accuracy" (rows as
-            `QuestionEncoder.choices` makes them), or one made by `from_compute_metrics`.
+            `QuestionEncoder.rows` makes them), or one made by `from_compute_metrics`.
         window: For `angular`: how many successive layers go together.
         seed: For scores that draw. Global random state is left as it was.
         memory_gb: For a scan: memory for its candidates, in 10^9 bytes, beside that of a forward pass. None: half of
@@ -135,8 +150,8 @@ def score_layers(
         stand_in: A batch for the forward passes of a process whose share is empty; it does not count.
 
     Returns:
-        Scores of shape (layers,), float64 on the CPU, the same on every process. Higher = more important. For `angular`
-        of shape (layers - window + 1,): of each window, by its first layer.
+        Scores of shape (layers,), or by sublayers (sublayers,), float64 on the CPU, the same on every process. Higher =
+        more important. For `angular` of shape (layers - window + 1,): of each window, by its first layer.
 
     Raises:
         ValueError: If the name is unknown, there is nothing to score on, or a score is not a number.
@@ -205,6 +220,8 @@ def _mean(
             f"Expected calibration batches with tokens to score by {name!r}, got {num_counted} batches without any."
         )
     scores = sums[:-1] / sums[-1]
+    if unit == "sublayer" and len(scores) != len(list_units(model, unit)):
+        raise ValueError(f"Expected unit='block' for the importance {name!r}, got {unit!r}. Use a scan or a rule.")
     refuse_not_finite(name, scores, together.gather(wrong))
     return scores
 

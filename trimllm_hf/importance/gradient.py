@@ -30,14 +30,10 @@ def taylor(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: s
         together: The processes of the run.
 
     Raises:
-        ValueError: If a batch has no labels, or the parameters are ZeRO-3's.
+        ValueError: If a batch has no labels, or the engine keeps gradients to itself (ZeRO).
     """
+    refuse_no_gradient(together)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        raise ValueError(
-            "Expected parameters that are whole or sharded by FSDP2, got ZeRO-3's, whose gradient cannot be taken beside "
-            "training. Use another importance, like 'sensitivity' or 'block_influence'."
-        )
     tokens = [num_label_tokens(model, batch) * (i < num_counted) for i, batch in enumerate(batches)]
     total = sum(together.gather(sum(tokens)))
     if not total:
@@ -58,6 +54,19 @@ def taylor(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: s
     finally:
         for parameter, gradient in zip(parameters, had, strict=True):
             parameter.grad = gradient
+
+
+def refuse_no_gradient(together: Together) -> None:
+    """Refuse an engine under which no gradient can be had beside training.
+
+    Raises:
+        ValueError: Saying what to use instead.
+    """
+    if not together.free_backward:
+        raise ValueError(
+            "Expected one process, DDP or FSDP2 for the importance 'taylor', got an engine that keeps "
+            "gradients to itself. Use another importance, like 'sensitivity' or 'block_influence'."
+        )
 
 
 @torch.no_grad()

@@ -107,7 +107,7 @@ def _choice_accuracy(parts: Sequence[list[tuple[int, bool, float]]]) -> float:
             raise ValueError(
                 f"Expected at least two choices a question, one of them right, got {len(rows)} with "
                 f"{sum(right for right, _ in rows)} right for question {question}. Give a calibration_dataset that holds "
-                "all choices of each question, as QuestionEncoder.choices makes them."
+                "all choices of each question, as QuestionEncoder.rows makes them."
             )
         if any(np.isnan(score) for _, score in rows):
             return float("nan")
@@ -121,7 +121,7 @@ def _check_choices(model: nn.Module, batch: Batch) -> None:
     if missing:
         raise ValueError(
             f"Expected calibration batches with {sorted(CHOICE_COLUMNS)} for the metric 'choice_accuracy', got none of "
-            f"{sorted(missing)}. Give a calibration_dataset of rows as QuestionEncoder.choices makes them."
+            f"{sorted(missing)}. Give a calibration_dataset of rows as QuestionEncoder.rows makes them."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a scan leaves out: a block, or parts of it."""
+"""What a scan leaves out: a block, or an attention or an MLP of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters import base_of
+from ..guard import rebuild
+from ..layer_map import UNITS, LayerMap
 from ..stack import find_stack
+from ..sublayers import Gives, find_halves
 
 
 @dataclass(frozen=True)
@@ -20,31 +24,47 @@ class Unit:
     Attributes:
         position: Position of its block.
         parts: The modules inside the block that would go. None at all: the whole block.
+        gives: What would stand for each of them.
     """
 
     position: int
     parts: tuple[nn.Module, ...] = ()
+    gives: tuple[Gives, ...] = ()
 
 
 def list_units(model: nn.Module, unit: str) -> list[Unit]:
-    """The candidates of a model, in the order of their scores.
+    """The candidates of a model, in the order of their scores: the blocks, or `LayerMap.sublayers`.
 
     Raises:
-        ValueError: If there is no unit of that name.
+        ValueError: If there is no unit of that name, or the blocks are not made of an attention and an MLP.
     """
-    if unit != "block":
-        raise ValueError(f"Expected unit='block', got {unit!r}.")
-    return [Unit(position) for position in range(len(find_stack(model)))]
+    if unit not in UNITS:
+        raise ValueError(f"Expected unit='block' or 'sublayer', got {unit!r}.")
+    base = base_of(model)
+    stack, layer_map = find_stack(base), LayerMap.from_config(base.config)
+    if unit == "block":
+        return [Unit(position) for position in range(len(stack))]
+    if stack.part is not None:
+        raise ValueError("Expected a model with one stack of layers for unit='sublayer', got an encoder-decoder.")
+    whole = find_stack(rebuild(base, {})).blocks  # without weights, and with the halves that are gone
+    found = []
+    for layer, half in layer_map.sublayers:
+        position = layer_map.kept_layers.index(layer)
+        gives = find_halves(whole[position], stack.config.hidden_size).of(half)
+        parts = tuple(stack.blocks[position].get_submodule(name) for name in gives)
+        found.append(Unit(position, parts, tuple(gives.values())))
+    return found
 
 
 @contextmanager
 def without(unit: Unit, blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Run a model as if the unit were not there. It still runs, so that its output's form is right everywhere.
 
-    A block hands its input on; a part gives zeros, which the residual connection around it adds.
+    A block hands its input on; a part answers as its stand-in would.
     """
+    parts = [(part, _answer(gives)) for part, gives in zip(unit.parts, unit.gives, strict=True)]
     with ExitStack() as stack:
-        for module, replace in [(part, _zeros) for part in unit.parts] or [(blocks[unit.position], _input)]:
+        for module, replace in parts or [(blocks[unit.position], _input)]:
             stack.callback(module.register_forward_hook(replace, with_kwargs=True).remove)
         yield
 
@@ -64,8 +84,11 @@ def _input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: 
     return _like(output, lambda hidden: block_input(args, kwargs))
 
 
-def _zeros(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    return _like(output, torch.zeros_like)
+def _answer(gives: Gives) -> Callable[..., Any]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return _like(output, lambda hidden: gives.hidden(args, kwargs))
+
+    return hook
 
 
 def _like(output: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:

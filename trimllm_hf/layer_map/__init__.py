@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from .depth import PARTS, depth_name, num_hidden_layers, part_config, resolve_part
-from .plain import is_count, is_list_of, shown
+from .plain import is_count, json_at, shown
+from .record import DropRecord, check_halves, check_layers, check_positions
 
 __all__ = ["DropRecord", "LayerMap", "depth_name", "num_hidden_layers", "part_config", "resolve_part"]
 
 VERSION = 1
+MODEL_TYPE = "trimllm"  # in config.json, of a model that lacks halves
+UNITS = ("block", "sublayer")
+HALVES = ("attention", "mlp")  # of a block, in the order in which sublayers are numbered
 MOST_LAYERS = 100_000  # a map from a hostile file must not fill the memory
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME, which takes seconds to import
 ADAPTER_MAP = "trim_map.json"  # beside an adapter, which has no config.json
-
-
-@dataclass(frozen=True)
-class DropRecord:
-    """One drop: at which optimizer step, which layers (base numbering), by which importance, with which scores."""
-
-    dropped: tuple[int, ...]
-    step: int | None = None
-    importance: str | None = None
-    scores: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,12 +33,14 @@ class LayerMap:
 
     Attributes:
         base_num_layers: Depth of the base model.
-        kept_layers: Kept layers, ascending; position in this tuple is the layer's number in the trimmed model.
-        unit: What was dropped, "block".
+        kept_layers: Kept layers (blocks), ascending; position in this tuple is the layer's number in the trimmed model.
+        unit: What was dropped: "block", or "sublayer" once an attention or an MLP alone was.
         part: Of an encoder-decoder, the stack that these layers are of: "decoder" or "encoder". The other is whole.
         base_model: Hub id or path of the base model, if known.
         base_revision: Commit of the base model, if known.
         history: The drops, oldest first.
+        kept_attention: Of a sublayer map: the kept layers that have their attention. None in a block map: all have.
+        kept_mlp: Likewise their MLP. Each kept layer has at least one of the two.
 
     Raises:
         ValueError: On construction, if the fields contradict each other or have the wrong types.
@@ -58,29 +53,33 @@ class LayerMap:
     base_revision: str | None = None
     part: str | None = None
     history: tuple[DropRecord, ...] = ()
+    kept_attention: tuple[int, ...] | None = None
+    kept_mlp: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not is_count(self.base_num_layers) or self.base_num_layers < 1:
-            raise ValueError(f"Expected base_num_layers of at least 1, got {self.base_num_layers!r}.")
+            raise ValueError(f"Expected base_num_layers of at least 1, got {shown(self.base_num_layers)}.")
         if self.base_num_layers > MOST_LAYERS:
             raise ValueError(f"Expected base_num_layers of at most {MOST_LAYERS}, got {shown(self.base_num_layers)}.")
-        kept = self.kept_layers
-        if not isinstance(kept, tuple) or not kept or not all(is_count(layer) for layer in kept):
-            raise ValueError(f"Expected kept_layers to be whole numbers, at least one, got {shown(kept)}.")
-        if any(a >= b for a, b in pairwise(kept)):
-            raise ValueError(f"Expected kept_layers in ascending order without repeats, got {shown(kept)}.")
-        if kept[-1] >= self.base_num_layers:
+        check_layers("kept_layers", self.kept_layers, self.base_num_layers)
+        if self.unit not in UNITS:
             raise ValueError(
-                f"Expected kept_layers from 0 to {self.base_num_layers - 1} (the base has {self.base_num_layers} "
-                f"layers), got {shown(kept)}."
+                f"Expected unit 'block' or 'sublayer', got {shown(self.unit)}. Install a newer trimllm_hf to read this map."
             )
-        if self.unit != "block":
-            raise ValueError(f"Expected unit 'block', got {self.unit!r}. Install a newer trimllm_hf to read this map.")
+        if self.unit == "sublayer":
+            check_halves(self.kept_layers, self.kept_attention, self.kept_mlp, self.base_num_layers)
+        elif self.kept_attention is not None or self.kept_mlp is not None:
+            raise ValueError("Expected kept_attention and kept_mlp in a map of unit 'sublayer' only, got unit 'block'.")
         if self.part is not None and self.part not in PARTS:
             raise ValueError(f"Expected part 'decoder', 'encoder' or null, got {shown(self.part)}.")
         for name in ("base_model", "base_revision"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"Expected {name} to be text or null, got {shown(getattr(self, name))}.")
+
+    def __str__(self) -> str:
+        """The kept layers, and what they lack: `[0, 2, 3], without the mlp of 2`."""
+        lacking = [f"the {half} of {self.kept_layers[position]}" for position, half in self.missing_halves]
+        return f"{list(self.kept_layers)}{', without ' if lacking else ''}{' and '.join(lacking)}"
 
     @property
     def num_layers(self) -> int:
@@ -93,49 +92,86 @@ class LayerMap:
         kept = set(self.kept_layers)
         return tuple(layer for layer in range(self.base_num_layers) if layer not in kept)
 
+    @property
+    def sublayers(self) -> tuple[tuple[int, str], ...]:
+        """The sublayers that the model has, each as its layer (base numbering) and "attention" or "mlp".
+
+        The order is that of scores and of `drop_layers(unit="sublayer")`: the layers from the first to the last, in each of
+        them the attention, then the MLP; those that are gone are left out. A base of n layers has 2n.
+        """
+        kept = {"attention": self.kept_attention, "mlp": self.kept_mlp}
+        of_half = {half: set(self.kept_layers if layers is None else layers) for half, layers in kept.items()}
+        return tuple((layer, half) for layer in self.kept_layers for half in HALVES if layer in of_half[half])
+
+    @property
+    def whole(self) -> bool:
+        """Whether each kept layer has both its halves: then stock transformers can load the model."""
+        return len(self.sublayers) == 2 * self.num_layers
+
+    @property
+    def missing_halves(self) -> tuple[tuple[int, str], ...]:
+        """What kept layers lack: the layer's position in the model as it is now, and "attention" or "mlp"."""
+        halves = [(i, layer, half) for i, layer in enumerate(self.kept_layers) for half in HALVES]
+        there = set(self.sublayers)
+        return tuple((position, half) for position, layer, half in halves if (layer, half) not in there)
+
+    def num_units(self, unit: str) -> int:
+        """How many layers the model has, counted in a unit: blocks, or sublayers."""
+        return self.num_layers if unit == "block" else len(self.sublayers)
+
+    def keeps_the_same(self, other: LayerMap) -> bool:
+        """Whether two maps are of the same layers, and of the same halves of them."""
+        return (self.base_num_layers, self.sublayers) == (other.base_num_layers, other.sublayers)
+
     def drop(
         self,
         layers: Sequence[int],
         step: int | None = None,
         importance: str | None = None,
         scores: Sequence[float] | None = None,
+        unit: str = "block",
     ) -> LayerMap:
         """The map after `layers` are dropped, given as positions in the model *as it is now*.
 
         Args:
-            layers: Positions from 0 to `num_layers - 1`; negative ones are refused.
+            layers: Positions among the blocks, or, by sublayers, in `sublayers`; negative ones are refused.
             step: Optimizer step of the drop, for the history.
             importance: Name of the score that chose the layers, for the history.
             scores: Their scores, in the order of `layers`, for the history.
+            unit: "block" or "sublayer". A layer whose halves are both gone is gone.
 
         Raises:
             ValueError: If a layer is out of range or named twice, or if none or all would be dropped.
         """
+        if unit not in UNITS:
+            raise ValueError(f"Expected unit 'block' or 'sublayer', got {unit!r}.")
         layers = list(layers)
-        if not layers:
-            raise ValueError(f"Expected at least one layer to drop, got none. The model has {self.num_layers}.")
-        wrong = [layer for layer in layers if not is_count(layer) or layer >= self.num_layers]
-        if wrong:
-            raise ValueError(
-                f"Expected layers from 0 to {self.num_layers - 1} (the model has {self.num_layers} now), got {shown(wrong)}."
-            )
-        if len(set(layers)) != len(layers):
-            raise ValueError(f"Expected each layer once, got {shown(layers)}.")
-        if len(layers) == self.num_layers:
-            raise ValueError(f"Expected at least one layer to stay, got all {self.num_layers} to drop.")
+        check_positions(layers, self.num_units(unit))
         order = sorted(range(len(layers)), key=lambda i: layers[i])
+        positions = [layers[i] for i in order]
+        if unit == "sublayer":
+            lost = [self.sublayers[position] for position in positions]
+        else:
+            lost = [(self.kept_layers[position], half) for position in positions for half in HALVES]
         record = DropRecord(
-            dropped=tuple(self.kept_layers[layers[i]] for i in order),
+            dropped=tuple(layer for layer, half in lost if unit == "sublayer" or half == HALVES[0]),
             step=step,
             importance=importance,
             scores=None if scores is None else tuple(float(scores[i]) for i in order),
+            halves=tuple(half for _, half in lost) if unit == "sublayer" else None,
         )
-        gone = set(record.dropped)
-        kept = tuple(layer for layer in self.kept_layers if layer not in gone)
-        return replace(self, kept_layers=kept, history=(*self.history, record))
+        history = (*self.history, record)
+        if unit == self.unit == "block":
+            gone = set(record.dropped)
+            return replace(self, kept_layers=tuple(x for x in self.kept_layers if x not in gone), history=history)
+        attention, mlp = (
+            tuple(layer for layer, kept in self.sublayers if kept == half and (layer, half) not in lost) for half in HALVES
+        )
+        kept = tuple(sorted({*attention, *mlp}))
+        return replace(self, unit="sublayer", kept_layers=kept, kept_attention=attention, kept_mlp=mlp, history=history)
 
     def positions_to_drop(self, other: LayerMap) -> list[int]:
-        """Which positions a model with this map has to drop to keep what `other` keeps.
+        """Which positions a model with this map has to drop to keep what `other` keeps, counted in `common_unit`.
 
         Raises:
             ValueError: If `other` is of another base depth or keeps layers that this model no longer has.
@@ -150,23 +186,30 @@ class LayerMap:
                 f"Expected a base model of {other.base_num_layers} layers, got one of {self.base_num_layers}. Load the "
                 f"base model that was trimmed{f' ({other.base_model})' if other.base_model else ''}."
             )
-        missing = sorted(set(other.kept_layers) - set(self.kept_layers))
+        missing = sorted(set(other.sublayers) - set(self.sublayers))
         if missing:
+            layers = sorted({layer for layer, _ in missing})
             raise ValueError(
-                f"Expected a model that still has the base's layers {missing}, got one that keeps "
-                f"{list(self.kept_layers)}. Load the full-depth base model instead."
+                f"Expected a model that still has the base's layers {layers}, got one that keeps "
+                f"{list(self.kept_layers)}{'' if self.whole else ' without some halves'}. Load the full-depth base model "
+                "instead."
             )
-        kept = set(other.kept_layers)
-        return [position for position, layer in enumerate(self.kept_layers) if layer not in kept]
+        if self.common_unit(other) == "block":
+            kept = set(other.kept_layers)
+            return [position for position, layer in enumerate(self.kept_layers) if layer not in kept]
+        stay = set(other.sublayers)
+        return [position for position, sublayer in enumerate(self.sublayers) if sublayer not in stay]
+
+    def common_unit(self, other: LayerMap) -> str:
+        """The unit in which one of two maps can be reached from the other."""
+        return "sublayer" if "sublayer" in (self.unit, other.unit) else "block"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        plain = asdict(self)
-        plain["kept_layers"] = list(self.kept_layers)
-        plain["history"] = [
-            {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
-            for record in plain["history"]
-        ]
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        plain["history"] = [record.to_dict() for record in self.history]
+        if self.unit == "block":
+            del plain["kept_attention"], plain["kept_mlp"]
         return {"version": VERSION, **plain}
 
     @classmethod
@@ -185,16 +228,18 @@ class LayerMap:
                 f"Expected a kept-layer map of version {VERSION}, got {shown(version)}. Install a newer trimllm_hf."
             )
         history = fields.pop("history", [])
-        kept = fields.pop("kept_layers", None)
-        known = {"base_num_layers", "unit", "base_model", "base_revision", "part"}
+        known = {field.name for field in dataclass_fields(cls)} - {"history"}
         if not set(fields) <= known or "base_num_layers" not in fields:
             raise ValueError(f"Expected the keys {sorted(known)}, got {shown(sorted(map(str, fields)))}.")
-        if not isinstance(kept, list | tuple):
-            raise ValueError(f"Expected kept_layers to be a list, got {shown(kept)}.")
+        for name in ("kept_layers", "kept_attention", "kept_mlp"):
+            layers = fields.get(name)
+            if isinstance(layers, list | tuple):
+                fields[name] = tuple(layers)
+            elif name == "kept_layers" or layers is not None:
+                raise ValueError(f"Expected {name} to be a list, got {shown(layers)}.")
         if not isinstance(history, list | tuple):
             raise ValueError(f"Expected history to be a list, got {shown(history)}.")
-        records = tuple(_record_from_dict(record) for record in history)
-        return cls(kept_layers=tuple(kept), history=records, **fields)
+        return cls(history=tuple(DropRecord.from_dict(record) for record in history), **fields)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, part: str | None = None) -> LayerMap:
@@ -239,43 +284,16 @@ class LayerMap:
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"Expected a checkpoint folder, got {str(folder)!r}, which is not a folder.")
-        of_state = _map_in(folder / TRAINER_STATE, "stateful_callbacks", "TrimCallback", "attributes", "layer_map")
+        in_state = json_at(folder / TRAINER_STATE, "stateful_callbacks", "TrimCallback", "attributes", "layer_map")
         name = "config.json" if (folder / "config.json").is_file() else ADAPTER_MAP
-        of_config = _map_in(folder / "config.json", "trim") if name == "config.json" else _map_in(folder / name)
+        in_config = json_at(folder / name, *(["trim"] if name == "config.json" else []))
+        of_state, of_config = (None if plain is None else cls.from_dict(plain) for plain in (in_state, in_config))
         if of_state is None or not (folder / name).is_file():
             return of_state or of_config
-        kept_by_config = of_config.kept_layers if of_config else tuple(range(of_state.base_num_layers))
-        if kept_by_config != of_state.kept_layers:
+        of_config = of_config or cls(of_state.base_num_layers, tuple(range(of_state.base_num_layers)))
+        if not of_config.keeps_the_same(of_state):
             raise ValueError(
-                f"Expected {folder} to agree with itself, got kept layers {list(kept_by_config)} by {name} and "
-                f"{list(of_state.kept_layers)} by {TRAINER_STATE}. Use an earlier checkpoint."
+                f"Expected {folder} to agree with itself, got kept layers {of_config} by {name} and {of_state} by "
+                f"{TRAINER_STATE}. Use an earlier checkpoint."
             )
         return of_state
-
-
-def _map_in(file: Path, *path: str) -> LayerMap | None:
-    """The map at `path` in a JSON file, or None where the file or the path does not exist."""
-    if not file.is_file():
-        return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected JSON in {file}, got: {error}. It is half written: use another checkpoint.") from None
-    for key in path:
-        found = found.get(key) if isinstance(found, dict) else None
-    return None if found is None else LayerMap.from_dict(found)
-
-
-def _record_from_dict(plain: Any) -> DropRecord:
-    if not isinstance(plain, dict) or not set(plain) <= {"dropped", "step", "importance", "scores"}:
-        raise ValueError(f"Expected a history entry of dropped, step, importance, scores, got {shown(plain)}.")
-    dropped, step, scores = plain.get("dropped"), plain.get("step"), plain.get("scores")
-    if not is_list_of(dropped, is_count) or not (step is None or is_count(step)):
-        raise ValueError(f"Expected whole numbers in a history entry, got {shown(plain)}.")
-    if not (scores is None or is_list_of(scores, lambda score: isinstance(score, int | float))):
-        raise ValueError(f"Expected numbers as a history entry's scores, got {shown(plain)}.")
-    if not isinstance(plain.get("importance"), str | None):
-        raise ValueError(f"Expected text as a history entry's importance, got {shown(plain)}.")
-    return DropRecord(
-        tuple(dropped), step, plain.get("importance"), None if scores is None else tuple(float(s) for s in scores)
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite, sqrt
@@ -235,7 +236,7 @@ def _result(quality: Quality, task: str | None) -> EvalResult:
     """For the model index: this model's score alone, as the Hub takes every score in it for this model's."""
     return EvalResult(
         task_type=task or "text-generation",
-        dataset_type=quality.dataset_id or "-".join(quality.dataset.lower().split()),
+        dataset_type=quality.dataset_id or re.sub(r"[^a-z0-9]+", "-", quality.dataset.lower()),
         dataset_name=quality.dataset,
         dataset_split=quality.split,
         dataset_revision=quality.revision,

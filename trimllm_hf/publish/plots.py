@@ -15,7 +15,7 @@ logger = logging.get_logger("transformers.trimllm_hf")
 
 STRIP, CURVE = "trim_layers.png", "trim_curve.png"
 KEPT, DROPPED, INK = "#1f5f99", "#e9ecef", "#343a40"
-CELLS_PER_ROW = 32
+CELLS_PER_ROW = 16  # a card is about 750 pixels wide: more would be too small to read
 SCORES = {"sensitivity": "loss on the calibration set"}  # what the score of a dropped layer is: the model's without it
 
 
@@ -84,22 +84,18 @@ def _strip(layer_map: dict[str, Any]) -> Any:
     went = {layer: record["step"] for record in layer_map["history"] for layer in record["dropped"]}
     columns = min(depth, CELLS_PER_ROW)
     rows = -(-depth // columns)
-    figure = Figure(figsize=(max(4.5, 0.42 * columns), 0.55 + 0.75 * rows), layout="constrained")
+    figure = Figure(figsize=(0.45 * columns, 0.8 * rows), layout="constrained")
     axes = figure.add_subplot()
-    small = 9 if columns <= 24 else 7.5
     for layer in range(depth):
         x, y = layer % columns, -(layer // columns) * 1.75
         color = KEPT if layer in kept else DROPPED
         axes.add_patch(Rectangle((x + 0.04, y), 0.92, 1, facecolor=color, edgecolor=INK, linewidth=0.6))
-        axes.text(x + 0.5, y + 0.5, str(layer), color="white" if layer in kept else INK, fontsize=small, **_CENTRED)
+        axes.text(x + 0.5, y + 0.5, str(layer), color="white" if layer in kept else INK, fontsize=10, **_CENTRED)
         if layer not in kept and went.get(layer) is not None:
-            axes.text(x + 0.5, y - 0.3, str(went[layer]), color=INK, fontsize=small - 1.5, **_CENTRED)
+            axes.text(x + 0.5, y - 0.3, str(went[layer]), color=INK, fontsize=8, **_CENTRED)
     axes.set_xlim(-0.1, columns + 0.1)
     axes.set_ylim(-(rows - 1) * 1.75 - 0.55, 1.15)
     axes.axis("off")
-    steps = "; below a dropped layer, the step at which it went" if any(s is not None for s in went.values()) else ""
-    title = f"Layers of the base: {len(kept)} of {depth} kept (blue){steps}"
-    axes.set_title(title, fontsize=9, color=INK, loc="left")
     return figure
 
 
@@ -114,7 +110,6 @@ def _curve(curve: Curve) -> Any:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layers left")
     axes.set_ylabel(curve.what.partition(",")[0])
-    axes.set_title(curve.what[0].upper() + curve.what[1:], fontsize=10, color=INK, loc="left")
     axes.grid(axis="y", color=DROPPED)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

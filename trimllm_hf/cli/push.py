@@ -1,0 +1,70 @@
+"""`trimllm push`: a trimmed model's folder to the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .app import Json, answer, app, table
+
+LANDED_IN_PART, UNKNOWN = 3, 4
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a trimmed model, with its card.")],
+    repo_id: Annotated[str, typer.Argument(help="user/model, or model under your own name; made if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private; refuse a public one.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if it does not exist.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request, also in someone else's.")] = False,
+    token: Annotated[str | None, typer.Option(help="Better in HF_TOKEN: a command line is seen by others.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message; by default the number of layers.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Another tag than trim-16of32.")] = None,
+    no_tag: Annotated[bool, typer.Option("--no-tag", help="Set no tag.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a trimmed model's folder and publish it as one commit, or say what is wrong with it.
+
+    A folder that the repository already holds makes no commit. Pickles, optimizer states and what else does not belong to a
+    model stay behind.
+
+    Exit status: 0 the repository holds the folder; 1 it stands as it was; 2 called wrongly; 3 the commit is there, the tag
+    is not; 4 the Hub could not be asked. After 1, 3 and 4 the same command again is safe.
+
+    **Example:** `trimllm push runs/medical user/llama-16of32-medical --private`
+    """
+    from ..publish import hub
+    from ..publish.contents import format_bytes
+    from ..publish.target import PushError
+
+    try:
+        done = hub.push(
+            folder, repo_id, private=private or None, revision=revision, create_pr=create_pr, token=token,
+            commit_message=message, tag=False if no_tag else tag or True,
+        )  # fmt: skip
+    except PushError as error:
+        if as_json:
+            typer.echo(json.dumps({"error": str(error), "landed": error.landed}, indent=2))
+        Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/]", escape(str(error)))
+        code = {True: LANDED_IN_PART, False: 1, None: UNKNOWN}[error.landed]
+        raise typer.Exit(code) from error
+    plain = {
+        "repo_id": done.repo_id, "commit": done.commit.oid, "url": done.commit.pr_url or done.commit.commit_url,
+        "new": done.new, "tag": done.tag, "pull_request": done.commit.pr_revision, "files": dict(done.contents.sizes),
+        "left_out": list(done.contents.left_out),
+    }  # fmt: skip
+    answer(plain, as_json, lambda: _shown(plain, format_bytes))
+
+
+def _shown(plain: dict[str, Any], size: Any) -> list[Any]:
+    files = sorted(plain["files"].items(), key=lambda file: -file[1])
+    what = "pull request" if plain["pull_request"] else "commit"
+    return [
+        table(None, "file", "size", rows=[(name, size(count)) for name, count in files]),
+        f"{'new' if plain['new'] else 'no new'} {what}: {plain['url']}" + (f", tag {plain['tag']}" if plain["tag"] else ""),
+    ]

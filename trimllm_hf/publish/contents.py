@@ -1,0 +1,186 @@
+"""What of a finished folder is published: an allow-list; everything else stays behind and is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .credentials import refuse_credentials
+
+CARD = "README.md"
+# Files at the top of the folder. Weights are not in the list: they are those that from_pretrained would read.
+ALLOWED = (
+    *("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.codes"),  # config, tokenizer, processor, measurements
+    *("*.md", "*.png", "*.jpg", "*.jpeg", "*.svg", "*.webp", "*.cff", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+NEVER = ("*credential*", "*secret*", "*service_account*", "*.safetensors.index.json")
+PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".webp")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The part of a folder that is published.
+
+    Attributes:
+        folder: The folder.
+        sizes: Bytes of each file that goes, by its path in the folder (and in the repository).
+        left_out: Names of the files and folders that stay behind, folders with a slash at the end.
+    """
+
+    folder: Path
+    sizes: Mapping[str, int]
+    left_out: tuple[str, ...]
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The safetensors files among them."""
+        return tuple(name for name in self.sizes if name.endswith(".safetensors"))
+
+    def __str__(self) -> str:
+        size = f"{len(self.sizes)} files, {format_bytes(sum(self.sizes.values()))}"
+        return size + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
+
+
+def contents_of(folder: str | Path, known_secrets: Mapping[str, str] | None = None) -> Contents:
+    """Choose the files to publish and check that each is whole and free of credentials.
+
+    Args:
+        folder: A model's folder, as `save_pretrained` or a Trainer leaves it.
+        known_secrets: Texts that must not stand in any file, by what they are called.
+
+    Raises:
+        ValueError: If the folder is not a model's, a file is half written, or one holds a credential.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"Expected a model's folder, got {str(folder)!r}, which is not a folder. Save the model first.")
+    if not (folder / "config.json").is_file():
+        advice = "Name the folder that save_pretrained or Trainer.save_model wrote."
+        if (folder / "adapter_config.json").is_file():
+            advice = "It holds an adapter: merge it into its trimmed base (merge_and_unload), save that, and push it."
+        raise ValueError(f"Expected a model's folder with a config.json, got {str(folder)!r} without one. {advice}")
+    weights = weight_files(folder)
+    config = read_json(folder / "config.json")
+    pictures = shown_pictures(folder)
+    code = ("*.py",) if isinstance(config, dict) and "auto_map" in config else ()
+    chosen: list[str] = list(weights)
+    left_out: list[str] = []
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if path.is_dir():
+            if not any(picture.startswith(f"{name}/") for picture in pictures):
+                left_out.append(f"{name}/")
+        elif any(fnmatch(name, pattern) for pattern in (*ALLOWED, *code)) and not any(
+            fnmatch(name.lower(), pattern) for pattern in NEVER
+        ):
+            chosen.append(name)
+        elif name not in weights:
+            left_out.append(name)
+    chosen = sorted({*chosen, *pictures})
+    for name in chosen:
+        if name.endswith(".json"):
+            read_json(folder / name)
+    refuse_credentials(folder, chosen, known_secrets or {})
+    return Contents(folder, {name: (folder / name).stat().st_size for name in chosen}, tuple(left_out))
+
+
+def weight_files(folder: Path) -> tuple[str, ...]:
+    """The weight files that from_pretrained would read, the index of shards among them.
+
+    Raises:
+        ValueError: If there are none in safetensors, or shards are missing.
+    """
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return (SAFE_WEIGHTS_NAME,)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        pickled = sorted(path.name for path in folder.glob("*.bin") if path.name.startswith("pytorch_model"))
+        shards = sorted(path.name for path in folder.glob("*.safetensors"))
+        advice = "Save the model into it with save_pretrained."
+        if shards:
+            advice = f"It holds {', '.join(shards[:3])} without their index, so a save was not finished: save again."
+        elif pickled:
+            advice = f"It holds {pickled[0]}, a pickle, which can run code where it is loaded: save with save_pretrained."
+        raise ValueError(
+            f"Expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME} in {str(folder)!r}, got neither. {advice}"
+        )
+    plain = read_json(index)
+    weight_map = plain.get("weight_map") if isinstance(plain, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"Expected a weight_map in {index}, got none. A save was not finished: save the model again.")
+    shards = sorted(set(map(str, weight_map.values())))
+    missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"Expected the {len(shards)} shards that {index} names, got none called {', '.join(missing[:3])}. A save was "
+            "not finished: save the model again."
+        )
+    return (SAFE_WEIGHTS_INDEX_NAME, *shards)
+
+
+def shown_pictures(folder: Path) -> tuple[str, ...]:
+    """The pictures in the folder that its card shows, as paths in the folder.
+
+    Raises:
+        ValueError: If the card shows one that is not there.
+    """
+    if not (folder / CARD).is_file():
+        return ()
+    text = (folder / CARD).read_text(encoding="utf-8-sig", errors="replace")
+    found = re.findall(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)", text) + re.findall(r"<img[^>]+src=[\"']([^\"']+)", text)
+    pictures = []
+    for target in dict.fromkeys(found):
+        if re.match(r"[a-z][a-z0-9+.-]*:|//|/", target):  # an address elsewhere
+            continue
+        path = folder / target
+        if not path.is_file() or path.suffix.lower() not in PICTURES or ".." in Path(target).parts:
+            raise ValueError(
+                f"Expected the picture {target!r} that {folder / CARD} shows to lie in the folder, got none. Render the "
+                "card again."
+            )
+        pictures.append(Path(target).as_posix())
+    return tuple(pictures)
+
+
+def read_json(file: Path) -> object:
+    """A JSON file's content.
+
+    Raises:
+        ValueError: If it is no JSON: half written.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"Expected JSON in {file}, got: {error}. A save was not finished: save the model again.") from None
+
+
+def checksum(path: Path, large: bool) -> str:
+    """A file's checksum as the Hub tells it: git's of a small file, sha256 of a large one. Once per state of the file."""
+    status = path.stat()
+    return _checksum(path, large, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _checksum(path: Path, large: bool, size: int, changed: int) -> str:
+    digest = hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % size)
+    with path.open("rb") as opened:
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def format_bytes(size: float) -> str:
+    """A size as people read it, in powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB" if size < 1000 else f"{size / 1000:.3g} TB"

@@ -1,0 +1,48 @@
+"""`StandIn`: the module without parameters that stands where a sublayer was, or a norm that only it needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Gives:
+    """What a stand-in returns.
+
+    Attributes:
+        argument: The number of the tensor argument that it hands on; None: zeros of the first one's shape.
+        rest: How many Nones follow in a tuple, where the module returned one; None: the bare tensor.
+    """
+
+    argument: int | None = None
+    rest: int | None = None
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The result for a call's arguments."""
+        result = self.hidden(args, kwargs)
+        return result if self.rest is None else (result, *[None] * self.rest)
+
+    def hidden(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The tensor in the result for a call's arguments."""
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        return torch.zeros_like(tensors[0]) if self.argument is None else tensors[self.argument]
+
+
+class StandIn(nn.Module):
+    """Stands for a module that was dropped: no parameters, no work, nothing in the cache."""
+
+    def __init__(self, gives: Gives) -> None:
+        super().__init__()
+        self.gives = gives
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.gives(args, kwargs)
+
+    def extra_repr(self) -> str:
+        what = "zeros" if self.gives.argument is None else f"argument {self.gives.argument}"
+        return what if self.gives.rest is None else f"{what}, and {self.gives.rest} x None"
