@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .adapters import adapters_of, base_of, mark
 from .auto import regrow_like
 from .budget import Budget
-from .choice import LayerChoice, check_drops, drop_log
+from .choice import LayerChoice, check_drops, drop_log, droppable
 from .config import TrimConfig
 from .depth_check import refuse_other_depths, wrong_depth
 from .distillation import refuse_another_teacher
@@ -113,7 +113,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         target = self._least = self.config.resolve_target(base_layers, self._num_layers())
         if self.config.has_budget:
             self._budget = Budget(self.config, self._engine, args, self.budget)
-            target = self._budget.target(model, self._least)
+            target = self._budget.target(model, self._least, droppable(model, self.config))
         self.plan = plan_drops(
             self.config,
             self.start_num_layers,

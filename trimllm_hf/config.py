@@ -165,11 +165,6 @@ class TrimConfig:
             _at_least("target_layers", self.target_layers, 1)
         if self.unit not in ("block", "sublayer"):
             raise ValueError(f"Expected unit='block' or 'sublayer', got {self.unit!r}.")
-        if self.unit == "sublayer" and self.has_budget:
-            raise ValueError(
-                "Expected unit='block' with a budget (max_latency_ms, max_memory_gb), got unit='sublayer', which cannot "
-                "be measured ahead. Set target_layers instead."
-            )
         if self.unit == "sublayer" and self.part is not None:
             raise ValueError(f"Expected unit='block' for a part of an encoder-decoder ({self.part}), got unit='sublayer'.")
         if self.part not in (None, "decoder", "encoder"):
