@@ -114,6 +114,15 @@ def test_after_training_a_card_is_measured_and_its_example_run_without_this_pack
     assert report_of(folder)["latency"] == report["latency"] and report_of(folder)["usage"] == report["usage"]
 
 
+def test_of_the_training_arguments_the_card_tells_what_is_not_the_default(trained: tuple[TrimTrainer, Path]) -> None:
+    told = report_of(trained[1])["training"]["arguments"]
+    given = {"disable_tqdm", "eval_on_start", "eval_steps", "eval_strategy", "logging_steps", "output_dir", "save_strategy"}
+    first = {"learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "optim"}
+    first |= {"num_train_epochs", "max_steps", "seed", "weight_decay", "warmup_steps"}
+    assert set(told) == given | first | {"use_cpu", "dataloader_pin_memory", "do_eval"}  # the last two follow from others
+    assert (told["max_steps"], told["eval_steps"], told["use_cpu"]) == (8, 2, True)
+
+
 def test_nothing_of_the_machine_and_no_secret_stands_in_card_or_report(trained: tuple[TrimTrainer, Path]) -> None:
     _, folder = trained
     for name in (CARD, REPORT):
@@ -217,6 +226,28 @@ def test_what_cannot_be_measured_is_said(saved: Path, monkeypatch: pytest.Monkey
     assert "Speed and memory: not measured (" in text and str(saved) not in text
     assert "No example was run: it took more than 0 s." in text
     assert run_example(saved, "image-to-text", None, stock=True) == {"not_run": "there is no example for image-to-text"}
+
+
+def test_a_model_that_lacks_halves_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock transformers cannot load it, and the card says what can; speed is that of the model without the halves."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    drop_layers(model, [5, 8], unit="sublayer")  # the MLP of 2, the attention of 4
+    drop_layers(model, [3])
+    model.save_pretrained(tmp_path / "trimmed")
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        card_module, "run_example", lambda *args, **kwargs: asked.update(kwargs) or {"not_run": "tested above"}
+    )
+    path = write_card(tmp_path / "trimmed", **FAST)
+    text, report = path.read_text(), report_of(tmp_path / "trimmed")
+    assert asked == {"stock": False}
+    assert "██▀░▄█" in text and "the mlp of 2, the attention of 4" in text
+    assert "5 of its 6 layers (1 of them without attention, 1 of them without mlp) kept" in text
+    assert "needs `trimllm_hf`" in text or "blocks that lack a half" in text
+    assert report["latency"]["sizes"]["parameters"] == model.num_parameters() == report["trimmed"]["weights"]["parameters"]
+    assert (path.parent / plots.STRIP).is_file() and render(TrimCardData.from_report(report)) == text
 
 
 def test_a_model_that_is_not_trimmed_or_damaged_is_refused(tmp_path: Path, saved: Path) -> None:

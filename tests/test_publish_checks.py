@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_model
 
-from trimllm_hf import drop_layers
+from trimllm_hf import drop_layers, push_to_hub
 from trimllm_hf.publish.card_check import check_card
 from trimllm_hf.publish.contents import contents_of, format_bytes
 from trimllm_hf.publish.credentials import secrets_of_environment
@@ -344,3 +344,9 @@ def test_what_is_no_secret(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_sizes_are_told_as_people_read_them() -> None:
     assert [format_bytes(n) for n in (0, 999, 12_345, 13.5e9, 2e12)] == ["0 B", "999 B", "12.3 kB", "13.5 GB", "2 TB"]
+
+
+def test_without_a_network(folder: Path) -> None:
+    """The tests' own environment says offline; tests/hub has the pushes themselves."""
+    with pytest.raises(ValueError, match="Expected a network for a push, got offline mode"):
+        push_to_hub(folder, "user/model", token="hf_any")

@@ -15,7 +15,9 @@ answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
 sys.stdout = sys.stderr  # nothing else may speak there
 
 from huggingface_hub import HfApi  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
+from trimllm_hf.cli import app  # noqa: E402
 from trimllm_hf.publish import hub, remote, target  # noqa: E402
 
 remote.WAITS = target.WAITS = (0.1, 0.2, 0.4)
@@ -48,6 +50,9 @@ def main() -> None:
         try:
             if call["name"] == "push":
                 answer = push(**call["arguments"])
+            elif call["name"] == "trimllm":
+                done = CliRunner().invoke(app, call["arguments"]["line"], env={"HF_TOKEN": call["arguments"]["token"]})
+                answer = {"code": done.exit_code, "out": done.stdout, "errors": done.stderr}
             else:
                 token = call["arguments"].pop("token")
                 answer = {"value": str(getattr(HfApi(token=token), call["name"])(**call["arguments"]))}

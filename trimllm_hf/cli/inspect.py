@@ -40,7 +40,7 @@ def inspect(
         "model": model,
         "model_type": config.model_type,
         "trimmed": getattr(config, "trim", None) is not None,
-        "strip": text_strip(layer_map.to_dict()),
+        "strip": text_strip(layer_map),
         "num_layers": layer_map.num_layers,
         "dropped_layers": layer_map.dropped_layers,
         "map": layer_map.to_dict(),
@@ -75,13 +75,15 @@ def _what_if(model: str, config: Any, as_json: bool) -> None:
 
 
 def _shown(plain: dict[str, Any], layer_map: Any) -> list[RenderableType]:
-    from ..publish.figures import size
+    from ..publish.figures import dropped, history_rows, size
 
     held = plain["weights"]
     base = layer_map.base_model or "a base that is not named"
     if plain["trimmed"]:
         base += f"@{layer_map.base_revision}" if layer_map.base_revision else ""
-        what = f"keeps {layer_map.num_layers} of the {layer_map.base_num_layers} layers of {base}"
+        what = (
+            f"keeps {layer_map.num_layers} of the {layer_map.base_num_layers} layers of {base}; gone: {dropped(layer_map)}"
+        )
     else:
         what = f"{layer_map.num_layers} layers, none dropped"
     dtypes = ", ".join(held["parameters_by_dtype"])
@@ -91,10 +93,6 @@ def _shown(plain: dict[str, Any], layer_map: Any) -> list[RenderableType]:
         f"{held['parameters']:,} parameters in the files, {size(held['bytes'])} ({dtypes}), {len(held['files'])} file(s)",
     ]
     if layer_map.history:
-        rows = []
-        for record in map(asdict, layer_map.history):
-            scores = ", ".join(f"{score:.4f}" for score in record["scores"] or ()) or "-"
-            step = "-" if record["step"] is None else record["step"]
-            rows.append((step, ", ".join(map(str, record["dropped"])), record["importance"] or "-", scores))
-        shown.append(table("Drops, in the base's numbering", "step", "layers", "importance", "score", rows=rows))
+        heads = ("step", "dropped", "by", "score")
+        shown.append(table("Drops, in the base's numbering", *heads, rows=history_rows(layer_map)))
     return shown

@@ -43,7 +43,7 @@ def trim(
     layer_map = write_kept_layers(base, named, out, **({} if revision is None else {"revision": revision}))
     plain = {"folder": str(out), "map": layer_map.to_dict(), "weights": describe_weights(out)}
     said = f"{out}: {layer_map.num_layers} of {layer_map.base_num_layers} layers of {base}"
-    answer(plain, as_json, lambda: [said, text_strip(layer_map.to_dict())])
+    answer(plain, as_json, lambda: [said, text_strip(layer_map)])
 
 
 def layers(text: str, option: str) -> list[int]:

@@ -9,7 +9,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..layer_map import LayerMap
 from ..stack import find_stack
+from ..sublayers import class_of
 from .sizes import sizes_of
 
 
@@ -75,7 +77,10 @@ def with_random_weights(
     """The model that a config describes, of the class that it names; on "meta" it takes no memory."""
     kind = dtype or config.dtype or torch.float32
     named = getattr(transformers, (config.architectures or [""])[0], None)
-    build: Any = AutoModelForCausalLM.from_config if named is None else named._from_config
+    if named is None:
+        build: Any = AutoModelForCausalLM.from_config
+    else:
+        build = class_of(named, LayerMap.from_config(config).whole)._from_config  # it may lack halves of blocks
     with torch.device(device):
         model: PreTrainedModel = build(config, dtype=kind)
     return model

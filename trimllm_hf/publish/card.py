@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..layer_map import LayerMap
 from . import plots
 from .card_data import TrimCardData
-from .figures import cost_rows, dropped_layers, quality_rows, summary, text_strip
+from .figures import cost_rows, dropped, history_rows, map_of, quality_rows, summary, text_strip
 from .folder import describe_base, describe_trimmed
 from .measure import measure
 from .usage import run_example
@@ -65,7 +65,8 @@ def write_card(
     if measured and (settings or data.latency is None):
         data.latency = measure(folder, known, revision, **settings)
     if measured and data.usage is None:
-        data.usage = run_example(folder, data.to_dict().get("pipeline_tag"), data.usage_prompt, stock=True)
+        whole = LayerMap.from_dict(trimmed["map"]).whole  # then stock transformers loads it
+        data.usage = run_example(folder, data.to_dict().get("pipeline_tag"), data.usage_prompt, stock=whole)
     data.pictures = plots.draw(data, folder)
     path = folder / CARD
     existing = path.read_text(encoding="utf-8") if path.is_file() else None
@@ -106,8 +107,7 @@ def render(data: TrimCardData) -> str:
     Raises:
         ValueError: If the report does not say which layers are kept.
     """
-    if data.trimmed is None:
-        raise ValueError("Expected a report that says which layers are kept, got none. Use write_card on the folder.")
+    layer_map = map_of(data)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
@@ -115,7 +115,7 @@ def render(data: TrimCardData) -> str:
     body = template.render(
         data=data,
         metadata=data.to_dict(),
-        map=data.trimmed["map"],
+        map=layer_map,
         summary=summary(data),
         cost=cost_rows(data),
         quality=quality_rows(data.quality),
@@ -125,8 +125,9 @@ def render(data: TrimCardData) -> str:
         curve_file=plots.CURVE,
         pictures=data.pictures,
         run=data.training,
-        text_strip=text_strip(data.trimmed["map"]),
-        dropped=dropped_layers(data.trimmed["map"]),
+        text_strip=text_strip(layer_map),
+        dropped=dropped(layer_map),
+        history=history_rows(layer_map),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..latency.report import LatencyReport, Run
+from ..layer_map import HALVES, LayerMap
 from .card_data import Quality, Score, TrimCardData
 
 Rows = list[tuple[str, ...]]
@@ -14,10 +15,13 @@ NOT_MEASURED = "not measured"
 
 def summary(data: TrimCardData) -> str:
     """One sentence: which base, how many of its layers, for what, healed for how long."""
-    assert data.trimmed is not None
-    kept, whole = len(data.trimmed["map"]["kept_layers"]), data.trimmed["map"]["base_num_layers"]
-    part = data.trimmed["map"].get("part")
-    layers = f"{kept} of its {whole} {part + ' ' if part else ''}layers"
+    layer_map = map_of(data)
+    layers = (
+        f"{layer_map.num_layers} of its {layer_map.base_num_layers} {f'{layer_map.part} ' if layer_map.part else ''}layers"
+    )
+    lack = [(sum(missing == half for _, missing in layer_map.missing_halves), half) for half in HALVES]
+    if lacking := ", ".join(f"{count} of them without {half}" for count, half in lack if count):
+        layers += f" ({lacking})"
     said = f"**{base_name(data)}** with {layers} kept"
     if data.domain:
         said += f", fine-tuned for {data.domain}"
@@ -29,15 +33,35 @@ def summary(data: TrimCardData) -> str:
     return said + "."
 
 
-def text_strip(layer_map: dict[str, Any]) -> str:
-    """The base's layers in a row: █ kept, ░ dropped."""
-    kept = set(layer_map["kept_layers"])
-    return "".join("█" if layer in kept else "░" for layer in range(layer_map["base_num_layers"]))
+def text_strip(layer_map: LayerMap) -> str:
+    """The base's layers in a row: █ kept, ▀ its attention alone, ▄ its MLP alone, ░ dropped."""
+    halves = set(layer_map.sublayers)
+    shown = {(True, True): "█", (True, False): "▀", (False, True): "▄", (False, False): "░"}
+    layers = range(layer_map.base_num_layers)
+    return "".join(shown[((layer, "attention") in halves, (layer, "mlp") in halves)] for layer in layers)
 
 
-def dropped_layers(layer_map: dict[str, Any]) -> list[int]:
-    """The base's layers that are gone."""
-    return sorted(set(range(layer_map["base_num_layers"])) - set(layer_map["kept_layers"]))
+def dropped(layer_map: LayerMap) -> str:
+    """What of the base is gone, in words."""
+    gone = [str(layer) for layer in layer_map.dropped_layers]
+    gone += [f"the {half} of {layer_map.kept_layers[position]}" for position, half in layer_map.missing_halves]
+    return ", ".join(gone) or "none"
+
+
+def history_rows(layer_map: LayerMap) -> Rows:
+    """Step | dropped | by | score, a row a drop."""
+    return [
+        (
+            "-" if record.step is None else str(record.step),
+            ", ".join(
+                str(layer) if half is None else f"{half} of {layer}"
+                for layer, half in zip(record.dropped, record.halves or [None] * len(record.dropped), strict=True)
+            ),
+            record.importance or "-",
+            ", ".join(f"{score:.4f}" for score in record.scores or ()) or "-",
+        )
+        for record in layer_map.history
+    ]
 
 
 def base_name(data: TrimCardData) -> str:
@@ -54,9 +78,9 @@ def base_name(data: TrimCardData) -> str:
 def cost_rows(data: TrimCardData) -> Rows:
     """What | base | trimmed | change: layers, parameters, bytes, memory, speed; only what is known."""
     assert data.trimmed is not None
-    layer_map, ours = data.trimmed["map"], data.trimmed["weights"] or {}
+    layer_map, ours = map_of(data), data.trimmed["weights"] or {}
     base = (data.base or {}).get("weights") or {}
-    rows = [_row("layers", layer_map["base_num_layers"], len(layer_map["kept_layers"]), str)]
+    rows = [_row("layers", layer_map.base_num_layers, layer_map.num_layers, str)]
     if ours:
         rows.append(_row("parameters", base.get("parameters"), ours["parameters"], "{:,}".format))
         kinds = [", ".join(held["parameters_by_dtype"]) for held in (base, ours) if held]
@@ -96,9 +120,16 @@ def _speedup(report: LatencyReport, what: str, batch_size: int) -> str:
     if found is None:
         return ""
     said = f"{found.ratio:.2f} times as fast ({found.low:.2f} to {found.high:.2f})"
-    if found.byte_bound is not None:
-        said += f"; at most {found.byte_bound:.2f} by bytes read"
-    return said
+    return said if found.byte_bound is None else f"{said}, of at most {found.byte_bound:.2f}"
+
+
+def map_of(data: TrimCardData) -> LayerMap:
+    """The card's kept-layer map.
+
+    Raises:
+        ValueError: If the report holds none, or a damaged one.
+    """
+    return LayerMap.from_dict((data.trimmed or {}).get("map"))
 
 
 def latency_of(data: TrimCardData) -> LatencyReport | None:

@@ -121,9 +121,9 @@ def push(
     card = check_card(contents, layer_map)
     api = HfApi(token=token)
     with _nothing_sent(repo_id):
-        user, repo_id = _may_write(api, repo_id, create_pr or to_pull)
+        user, repo_id, own = _may_write(api, repo_id, create_pr or to_pull)
         _validate(card)
-        target = Target(api, repo_id, revision or MAIN, user if create_pr else None)
+        target = Target(api, repo_id, revision or MAIN, user if create_pr else None, own)
         parent = target.open(private)
         found = target.holding(contents)
         operations = [] if found else target.operations(contents, parent)
@@ -148,8 +148,8 @@ def tag_name(layer_map: LayerMap) -> str | None:
     return f"trim-{part}{layer_map.num_layers}of{layer_map.base_num_layers}"
 
 
-def _may_write(api: HfApi, repo_id: str, by_pull: bool) -> tuple[str, str]:
-    """The token's user, and the repository's whole name.
+def _may_write(api: HfApi, repo_id: str, by_pull: bool) -> tuple[str, str, bool]:
+    """The token's user, the repository's whole name, and whether it is in a namespace of the user's own.
 
     Raises:
         ValueError: If the token is not valid or may not write there.
@@ -176,7 +176,7 @@ def _may_write(api: HfApi, repo_id: str, by_pull: bool) -> tuple[str, str]:
             f"Expected a name under {' or '.join(own)}, got {repo_id}, which is {owner}'s. Push to "
             f"{user}/{repo_id.split('/')[1]}, or open a pull request there with create_pr."
         )
-    return user, repo_id
+    return user, repo_id, owner in own
 
 
 def _validate(card: ModelCard) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..layer_map import LayerMap
 from .card_data import TrimCardData
+from .figures import map_of
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -42,7 +44,7 @@ def draw(data: TrimCardData, folder: Path) -> list[str]:
         logger.warning("The card has no pictures: matplotlib is not installed. pip install 'trimllm_hf[plot]'")
         return []
     drawn = [STRIP]
-    _save(_strip(data.trimmed["map"]), folder / STRIP)
+    _save(_strip(map_of(data)), folder / STRIP)
     if curve := curve_of(data):
         _save(_curve(curve), folder / CURVE)
         drawn.append(CURVE)
@@ -75,24 +77,31 @@ def curve_of(data: TrimCardData) -> Curve | None:
     return None
 
 
-def _strip(layer_map: dict[str, Any]) -> Any:
-    """A cell a layer of the base: filled if kept; else crossed, with the step at which it went."""
+def _strip(layer_map: LayerMap) -> Any:
+    """A cell a layer of the base, its upper half the attention: blue if kept; below, the step at which it went."""
     from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
     from matplotlib.patches import Rectangle
 
-    depth, kept = layer_map["base_num_layers"], set(layer_map["kept_layers"])
-    went = {layer: record["step"] for record in layer_map["history"] for layer in record["dropped"]}
+    depth, halves = layer_map.base_num_layers, set(layer_map.sublayers)
+    went: dict[int, str] = {}
+    for record in layer_map.history:
+        for layer in record.dropped if record.step is not None else ():
+            went[layer] = f"{went[layer]}, {record.step}" if layer in went else str(record.step)
     columns = min(depth, CELLS_PER_ROW)
     rows = -(-depth // columns)
     figure = Figure(figsize=(0.45 * columns, 0.8 * rows), layout="constrained")
     axes = figure.add_subplot()
     for layer in range(depth):
         x, y = layer % columns, -(layer // columns) * 1.75
-        color = KEPT if layer in kept else DROPPED
-        axes.add_patch(Rectangle((x + 0.04, y), 0.92, 1, facecolor=color, edgecolor=INK, linewidth=0.6))
-        axes.text(x + 0.5, y + 0.5, str(layer), color="white" if layer in kept else INK, fontsize=10, **_CENTRED)
-        if layer not in kept and went.get(layer) is not None:
-            axes.text(x + 0.5, y - 0.3, str(went[layer]), color=INK, fontsize=8, **_CENTRED)
+        has = [(layer, "mlp") in halves, (layer, "attention") in halves]  # from the bottom
+        for half, kept in enumerate(has):
+            color = KEPT if kept else DROPPED
+            axes.add_patch(Rectangle((x + 0.04, y + half / 2), 0.92, 0.5, facecolor=color, linewidth=0))
+        axes.add_patch(Rectangle((x + 0.04, y), 0.92, 1, fill=False, edgecolor=INK, linewidth=0.6))
+        box = None if has[0] == has[1] else {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(x + 0.5, y + 0.5, str(layer), color="white" if all(has) else INK, fontsize=10, bbox=box, **_CENTRED)
+        if layer in went:
+            axes.text(x + 0.5, y - 0.3, went[layer], color=INK, fontsize=8, **_CENTRED)
     axes.set_xlim(-0.1, columns + 0.1)
     axes.set_ylim(-(rows - 1) * 1.75 - 0.55, 1.15)
     axes.axis("off")

@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .card_data import Quality, Score
 
 PACKAGES = ("trimllm_hf", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "peft", "trl")
 MOST_COMPARED = 20_000  # examples that are compared token by token, to see that two sets share none
+_NONE: tuple[Any, ...] = (None, "", "none", "no", [], {}, False)
 SECRET = re.compile(r"(^|[-_])(token|secret|password|api[-_]?key)$", re.IGNORECASE)
 
 
@@ -163,11 +164,15 @@ def _arguments(args: Any) -> dict[str, Any]:
     """The training arguments that are not the defaults, and those that a reader looks for first."""
     always = {"learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "optim"}
     always |= {"num_train_epochs", "max_steps", "seed", "weight_decay", "warmup_steps"}
-    defaults = {field.name: field.default for field in fields(args)}
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory() for field in fields(args)
+    }
     told = {}
     for name, value in args.to_dict().items():
-        default = AcceleratorConfig().to_dict() if name == "accelerator_config" else _plain(defaults.get(name))
-        if SECRET.search(name) or (name not in always and (value == default or not (value or default))):
+        default = _plain(defaults.get(name))
+        if name == "accelerator_config":
+            default = {key: AcceleratorConfig().to_dict()[key] for key in value}
+        if SECRET.search(name) or (name not in always and (value == default or (not value and default in _NONE))):
             continue
         told[name] = _relative(value) if isinstance(value, str) else _plain(value)
     return dict(sorted(told.items()))

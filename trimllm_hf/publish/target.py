@@ -34,12 +34,13 @@ class PushError(RuntimeError):
 
 @dataclass(frozen=True)
 class Target:
-    """A branch of a repository, or (with an author) a pull request against it."""
+    """A branch of a repository, or (with an author) a pull request against it; `own`: whether it may be made."""
 
     api: HfApi
     repo_id: str
     branch: str
     author: str | None
+    own: bool
 
     def open(self, private: bool | None) -> str:
         """Make sure that repository and branch exist; the commit that the branch stands at."""
@@ -47,7 +48,7 @@ class Target:
         try:
             info = retried(lambda: self.api.repo_info(self.repo_id), what)
         except RepositoryNotFoundError:
-            if self.author is not None and self.repo_id.split("/")[0] != self.author:
+            if not self.own:
                 raise ValueError(
                     f"Expected a repository to open a pull request in, got {self.repo_id}, which this token does not see."
                 ) from None

@@ -25,7 +25,8 @@ def example(pipeline_tag: str | None, prompt: Any, stock: bool) -> str | None:
     head += f'from transformers import pipeline\n\nmodel = pipeline("{pipeline_tag}", "{MODEL_ID}")\n'
     if pipeline_tag == "text-generation":
         tail = "[-1]" if isinstance(asked, list) else ""
-        return head + f'print(model({asked!r}, max_new_tokens=40, do_sample=False)[0]["generated_text"]{tail})\n'
+        call = f'print(model(asked, max_new_tokens=40, do_sample=False)[0]["generated_text"]{tail})'
+        return f"{head}asked = {asked!r}\n{call}\n"
     if pipeline_tag in ("text-classification", "token-classification", "fill-mask"):
         return head + f"print(model({asked!r}))\n"
     return None
