@@ -93,8 +93,8 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Watch the model, so that weights of another depth are refused instead of loaded by index."""
-        for name in (self.config.importance, self.config.tie_breaker or self.config.importance):
-            needs_data(name)  # raises on an unknown one
+        for name in {self.config.importance, self.config.tie_breaker, self.config.warm_up_importance} - {None, "none"}:
+            needs_data(str(name))  # raises on an unknown one
         if kwargs["model"] is not None:
             self._watch(kwargs["model"])
 

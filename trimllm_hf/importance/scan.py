@@ -80,7 +80,7 @@ def scan(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: str
         metric.check(model, batch)
     parts: list[list[Any]] = [[] for _ in units]
     bar = logging.tqdm(total=len(units) * len(batches), desc="Layers scored", disable=not settings.progress)
-    with bar, _plain_outputs(model):
+    with bar, plain_outputs(model):
         for number, batch in enumerate(batches):
             for position, output in enumerate(scanner.outputs(model_inputs(batch))):
                 if number < num_counted:
@@ -172,7 +172,7 @@ class _Scanner:
 
 
 @contextmanager
-def _plain_outputs(model: nn.Module) -> Iterator[None]:
+def plain_outputs(model: nn.Module) -> Iterator[None]:
     """No cache, which would mix the candidates, and no loss for balancing experts, which says nothing of the answer."""
     names = ("use_cache", "output_router_logits", "_output_attentions", "output_hidden_states")
     found = [getattr(module, "config", None) for module in model.modules()]

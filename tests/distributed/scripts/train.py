@@ -226,7 +226,8 @@ def main() -> None:
         disable_tqdm=True,
         **engine_arguments(),
     )
-    distill = {"distill_weight": options.distill, "distill_temperature": 2.0}
+    # random tokens cannot be learned, and the scan is to run all the same
+    distill = {"warm_up_importance": "none", "distill_weight": options.distill, "distill_temperature": 2.0}
     trim = TrimConfig(target_layers=4, drop_every="3", calibration_size=options.calibration, **distill)
     before = Before()
     after = After(before)
