@@ -31,6 +31,7 @@ parser.add_argument("--examples", type=int, default=120, help="24, and each seco
 parser.add_argument("--universal", action="store_true", help="DeepSpeed loads a universal checkpoint")
 parser.add_argument("--unit", default="block", help="what is dropped: two blocks, or six sublayers")
 parser.add_argument("--bf16", action="store_true")
+parser.add_argument("--distill", type=float, default=0.0, help="TrimTrainer with a teacher")
 parser.add_argument("--config_optimizer", action="store_true", help="optimizer and scheduler of the DeepSpeed config")
 parser.add_argument("--sharded", action="store_true", help="checkpoints hold shards: FSDP2, ZeRO-3")
 parser.add_argument("--lora", action="store_true", help="train adapters only")
@@ -256,14 +257,20 @@ def main() -> None:
         torch.manual_seed(7)
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
     trim = TrimConfig(
-        target_layers=4, drop_every="3", calibration_size=options.calibration, trainable_ratio=options.trainable_ratio
+        target_layers=4,
+        drop_every="3",
+        calibration_size=options.calibration,
+        trainable_ratio=options.trainable_ratio,
+        warm_up_importance="none",  # random tokens cannot be learned, and the scan is to run all the same
+        distill_weight=options.distill,
+        distill_temperature=2.0,
     )
     if options.unit == "sublayer":
         trim = replace(trim, unit="sublayer", target_layers=6, layers_per_drop=3)
     before = Before()
     after = After(before)
     texts = tiny_texts(options.examples)
-    if options.save or options.resume or options.trainable_ratio:
+    if options.save or options.resume or options.trainable_ratio or options.distill:
         trainer: Trainer = TrimTrainer(model, args, train_dataset=texts, trim=trim, callbacks=[before])
         trainer.add_callback(after)
     else:
