@@ -147,6 +147,7 @@ class After(TrainerCallback):
     def __init__(self, before: Before) -> None:
         self.before = before
         self.alive: list[int] = []
+        self.elements: list[int] = []  # that parameters which are alive still hold
         self.unchanged: list[bool] = []
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -158,7 +159,9 @@ class After(TrainerCallback):
             self.unchanged.append(len(pairs) >= 3 * len(after) and all(torch.equal(a, b) for a, b in pairs))
             self.before.seen = {}
         if state.global_step in (4, 7):
-            self.alive.append(sum(1 for ref in self.before.refs if ref() is not None and id(ref()) not in now))
+            held = [ref() for ref in self.before.refs if ref() is not None and id(ref()) not in now]
+            self.alive.append(len(held))
+            self.elements.append(sum(p.numel() + getattr(p, "ds_tensor", p.data).numel() for p in held))
 
 
 def arm(when: str, value: str) -> None:
@@ -273,6 +276,7 @@ def main() -> None:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "rates": [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry],
         "alive": after.alive,
+        "elements": after.elements,
         "unchanged": after.unchanged,
         "trained_layers": next(c.trained_layers for c in trainer.callback_handler.callbacks if isinstance(c, TrimCallback)),
         "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
