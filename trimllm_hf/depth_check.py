@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate.utils import is_compiled_module
 from torch import nn
 
 from .adapters import adapters_of, base_of
@@ -17,7 +18,15 @@ def refuse_other_depths(model: nn.Module, part: str | None = None) -> None:
 
     A Trainer loads checkpoints with strict=False: by index, with a warning, layers would end up in the wrong places. So
     does PEFT with an adapter.
+
+    Raises:
+        ValueError: If the model is in the wrapper that `torch.compile(model)` returns.
     """
+    if is_compiled_module(model):
+        raise ValueError(
+            "Expected a model that is compiled by TrainingArguments(torch_compile=True), or in place (model.compile()), got "
+            "torch.compile(model): a Trainer would save its weights under other names. Nothing was changed."
+        )
     model = base_of(model)
     stack = find_stack(model, part)
 

@@ -160,6 +160,7 @@ class After(TrainerCallback):
     def __init__(self, before: Before) -> None:
         self.before = before
         self.alive: list[int] = []
+        self.elements: list[int] = []  # that parameters which are alive still hold
         self.unchanged: list[bool] = []
         self.bytes: list[int] = []
 
@@ -174,7 +175,9 @@ class After(TrainerCallback):
         if state.global_step in (2, 4, 7):
             self.bytes.append(bytes_held())
         if state.global_step in (4, 7):
-            self.alive.append(sum(1 for ref in self.before.refs if ref() is not None and id(ref()) not in now))
+            held = [ref() for ref in self.before.refs if ref() is not None and id(ref()) not in now]
+            self.alive.append(len(held))
+            self.elements.append(sum(p.numel() + getattr(p, "ds_tensor", p.data).numel() for p in held))
 
 
 def arm(when: str, value: str) -> None:
@@ -299,6 +302,7 @@ def main() -> None:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "rates": [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry],
         "alive": after.alive,
+        "elements": after.elements,
         "unchanged": after.unchanged,
         "bytes": after.bytes,
         "block_bytes": block_bytes,
