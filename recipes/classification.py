@@ -1,9 +1,9 @@
 r"""Keep the first k blocks of a model, fine-tune it to classify texts, and see how many it takes: k against accuracy.
 
     python recipes/classification.py --demo                   # no network, no download, two minutes on two CPU cores
-    python recipes/classification.py --output_dir runs/news   # SmolLM2-135M on AG News, 30 blocks down to 1
-    torchrun --nproc_per_node 2 recipes/classification.py --depths 30 15 8 4 2 1 --max_train_samples 2000
-    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/classification.py --output_dir runs/tweets \
+    python recipes/classification.py --drop_overlap           # SmolLM2-135M on AG News, 30 blocks down to 1
+    torchrun --nproc_per_node 2 recipes/classification.py --drop_overlap --depths 30 15 8 4 2 1 --max_train_samples 2000
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/classification.py --drop_overlap \
         --dataset_name zeroshot/twitter-financial-news-sentiment --model_name_or_path google-bert/bert-base-uncased
     python recipes/classification.py --model_name_or_path path/to/model --train_file train.jsonl --test_file test.jsonl \
         --asks "What does the author feel?" --verbalizer '{"pos": "good", "neg": "bad"}' --num_train_epochs 3
@@ -39,9 +39,12 @@ from domain.ways import Classifier, Verbalizer, Way, is_decoder
 from finance import FINANCE
 from medical import MEDICAL
 from transformers import AutoConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from trimllm_hf import TrimCardData, TrimConfig, TrimTrainer, push_to_hub, write_card
 from trimllm_hf.choice_accuracy import Question
+
+logger = logging.get_logger("transformers.trimllm_hf")
 
 NEWS = "zeroshot/twitter-financial-news-sentiment"
 CLASSIFICATION = Domain(
@@ -163,6 +166,7 @@ def publish(
     if isinstance(task, Classifier):
         data.usage_prompt = questions["test"][0].context
     write_card(row["folder"], data)
+    logger.info(f"The card of the model that keeps {row['layers']} blocks: {row['folder']}/README.md")
     if args.push_to_hub:
         name = args.hub_model_id or Path(str(args.output_dir)).name
         push_to_hub(row["folder"], name, token=args.hub_token, private=args.hub_private_repo)

@@ -1,16 +1,17 @@
 r"""Fine-tune a language model on financial news while it loses half of its layers, and measure what that did.
 
     python recipes/finance.py --demo                      # no network, no download, two minutes on two CPU cores
-    python recipes/finance.py --output_dir runs/finance   # SmolLM2-135M on financial tweets, from the Hub
-    torchrun --nproc_per_node 2 recipes/finance.py --target_layers 15 --num_train_epochs 2
+    python recipes/finance.py --drop_overlap              # SmolLM2-135M on financial tweets, from the Hub
+    torchrun --nproc_per_node 2 recipes/finance.py --drop_overlap --target_layers 15 --num_train_epochs 2
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/finance.py --output_dir runs/finance \
-        --target_ratio 0.5 --push_to_hub --hub_model_id you/model
+        --drop_overlap --target_ratio 0.5 --push_to_hub --hub_model_id you/model
     python recipes/finance.py --model_name_or_path path/to/model --target_layers 3 --train_file news/train.jsonl \
         --validation_file news/valid.jsonl --off_domain_file anatomy_test.csv law_test.csv --max_steps 300
 
 From the Hub:
 
-    zeroshot/twitter-financial-news-sentiment   9,543 texts to train, 2,388 to validate and test (MIT); the default
+    zeroshot/twitter-financial-news-sentiment   9,543 texts to train, 2,388 to validate and test (MIT); the default. One
+                                                stands in both, so it takes --drop_overlap
     gbharti/finance-alpaca                      68,912 instructions with answers, a thousand held out; what TrimLLM (arXiv
                                                 2412.11242) trained on: rank the answer against three others (read its card
                                                 for what it is made of and what that allows)

@@ -1,19 +1,20 @@
 r"""Fine-tune a language model on legal text while it loses half of its layers, and measure what that did.
 
     python recipes/legal.py --demo                    # no network, no download, two minutes on two CPU cores
-    python recipes/legal.py --output_dir runs/legal   # SmolLM2-135M on CaseHOLD, from the Hub
-    torchrun --nproc_per_node 2 recipes/legal.py --target_layers 15 --num_train_epochs 1
+    python recipes/legal.py --drop_overlap            # SmolLM2-135M on CaseHOLD, from the Hub
+    torchrun --nproc_per_node 2 recipes/legal.py --drop_overlap --target_layers 15 --num_train_epochs 1
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/legal.py --output_dir runs/legal \
-        --target_ratio 0.5 --max_train_samples 20000 --push_to_hub --hub_model_id you/model
+        --drop_overlap --target_ratio 0.5 --max_train_samples 20000 --push_to_hub --hub_model_id you/model
     python recipes/legal.py --model_name_or_path path/to/model --target_layers 3 --train_file clauses/train.jsonl \
-        --validation_file clauses/valid.jsonl --test_file clauses/test.jsonl --max_choices 8 --max_steps 300
+        --validation_file clauses/valid.jsonl --test_file clauses/test.jsonl --max_choices 8 --drop_overlap
 
 From the Hub: `case_hold` of `coastalcph/lex_glue` (45,000 rows to train, 3,900 to validate, 3,600 to test; CC BY 4.0),
 TrimLLM's legal task (arXiv 2412.11242): which of five holdings does a decision cite, where the text says <HOLDING>?
-Holdings are sentences of different lengths: ranked by log-likelihood per token.
+Holdings are sentences of different lengths: ranked by log-likelihood per token. `--drop_overlap` leaves rows out of the
+training data that stand in the test data too, if there are any; without it they would be refused.
 
 Local files: contract clauses with their type, as in CUAD, are asked which type they are, among all types of the training
-file or `--max_choices` of them:
+file or `--max_choices` of them (contracts copy clauses from each other, so `--drop_overlap` may be needed):
 
     {"text": "This Agreement shall be governed by the laws of …", "label": "Governing Law"}
 

@@ -4,7 +4,7 @@ r"""Fine-tune a language model on medical questions while it loses half of its l
     python recipes/medical.py --output_dir runs/medical   # SmolLM2-135M on PubMedQA, from the Hub
     torchrun --nproc_per_node 2 recipes/medical.py --target_layers 15 --num_train_epochs 3
     accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/medical.py --output_dir runs/medical \
-        --dataset_name openlifescienceai/medmcqa --target_ratio 0.5 --bf16 --push_to_hub --hub_model_id you/model
+        --dataset_name openlifescienceai/medmcqa --drop_overlap --bf16 --push_to_hub --hub_model_id you/model
     python recipes/medical.py --model_name_or_path path/to/model --target_layers 3 --train_file train.jsonl \
         --validation_file valid.jsonl --test_file test.jsonl --off_domain_file law_test.csv --max_steps 300
     python recipes/medical.py --do_eval --model_name_or_path runs/medical   # score a model, train nothing
@@ -29,8 +29,8 @@ Rows of a JSON Lines file have one of these shapes; a CSV file is as MMLU's are:
 Loss is taken on the answer alone. A context that is too long loses its beginning; a question whose answer does not fit
 is left out and counted. A model answers with the choice to which it gives the highest log-likelihood (of whole sentences,
 which differ in length: per token); where answers are short, the table also says how often it writes the right one.
-Without validation data a fifth of the training data is held out; without test data the validation data are the test. A
-row that stands in two splits is refused.
+Without validation data a fifth of the training data is held out; without test data the validation data are the test. Rows
+of the training data that stand in the test data as well are refused with their number, or left out by `--drop_overlap`.
 
 The demo makes its own domain and base model (domain/demo.py). **Its drugs, classes and facts are invented**: it shows
 trimming at work, not medicine. Beside the model that goes from 12 to 6 layers, stock Trainer fine-tunes all 12 for the

@@ -101,6 +101,14 @@ def test_a_file_that_holds_no_rows_is_refused(room: Any, tmp_path: Path, name: s
         room("domain.rows").read_file(str(path))
 
 
+def test_a_text_may_hold_any_character(room: Any, tmp_path: Path) -> None:
+    """JSON lets line separators stand in a text as they are; an empty line at the end is none."""
+    rows = [{"text": f"one{mark}two", "label": "yes"} for mark in "\u2028\u2029\x85\x0b\x0c\x1c"]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n", encoding="utf-8")
+    assert room("domain.rows").read_file(str(path)) == rows
+
+
 # ---- splits
 
 

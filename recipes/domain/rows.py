@@ -27,7 +27,10 @@ def read_file(path: str) -> list[Row]:
 def read_json_lines(path: str) -> list[Row]:
     """The rows of a JSON Lines file."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    # at "\n" alone: splitlines() would cut a text at the line separators (U+2028) that JSON lets stand in it
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
