@@ -28,9 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before the terminal reporter writes its summary from the exit status
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not session.config.getoption("--must-run"):
-        return
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not session.config.getoption("--must-run") or reporter is None:  # a worker of pytest-xdist has none, its parent does
+        return
     if not any(reporter.stats.get(outcome) for outcome in ("passed", "failed", "error", "xpassed", "xfailed")):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         reporter.write_line("\n--must-run: no test was executed, so this run fails", red=True)

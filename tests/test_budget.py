@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_model, tiny_texts
 from transformers import Trainer, TrainingArguments
 
-from trimllm_hf import TrimCallback, TrimConfig, TrimTrainer, measure_latency
+from trimllm_hf import LayerMap, TrimCallback, TrimConfig, TrimTrainer, drop_layers, measure_latency
 from trimllm_hf.budget import Budget, Footprint, depth_within
 from trimllm_hf.engines.local import LocalEngine
 from trimllm_hf.latency.sizes import sizes_of
@@ -168,6 +168,20 @@ def test_measuring_leaves_the_model_and_the_random_numbers_alone(tmp_path: Path)
     assert found.num_layers == 4 and found.latency_ms > 0 and found.memory_gb > 0
     assert torch.equal(torch.get_rng_state(), state) and model.training and model.config.num_hidden_layers == 6
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_lacks_halves_is_measured_without_them(tmp_path: Path) -> None:
+    """An MLP of 4.7 MB in each block, an attention of 2.4 MB: three MLPs have gone, and two more would."""
+    model = tiny_model(hidden_size=384, intermediate_size=1024, head_dim=96, num_key_value_heads=4)
+    engine = LocalEngine(model, torch.optim.SGD(model.parameters()))
+    drop_layers(model, [3, 5, 7], "sublayer")
+    budget = Budget(config(max_memory_gb=1.0, unit="sublayer"), engine, arguments(tmp_path), {})
+    now, less = budget.measure(model), budget.measure(model, [1, 7])
+    assert (now.num_layers, less.num_layers) == (9, 7)
+    assert now.memory_gb * 1e9 == pytest.approx(sizes_of(model).weight_bytes, abs=1.2e6)
+    assert LayerMap.from_config(model.config).num_units("sublayer") == 9
+    drop_layers(model, [1, 7], "sublayer")
+    assert less.memory_gb * 1e9 == pytest.approx(sizes_of(model).weight_bytes, abs=1.2e6)
 
 
 def test_a_resumed_run_goes_by_what_was_measured(clock, tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ def test_each_setting_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> Non
         ({"target_layers": 4, "max_metric_drop": 0.1, "reference_metric": "best"}, "reference_metric to be a number"),
         ({"target_layers": 4, "reference_metric": 0.8}, "max_metric_drop beside reference_metric=0.8"),
         ({"target_layers": 4, "stop_metric": "f1"}, "max_metric_drop beside stop_metric='f1'"),
+        ({"target_layers": 4, "distill_weight": 1.5}, "distill_weight from 0 to 1, got 1.5"),
+        (
+            {"target_layers": 4, "distill_weight": 0.5, "distill_temperature": 0},
+            "distill_temperature to be a number",
+        ),
         ({"max_latency_ms": 0}, "max_latency_ms to be a number above 0, or None, got 0"),
         ({"max_memory_gb": "8"}, "max_memory_gb to be a number above 0, or None, got '8'"),
         ({"max_latency_ms": 5, "target_layers": 4, "target_ratio": 0.5}, "or a budget"),

@@ -25,7 +25,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def run(folder: Path, model: Any = None, callbacks: Any = (), of_trainer: Any = None, **trim: Any) -> Trainer:
-    config = TrimConfig(**{"target_layers": 3, "drop_every": "once", **trim})
+    config = TrimConfig(**{"target_layers": 3, "drop_every": "once", "warm_up_importance": "none", **trim})
     callback = TrimCallback(config, calibration_dataset=CALIBRATION)
     trainer = Trainer(
         model or tiny_model(),
@@ -143,7 +143,8 @@ def test_the_accuracy_on_choices(tmp_path: Path) -> None:
             labels = ids.clone()
             labels[:-4] = -100
             rows.append({"input_ids": ids, "labels": labels, "question": number, "right": right})
-    trim = TrimConfig(target_layers=5, drop_every="once", scan_metric="choice_accuracy", tie_breaker="activation_norm")
+    choices = {"scan_metric": "choice_accuracy", "tie_breaker": "activation_norm", "warm_up_importance": "none"}
+    trim = TrimConfig(target_layers=5, drop_every="once", **choices)
     trainer = TrimTrainer(tiny_model(), arguments(tmp_path), train_dataset=tiny_texts(), trim=trim, calibration_dataset=rows)
     trainer.train()
     accuracies = []
@@ -228,13 +229,14 @@ def test_an_overflowed_step_is_not_scored_by(tmp_path: Path) -> None:
             if state.global_step == 2:
                 model.load_state_dict(self.kept)  # as a gradient scaler skips the step
 
+    by_gradients = {"importance": "taylor", "warm_up_importance": "none"}
     trainer = Trainer(
         tiny_model(),
         arguments(tmp_path, max_grad_norm=0),
         train_dataset=tiny_texts(),
         callbacks=[
             Overflow(),
-            TrimCallback(TrimConfig(target_layers=5, drop_every="2", importance="taylor"), calibration_dataset=CALIBRATION),
+            TrimCallback(TrimConfig(5, drop_every="2", **by_gradients), calibration_dataset=CALIBRATION),
         ],
     )
     trainer.train()

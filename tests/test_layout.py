@@ -28,6 +28,7 @@ FLOORS = {
     "schedule": 1,
     "checkpoints": 1,
     "stopping": 2,
+    "distillation": 2,
     "depth_check": 2,
     "depth_config": 2,
     "guard": 2,

@@ -31,8 +31,14 @@ def run(folder: Path, source: str, *args: str) -> subprocess.CompletedProcess[st
         (SKIPS, ["--must-run"], 1),
         (SKIPS, [], 0),
         (RUNS, ["--must-run", "-m", "slow"], 1),
+        (RUNS, ["--must-run", "-n", "2"], 0),
+        (FAILS, ["--must-run", "-n", "2"], 1),
+        (SKIPS, ["--must-run", "-n", "2"], 1),
     ],
-    ids=["runs", "runs and skips", "fails", "skips", "skips, not asked", "nothing selected"],
+    ids=[
+        *("runs", "runs and skips", "fails", "skips", "skips, not asked", "nothing selected"),
+        *("runs in workers", "fails in workers", "skips in workers"),
+    ],
 )
 def test_exit_status(tmp_path: Path, source: str, args: list[str], code: int) -> None:
     result = run(tmp_path, source, *args)

@@ -100,6 +100,23 @@ def test_a_metric_that_falls_too_far_ends_with_the_last_model_that_passed(plain:
     trainer.train()  # a model that got layers back trains on
 
 
+def test_halves_of_layers_come_back(tmp_path: Path) -> None:
+    scan: dict[str, Any] = {"unit": "sublayer", "importance": "sensitivity", "calibration_size": 8}
+    trainer = make(tmp_path / "stopped", trim=config(**scan, target_layers=9))
+    trainer.compute_metrics = lambda _: {"score": {12: 0.8, 11: 0.79}.get(halves(trainer), 0.5)}
+    trainer.train()
+    truth = make(tmp_path / "truth", max_steps=4, trim=TrimConfig(11, drop_every="2", **scan))
+    truth.compute_metrics = None
+    truth.train()
+    assert depths(trainer) == [(2, 11), (4, 10), (12, 11)]
+    assert halves(trainer) == 11 and trainer.model.config.trim == truth.model.config.trim
+    assert equal(trainer.model, truth.model)
+
+
+def halves(trainer: Trainer) -> int:
+    return LayerMap.from_config(trainer.model.config).num_units("sublayer")
+
+
 def test_the_card_tells_of_the_model_that_the_run_ended_with(tmp_path: Path) -> None:
     score = {"metric_for_best_model": "score", "greater_is_better": True}
     trainer = make(tmp_path / "run", trim=config(stop_metric=None), **score)

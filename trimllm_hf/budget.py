@@ -20,8 +20,9 @@ from .config import TrimConfig
 from .engines import Engine
 from .guard import rebuild
 from .latency.measure import measure_latency
-from .stack import find_stack
-from .surgery import plan_drop
+from .layer_map import LayerMap
+from .sublayers import take_halves_out
+from .surgery import drop_layers
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -75,8 +76,13 @@ class Budget:
         measured = {str(depth): [found.latency_ms, found.memory_gb] for depth, found in self.measured.items()}
         return {"planned": self.planned, "measured": measured}
 
-    def target(self, model: PreTrainedModel, least: int) -> int:
+    def target(self, model: PreTrainedModel, least: int, candidates: Sequence[int]) -> int:
         """The depth to plan for; the model's own depth, if it is under the budget as it is.
+
+        Args:
+            model: The unwrapped model.
+            least: How many layers have to stay.
+            candidates: The positions from which layers may go.
 
         Raises:
             ValueError: If not even a model of `least` layers is under the budget.
@@ -87,7 +93,7 @@ class Budget:
                 logger.warning(f"No layer will be dropped: the model is under the budget: {now.compared(self.config)}.")
                 self.planned = now.num_layers
             else:
-                without = range(self.config.protect_first, self.config.protect_first + now.num_layers - least)
+                without = candidates[: now.num_layers - least]
                 self.planned = depth_within(now, self.measure(model, without), self.config)
                 logger.info(f"Dropping towards {self.planned} layers; now: {now.compared(self.config)}.")
         return self.planned
@@ -110,13 +116,13 @@ class Budget:
 
         Args:
             model: The unwrapped model; only its config is looked at.
-            without: Positions of blocks that the measured model does not have.
+            without: Positions of layers, or sublayers, that the measured model does not have.
 
         Raises:
             ValueError: If it cannot be measured with these settings.
             torch.OutOfMemoryError: If there is no room for it on the device.
         """
-        depth = len(find_stack(model, self.config.part)) - len(without)
+        depth = LayerMap.from_config(base_of(model).config, self.config.part).num_units(self.config.unit) - len(without)
         if depth not in self.measured:
             try:
                 found = [0.0, 0.0] if self.engine.rank else _measure(model, self.config, self.args, without)
@@ -151,13 +157,14 @@ def depth_within(now: Footprint, least: Footprint, config: TrimConfig) -> int:
 
 
 def _measure(model: PreTrainedModel, config: TrimConfig, args: TrainingArguments, without: Sequence[int]) -> list[float]:
-    values: dict[str, Any] = plan_drop(model, without, part=config.part).config_values if without else {}
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     with own_randomness(0):
-        measured: Any = rebuild(base_of(model), values, config.part, device=args.device).to(dtype)  # adapters get merged
-        generates = measured.can_generate()
+        twin: Any = _twin(base_of(model), config.part, dtype, args.device)  # adapters will be merged
+        if without:
+            drop_layers(twin, without, config.unit, config.part)
+        generates = twin.can_generate()
         report = measure_latency(
-            measured,
+            twin,
             batch_sizes=[config.latency_batch_size],
             prompt_tokens=config.latency_prompt_tokens,
             new_tokens=NEW_TOKENS,
@@ -168,3 +175,15 @@ def _measure(model: PreTrainedModel, config: TrimConfig, args: TrainingArguments
     spread = run.decode_ms_per_token if generates else run.forward_ms
     assert spread is not None
     return [spread.p50, run.peak_memory_bytes / 1e9]
+
+
+def _twin(base: PreTrainedModel, part: str | None, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model like this one, with other weights."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        twin: Any = rebuild(base, {}, part, device=device)
+    finally:
+        torch.set_default_dtype(usual)
+    take_halves_out(twin)
+    return twin

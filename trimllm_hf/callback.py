@@ -19,8 +19,10 @@ from .adapters import adapters_of, base_of, mark
 from .auto import regrow_like
 from .budget import Budget
 from .choice import LayerChoice, drop_log, rehearse
+from .choice.rehearsal import droppable
 from .config import TrimConfig
-from .depth_check import refuse_other_depths, wrong_depth
+from .depth_check import refuse_deeper_best, refuse_other_depths, wrong_depth
+from .distillation import refuse_another_teacher
 from .engines import Engine, attach
 from .engines.host import find_trainer, unwrapped
 from .importance import needs_data
@@ -86,6 +88,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "start_num_layers": self.start_num_layers,
                 "calibration_given": self.calibration_given,
                 "trained_layers": self.trained_layers,
+                "teacher": getattr(getattr(self.trainer, "teacher", None), "fingerprint", None),
                 "stop": self._rule.state() if self._rule else self.stop,
                 "budget": self._budget.state() if self._budget else self.budget,
                 "num_processes": 1 if self._engine is None else self._engine.world_size,
@@ -94,8 +97,8 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Watch the model, so that weights of another depth are refused instead of loaded by index."""
-        for name in (self.config.importance, self.config.tie_breaker or self.config.importance):
-            needs_data(name)  # raises on an unknown one
+        for name in {self.config.importance, self.config.tie_breaker, self.config.warm_up_importance} - {None, "none"}:
+            needs_data(str(name))  # raises on an unknown one
         refuse_bare_callback(self.config, self.trainer)
         if kwargs["model"] is not None:
             self._watch(kwargs["model"])
@@ -108,13 +111,14 @@ class TrimCallback(TrainerCallback, ExportableState):
         stateful: Any = state.stateful_callbacks  # a dict by class name, whatever its annotation says
         saved = stateful.setdefault(type(self).__name__, self.state())  # a checkpoint may be from before this callback
         self._restore(saved["attributes"], model, state)
+        refuse_another_teacher(trainer, self.config, saved["attributes"].get("teacher") if state.global_step else None)
         assert self.layer_map is not None and self.start_num_layers is not None
         self._engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
         base_layers = self.layer_map.base_num_layers * (2 if self.config.unit == "sublayer" else 1)
         target = self._least = self.config.resolve_target(base_layers, self._num_layers())
         if self.config.has_budget:
             self._budget = Budget(self.config, self._engine, args, self.budget)
-            target = self._budget.target(model, self._least)
+            target = self._budget.target(model, self._least, droppable(model, self.config))
         self.plan = plan_drops(
             self.config,
             self.start_num_layers,
@@ -127,7 +131,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             self._rule = MetricRule(self.config, trainer, self._engine, self.plan, self.stop)
         if self.plan:
             sizes = rehearse(model, self.config, self._num_layers() - target)  # raises where there is no way
-            self._check_best_model(args)
+            refuse_deeper_best(args.load_best_model_at_end, self.plan, self._engine.regrows)
             self._refuse_lost_calibration_set()
             data = kwargs["train_dataloader"], self.calibration_dataset
             self._choice = LayerChoice(self.config, trainer, self._engine, *data, self.trained_layers or (), sizes)
@@ -209,16 +213,6 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self._watched is None or self._watched() is not model:
             refuse_other_depths(model, self.config.part)
             self._watched = weakref.ref(model)
-
-    def _check_best_model(self, args: TrainingArguments) -> None:
-        """Refuse what would fail at the very end: the best checkpoint may be deeper than the model by then."""
-        assert self._engine is not None
-        if args.load_best_model_at_end and max(self.plan) > 0 and not self._engine.regrows:
-            raise ValueError(
-                "Expected load_best_model_at_end=False, got True: where the engine cuts parameters into shards, a best "
-                "checkpoint from before a drop could not be loaded into the smaller model. Drop everything at the start "
-                "(drop_every='once'), or set it to False and choose among the checkpoints: each is a complete model."
-            )
 
     def _refuse_lost_calibration_set(self) -> None:
         if self.calibration_dataset is None and self.calibration_given and needs_data(self.config.importance):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate.utils import is_compiled_module
 from torch import nn
 
 from .adapters import adapters_of, base_of
@@ -17,7 +18,15 @@ def refuse_other_depths(model: nn.Module, part: str | None = None) -> None:
 
     A Trainer loads checkpoints with strict=False: by index, with a warning, layers would end up in the wrong places. So
     does PEFT with an adapter.
+
+    Raises:
+        ValueError: If the model is in the wrapper that `torch.compile(model)` returns.
     """
+    if is_compiled_module(model):
+        raise ValueError(
+            "Expected a model that is compiled by TrainingArguments(torch_compile=True), or in place (model.compile()), got "
+            "torch.compile(model): a Trainer would save its weights under other names. Nothing was changed."
+        )
     model = base_of(model)
     stack = find_stack(model, part)
 
@@ -73,3 +82,22 @@ def wrong_depth(of_model: Sequence[int] | LayerMap, of_checkpoint: Sequence[int]
         "TrimTrainer, which gives the model the checkpoint's layers on resume, or call trim_like(model, checkpoint) on the "
         "full-depth model before the Trainer is made."
     )
+
+
+def refuse_deeper_best(load_best_model_at_end: bool, plan: Mapping[int, int], regrows: bool) -> None:
+    """Refuse what would fail at the very end of a run: the best checkpoint may be deeper than the model by then.
+
+    Args:
+        load_best_model_at_end: The Trainer's setting.
+        plan: How many layers go after which step.
+        regrows: Whether the engine can give a model layers back.
+
+    Raises:
+        ValueError: If it cannot, and layers go while the run trains.
+    """
+    if load_best_model_at_end and max(plan) > 0 and not regrows:
+        raise ValueError(
+            "Expected load_best_model_at_end=False, got True: where the engine cuts parameters into shards, a best "
+            "checkpoint from before a drop could not be loaded into the smaller model. Drop everything at the start "
+            "(drop_every='once'), or set it to False and choose among the checkpoints: each is a complete model."
+        )

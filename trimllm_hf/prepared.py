@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -44,7 +46,9 @@ def drop_prepared_layers(
         ValueError: If the engine, the optimizer, the architecture or the layers do not allow it. Nothing has changed.
     """
     engine = attach(accelerator, model, optimizer)
-    return apply_drop(engine, plan_drop(accelerator.unwrap_model(model), layers, unit, step=step, part=part))
+    return apply_drop(
+        engine, plan_drop(accelerator.unwrap_model(model, keep_torch_compile=False), layers, unit, step=step, part=part)
+    )
 
 
 def apply_drop(engine: Engine, drop: PlannedDrop) -> LayerMap:
@@ -56,5 +60,7 @@ def apply_drop(engine: Engine, drop: PlannedDrop) -> LayerMap:
     refuse_packed(drop)
     with own_randomness(0):  # an engine may draw when it is built anew
         layer_map = engine.edit(drop.apply, lambda: drop.leaving)
+    if "torch._dynamo" in sys.modules:  # compiled graphs have the dropped layers in them
+        torch.compiler.reset()
     gc.collect()  # FSDP2 and DeepSpeed hold parameters in cycles
     return layer_map

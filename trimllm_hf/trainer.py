@@ -13,6 +13,7 @@ from .callback import TrimCallback
 from .checkpoints import callback_attributes, last_complete_checkpoint, processes_of
 from .choice import LayerChoice
 from .config import TrimConfig
+from .distillation import DistillHost
 from .engines import refuse_other_processes, unprepared
 from .engines.host import BestModelHost, OptimizerHost, unwrapped
 from .importance import needs_data
@@ -30,15 +31,15 @@ else:
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
-class TrimTrainerMixin(PushHost, CardHost, BestModelHost, OptimizerHost, _Base):
+class TrimTrainerMixin(PushHost, CardHost, DistillHost, BestModelHost, OptimizerHost, _Base):
     """Trimming for any subclass of Trainer: `class MyTrainer(TrimTrainerMixin, SFTTrainer): pass`.
 
     Over a plain Trainer with `TrimCallback` it adds: calibration examples are taken out of the training set;
     `train(resume_from_checkpoint=…)` of a Trainer made with the full-depth model gives the model the checkpoint's layers
     first, and passes over checkpoints that a kill left half written; `load_best_model_at_end` loads a best checkpoint of
     another depth with the layers that belong to it; `trainable_ratio`, TrimLLM's sparse update, which has to be settled
-    before an optimizer is made; the model card, by `save_model` and, with latency measured, `create_model_card`; a last
-    push to the Hub that is checked and lands whole or not at all.
+    before an optimizer is made; a teacher (`distill_weight`); the model card, by `save_model` and, with latency measured,
+    `create_model_card`; a last push to the Hub that is checked and lands whole or not at all.
 
     Args:
         trim: How far to trim, which layers, and when.
@@ -62,6 +63,7 @@ class TrimTrainerMixin(PushHost, CardHost, BestModelHost, OptimizerHost, _Base):
         if not isinstance(trim, TrimConfig):
             raise ValueError(f"Expected trim=TrimConfig(…), got {trim!r}. For training without trimming use Trainer.")
         self._resume_from: str | None = None
+        self.trim_config = trim
         self.card_data = TrimCardData() if card_data is None else card_data
         super().__init__(*args, **kwargs)
         if trim.trainable_ratio is not None and self.optimizer is not None:
@@ -88,6 +90,8 @@ class TrimTrainerMixin(PushHost, CardHost, BestModelHost, OptimizerHost, _Base):
         Raises:
             ValueError: If there is no complete checkpoint to resume from, or the model cannot get its layers.
         """
+        if self.model_init is None and self.teacher is None:
+            self.take_teacher(unwrapped(self))
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
@@ -110,6 +114,7 @@ class TrimTrainerMixin(PushHost, CardHost, BestModelHost, OptimizerHost, _Base):
     def call_model_init(self, trial: Any = None) -> Any:
         """Make the model by `model_init`, with the layers of the checkpoint that is being resumed from."""
         model: Any = super().call_model_init(trial)
+        self.take_teacher(model)
         if self._resume_from is not None:
             trim_like(model, self._resume_from)
         return model

@@ -18,7 +18,8 @@ from ..calibration import Batch, calibration_batches, draw, own_randomness
 from ..config import TrimConfig
 from ..engines.agreement import Together
 from ..engines.host import unwrapped
-from ..importance import METRICS, Metric, from_compute_metrics, get_metric, is_joint, needs_data, score_layers
+from ..importance import METRICS, Metric, from_compute_metrics, get_metric, goes_by_loss, is_joint, needs_data, score_layers
+from ..importance.chance import loss_at_chance
 from ..importance.gradient import refuse_frozen, refuse_no_gradient, weights_times_gradients
 from ..importance.order import Chosen, choose, choose_window
 from ..layer_map import LayerMap
@@ -102,18 +103,19 @@ class LayerChoice:
         """
         config = self.config
         with self._or_none():
-            chosen, scores = self._choose(model, step, progress, count)
+            importance = self._importance(model, step)
+            chosen, scores = self._choose(model, step, progress, count, importance)
             margin = chosen.margin
 
             def plan(positions: list[int]) -> PlannedDrop:
                 of_each = chosen.scores if positions == chosen.positions else scores[positions].tolist()
-                how: dict[str, Any] = {"step": step, "importance": config.importance, "part": config.part}
+                how: dict[str, Any] = {"step": step, "importance": importance, "part": config.part}
                 return plan_drop(model, positions, config.unit, scores=of_each, **how)
 
             try:
                 drop = plan(chosen.positions)
             except ValueError:
-                if is_joint(config.importance):
+                if is_joint(importance):
                     raise
                 margin = None
                 drop = self._allowed(model, plan, {p: scores[p].item() for p in droppable(model, config)}, count)
@@ -158,13 +160,29 @@ class LayerChoice:
         shares = weights_times_gradients(model, self.config.unit)
         self._gradients = step, dict(zip(names_of(model, self.config), shares.tolist(), strict=True))
 
-    def _choose(self, model: PreTrainedModel, step: int, progress: bool, count: int) -> tuple[Chosen, torch.Tensor]:
+    def _importance(self, model: PreTrainedModel, step: int) -> str:
+        """The score to choose by now: not one that goes by the loss while the loss is at chance."""
+        config, instead = self.config, self.config.warm_up_importance
+        if instead == "none" or not goes_by_loss(config.importance):
+            return config.importance
+        found = loss_at_chance(model, self.batches, part=config.part, together=self.engine, stand_in=self.stand_in)
+        if found is None:
+            return config.importance
+        logger.warning(
+            f"Step {step}: the loss on the calibration set, {found[0]:.4g}, is at chance: knowing only how frequent each "
+            f"label is gives {found[1]:.4g}. Choosing by {instead} instead of {config.importance}."
+        )
+        return instead
+
+    def _choose(
+        self, model: PreTrainedModel, step: int, progress: bool, count: int, importance: str
+    ) -> tuple[Chosen, torch.Tensor]:
         config = self.config
         ends = config.protect_first, config.protect_last
-        scores = self._scores_by_training(model, step)
+        scores = self._scores_by_training(model, step) if importance == config.importance else None
         if scores is None:
-            scores = self._score(model, config.importance, progress, count)
-        if is_joint(config.importance):
+            scores = self._score(model, importance, progress, count)
+        if is_joint(importance):
             return choose_window(scores, count, *ends), scores
         breaker = config.tie_breaker
         tie_scores = None if breaker is None else lambda: self._score(model, breaker, progress)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_compiled_module
 from torch import nn
 
 from .agreement import Alone, Processes, Together
@@ -65,6 +65,8 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine
             mended; the message says what to use instead. Nothing has changed.
     """
     kind = accelerator.distributed_type
+    if is_compiled_module(model):
+        model = model._orig_mod  # type: ignore[assignment]  # compiled anew after a drop
     if isinstance(model, nn.DataParallel):
         raise ValueError(
             "Expected one model a process, got torch.nn.DataParallel. Launch with torchrun or accelerate launch "

@@ -172,6 +172,7 @@ def refuse_unsupported(engine: Any) -> None:
         "tensor parallelism": engine.autotp_size() > 1,
         "sequence parallelism": getattr(engine, "sequence_parallel_size", 1) > 1,
         "DeepCompile": engine.is_deepcompile_enabled(),
+        "torch.compile": getattr(engine, "is_compiled", False),
         "mixture-of-experts groups": engine.has_moe_layers,
     }
     for name, found in refused.items():

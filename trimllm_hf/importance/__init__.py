@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from ..calibration import Batch, own_randomness
+from ..calibration import Batch, model_inputs, own_randomness
 from ..engines.agreement import Alone, Together
 from .evaluation import to_be_scored
 from .finite import refuse_not_finite
@@ -33,8 +33,10 @@ __all__ = [
     "Metric",
     "from_compute_metrics",
     "get_metric",
+    "goes_by_loss",
     "is_joint",
     "known",
+    "measure",
     "needs_data",
     "register_importance",
     "score_layers",
@@ -90,6 +92,11 @@ def needs_data(name: str) -> bool:
     if name not in known():
         raise ValueError(f"Expected an importance among {known()}, got {name!r}. Add it: register_importance.")
     return name not in _RULES
+
+
+def goes_by_loss(name: str) -> bool:
+    """Whether the score says what a layer does for the loss (or another measure of the labels)."""
+    return name in _SCANS or name in _GRADIENTS
 
 
 def is_joint(name: str) -> bool:
@@ -156,21 +163,8 @@ def score_layers(
     """
     with_data = needs_data(importance)
     together = together or Alone()
-    device = next(model.parameters()).device
     batches = list(batches)
-    passes = 1
-    if with_data:
-        shares = together.gather((len(batches), stand_in is not None))
-        passes = max(share for share, _ in shares)
-        if passes == 0 or not all(share or stands_in for share, stands_in in shares):
-            raise ValueError(
-                f"Expected calibration batches on every process to score by {importance!r}, got none on at least one. "
-                "Give more calibration examples, or a stand_in."
-            )
-    # a process with a smaller share goes through its last batch again, for nothing: forward passes of a sharded model
-    # are a matter of all processes
-    spare = [batches[-1] if batches else stand_in] * (passes - len(batches))
-    padded = [send_to_device(batch, device) for batch in batches + spare] if with_data else []
+    padded = _padded(model, batches, importance, together, stand_in) if with_data else []
     with own_randomness(seed), to_be_scored(model, part):
         if importance in _SCANS:
             settings = ScanSettings(_SCANS[importance](get_metric(metric)), memory_gb, together, progress)
@@ -183,6 +177,47 @@ def score_layers(
         if is_joint(importance):
             function = partial(angular, window=window)
         return _mean(importance, function, model, padded, len(batches), unit, together)
+
+
+def measure(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    metric: str | Metric = "loss",
+    *,
+    part: str | None = None,
+    together: Together | None = None,
+    stand_in: Batch | None = None,
+) -> float:
+    """A metric of the model as it is, on calibration batches; see `score_layers` for the arguments.
+
+    Raises:
+        ValueError: If there is nothing to measure on.
+    """
+    together, found = together or Alone(), get_metric(metric)
+    batches = list(batches)
+    padded = _padded(model, batches, found.name, together, stand_in)
+    with own_randomness(0), to_be_scored(model, part):
+        for batch in padded:
+            found.check(model, batch)
+        parts = [found.collect(model, model(**model_inputs(batch)), batch) for batch in padded]
+    return found.finish([part for process in together.gather(parts[: len(batches)]) for part in process])
+
+
+def _padded(model: nn.Module, batches: list[Batch], what: str, together: Together, stand_in: Batch | None) -> list[Batch]:
+    """The batches on the model's device, as many on every process.
+
+    A process with a smaller share goes through its last batch again, for nothing: forward passes of a sharded model are a
+    matter of all processes.
+    """
+    shares = together.gather((len(batches), stand_in is not None))
+    passes = max(share for share, _ in shares)
+    if passes == 0 or not all(share or stands_in for share, stands_in in shares):
+        raise ValueError(
+            f"Expected calibration batches on every process to score by {what!r}, got none on at least one. Give more "
+            "calibration examples, or a stand_in."
+        )
+    spare = [batches[-1] if batches else stand_in] * (passes - len(batches))
+    return [send_to_device(batch, next(model.parameters()).device) for batch in batches + spare]
 
 
 def _mean(

@@ -45,6 +45,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; every module's own mode afterwards as before."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module in model.modules():
+        # bitsandbytes packs 4-bit weights anew for evaluation on a CPU, and does not train on rightly with them (0.50)
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.training = True
     try:
         yield
     finally:

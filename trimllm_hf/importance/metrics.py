@@ -65,15 +65,20 @@ def num_label_tokens(model: nn.Module, batch: Batch) -> float:
     Raises:
         ValueError: If the batch has no labels.
     """
-    labels = batch.get("labels")
-    if labels is None:
+    if batch.get("labels") is None:
         raise ValueError(
             f"Expected calibration batches with labels, got only {sorted(batch)}. Use a collator that makes labels, or a "
             "score that needs none, like 'block_influence'."
         )
+    return float(len(labels_of(model, batch)))
+
+
+def labels_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The labels that the model's mean loss is over, of shape (labels,)."""
+    labels: torch.Tensor = batch["labels"]
     if type(base_of(model)).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         labels = labels[..., 1:]  # a causal model predicts each token but the first
-    return float((labels != -100).sum())
+    return labels[labels != -100]
 
 
 def _check_labels(model: nn.Module, batch: Batch) -> None:

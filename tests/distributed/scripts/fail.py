@@ -43,7 +43,7 @@ if where == "guard" and rank == 1:
 
     trimllm_hf.callback.plan_drop = refuse_later
 importance = "fails_on_one" if where == "score" else "last"
-trim = TrimConfig(target_layers=4, drop_every="2", importance=importance, calibration_size=8)
+trim = TrimConfig(target_layers=4, drop_every="2", importance=importance, calibration_size=8, warm_up_importance="none")
 model = tiny_model()
 trainer = Trainer(model, args, train_dataset=tiny_texts(), callbacks=[TrimCallback(trim)])
 try:

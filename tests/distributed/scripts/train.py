@@ -31,6 +31,7 @@ parser.add_argument("--examples", type=int, default=120, help="24, and each seco
 parser.add_argument("--universal", action="store_true", help="DeepSpeed loads a universal checkpoint")
 parser.add_argument("--unit", default="block", help="what is dropped: two blocks, or six sublayers")
 parser.add_argument("--bf16", action="store_true")
+parser.add_argument("--distill", type=float, default=0.0, help="TrimTrainer with a teacher")
 parser.add_argument("--config_optimizer", action="store_true", help="optimizer and scheduler of the DeepSpeed config")
 parser.add_argument("--sharded", action="store_true", help="checkpoints hold shards: FSDP2, ZeRO-3")
 parser.add_argument("--lora", action="store_true", help="train adapters only")
@@ -159,6 +160,7 @@ class After(TrainerCallback):
     def __init__(self, before: Before) -> None:
         self.before = before
         self.alive: list[int] = []
+        self.elements: list[int] = []  # that parameters which are alive still hold
         self.unchanged: list[bool] = []
         self.bytes: list[int] = []
 
@@ -173,7 +175,9 @@ class After(TrainerCallback):
         if state.global_step in (2, 4, 7):
             self.bytes.append(bytes_held())
         if state.global_step in (4, 7):
-            self.alive.append(sum(1 for ref in self.before.refs if ref() is not None and id(ref()) not in now))
+            held = [ref() for ref in self.before.refs if ref() is not None and id(ref()) not in now]
+            self.alive.append(len(held))
+            self.elements.append(sum(p.numel() + getattr(p, "ds_tensor", p.data).numel() for p in held))
 
 
 def arm(when: str, value: str) -> None:
@@ -256,14 +260,20 @@ def main() -> None:
         torch.manual_seed(7)
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
     trim = TrimConfig(
-        target_layers=4, drop_every="3", calibration_size=options.calibration, trainable_ratio=options.trainable_ratio
+        target_layers=4,
+        drop_every="3",
+        calibration_size=options.calibration,
+        trainable_ratio=options.trainable_ratio,
+        warm_up_importance="none",  # random tokens cannot be learned, and the scan is to run all the same
+        distill_weight=options.distill,
+        distill_temperature=2.0,
     )
     if options.unit == "sublayer":
         trim = replace(trim, unit="sublayer", target_layers=6, layers_per_drop=3)
     before = Before()
     after = After(before)
     texts = tiny_texts(options.examples)
-    if options.save or options.resume or options.trainable_ratio:
+    if options.save or options.resume or options.trainable_ratio or options.distill:
         trainer: Trainer = TrimTrainer(model, args, train_dataset=texts, trim=trim, callbacks=[before])
         trainer.add_callback(after)
     else:
@@ -292,6 +302,7 @@ def main() -> None:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "rates": [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry],
         "alive": after.alive,
+        "elements": after.elements,
         "unchanged": after.unchanged,
         "bytes": after.bytes,
         "block_bytes": block_bytes,

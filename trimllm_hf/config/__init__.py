@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .checks import at_least, check_distillation, check_stop_rules
+
 
 @dataclass
 class TrimConfig:
@@ -63,6 +65,13 @@ class TrimConfig:
     tie_breaker: str | None = field(
         default=None,
         metadata={"help": "The score that chooses among layers of equal importance, e.g. 'activation_norm' (TrimLLM's)."},
+    )
+    warm_up_importance: str = field(
+        default="block_influence",
+        metadata={
+            "help": "The score in place of one that goes by the loss, while the loss on the calibration set is no better "
+            "than that of a model which knows only how frequent each label is: such a scan would rank noise. 'none': never."
+        },
     )
     drop_every: str = field(
         default="auto",
@@ -151,6 +160,17 @@ class TrimConfig:
     latency_batch_size: int = field(default=1, metadata={"help": "Sequences at a time in these measurements."})
     latency_prompt_tokens: int = field(default=128, metadata={"help": "Tokens before the generated ones in them."})
 
+    distill_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the loss that is the KL divergence from what the full-depth model says as it was before "
+            "training, from 0 (off) to 1. Takes TrimTrainer, and the memory and the forward pass of that model."
+        },
+    )
+    distill_temperature: float = field(
+        default=1.0, metadata={"help": "What the logits of both models are divided by in that divergence."}
+    )
+
     def __post_init__(self) -> None:
         self.drop_every = str(self.drop_every)
         targets = [value for value in (self.target_layers, self.target_ratio) if value is not None]
@@ -166,18 +186,13 @@ class TrimConfig:
                 "is kept: 0.5 keeps half of them."
             )
         if self.target_layers is not None:
-            _at_least("target_layers", self.target_layers, 1)
+            at_least("target_layers", self.target_layers, 1)
         if self.trainable_ratio is not None and not 0 < self.trainable_ratio <= 1:
             raise ValueError(f"Expected trainable_ratio above 0 and up to 1, or None, got {self.trainable_ratio}.")
         if self.unit not in ("block", "sublayer"):
             raise ValueError(f"Expected unit='block' or 'sublayer', got {self.unit!r}.")
         if self.unit == "sublayer" and self.trainable_ratio is not None:
             raise ValueError("Expected unit='block' with trainable_ratio, the share of blocks that train, got 'sublayer'.")
-        if self.unit == "sublayer" and self.has_budget:
-            raise ValueError(
-                "Expected unit='block' with a budget (max_latency_ms, max_memory_gb), got unit='sublayer', which cannot "
-                "be measured ahead. Set target_layers instead."
-            )
         if self.unit == "sublayer" and self.part is not None:
             raise ValueError(f"Expected unit='block' for a part of an encoder-decoder ({self.part}), got unit='sublayer'.")
         if self.part not in (None, "decoder", "encoder"):
@@ -188,10 +203,10 @@ class TrimConfig:
                     f"Expected drop_every to be 'auto', 'once', 'epoch' or a number of steps of at least 1, got "
                     f"{self.drop_every!r}."
                 )
-        _at_least("layers_per_drop", self.layers_per_drop, 1)
-        _at_least("protect_first", self.protect_first, 0)
-        _at_least("protect_last", self.protect_last, 0)
-        _at_least("calibration_size", self.calibration_size, 1)
+        at_least("layers_per_drop", self.layers_per_drop, 1)
+        at_least("protect_first", self.protect_first, 0)
+        at_least("protect_last", self.protect_last, 0)
+        at_least("calibration_size", self.calibration_size, 1)
         if self.scan_memory_gb is not None and not self.scan_memory_gb > 0:
             raise ValueError(f"Expected scan_memory_gb above 0, or None, got {self.scan_memory_gb}.")
         if self.scan_metric != "loss" and self.importance != "sensitivity":
@@ -199,41 +214,13 @@ class TrimConfig:
                 f"Expected importance='sensitivity' for scan_metric={self.scan_metric!r}, got {self.importance!r}, which "
                 "does not measure it."
             )
-        self._check_stop_rules()
+        check_stop_rules(self)
+        check_distillation(self)
 
     @property
     def has_budget(self) -> bool:
         """Whether measured latency or memory says how far to trim."""
         return self.max_latency_ms is not None or self.max_memory_gb is not None
-
-    def _check_stop_rules(self) -> None:
-        for name in ("max_latency_ms", "max_memory_gb"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
-                raise ValueError(f"Expected {name} to be a number above 0, or None, got {value!r}.")
-        _at_least("latency_batch_size", self.latency_batch_size, 1)
-        _at_least("latency_prompt_tokens", self.latency_prompt_tokens, 1)
-        if self.healing_ratio is not None and not (_is_number(self.healing_ratio) and 0 <= self.healing_ratio < 1):
-            raise ValueError(
-                f"Expected healing_ratio from 0 up to below 1, got {self.healing_ratio!r}. It is the share of the steps "
-                "after the last drop."
-            )
-        if self.max_metric_drop is None:
-            for name in ("stop_metric", "reference_metric"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"Expected max_metric_drop beside {name}={getattr(self, name)!r}, got none. Set how much worse "
-                        "than the reference the trimmed model may be."
-                    )
-        elif not (_is_number(self.max_metric_drop) and self.max_metric_drop >= 0):
-            raise ValueError(f"Expected max_metric_drop to be a number of at least 0, got {self.max_metric_drop!r}.")
-        elif self.drop_every == "once":
-            raise ValueError(
-                "Expected drops while training for max_metric_drop, got drop_every='once', which drops everything before "
-                "the first evaluation. Use 'auto', 'epoch' or a number of steps."
-            )
-        if self.reference_metric is not None and not _is_number(self.reference_metric):
-            raise ValueError(f"Expected reference_metric to be a number, or None, got {self.reference_metric!r}.")
 
     def resolve_target(self, base_num_layers: int, num_layers: int) -> int:
         """The number of layers to end with, for a model that has `num_layers` now and had `base_num_layers` once.
@@ -288,12 +275,3 @@ class TrimConfig:
             ValueError: If a value is out of range.
         """
         return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"Expected {name} to be a whole number of at least {least}, got {value!r}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,139 @@
+"""`trimllm score`: how important each layer of a model is on a file of examples, without training."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .app import Json, answer, app, table
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    data: Annotated[Path, typer.Option(help="Examples: JSON Lines (text; or prompt, completion), or plain text.")],
+    importance: Annotated[
+        list[str] | None, typer.Option(help="A score; can be repeated. Default: sensitivity, block_influence.")
+    ] = None,
+    unit: Annotated[str, typer.Option(help="block, or sublayer: attentions and MLPs apart.")] = "block",
+    size: Annotated[int, typer.Option(help="Examples to score by; the first ones of the file.")] = 64,
+    max_length: Annotated[int, typer.Option(help="Tokens of an example at most.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 4,
+    memory_gb: Annotated[float | None, typer.Option(help="Memory of a scan beside a forward pass.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the accelerator by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32, …; auto: the files'.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for scores.json and, with matplotlib, scores.png.")] = Path("runs/score"),
+    as_json: Json = False,
+) -> None:
+    """Print how important each layer is on your data, the least important first, and draw it.
+
+    Higher = more important. `sensitivity` is the loss per token without the layer. Nothing is trained or dropped.
+
+    **Example:** `trimllm score org/base --data train.jsonl --importance sensitivity`
+    """
+    for option, value in (("--size", size), ("--batch-size", batch_size), ("--max-length", max_length - 1)):
+        if value < 1:
+            raise typer.BadParameter("Expected a number that leaves something to score.", param_hint=option)
+    from ..importance import needs_data
+    from .examples import make_batches, read_examples
+
+    names = importance or ["sensitivity", "block_influence"]
+    for name in names:
+        needs_data(name)  # raises on an unknown one, before anything is loaded
+    examples = read_examples(data, size)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..importance import score_layers
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=_dtype(dtype))
+    loaded.to(device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"))
+    batches = make_batches(AutoTokenizer.from_pretrained(model, revision=revision), examples, max_length, batch_size)
+    scores = {
+        name: score_layers(loaded, batches, name, unit, memory_gb=memory_gb, progress=not as_json).tolist() for name in names
+    }
+    plain = {
+        "model": model,
+        "unit": unit,
+        "layers": _names(loaded, unit),
+        "scores": scores,
+        "margins": {name: _margin(values) for name, values in scores.items()},
+        "data": str(data),
+        "examples": sum(len(batch["input_ids"]) for batch in batches),
+        "scored_tokens": sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "scores.json").write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    drawn = find_spec("matplotlib") is not None
+    if drawn:
+        draw(plain, out / "scores.png")
+    answer(plain, as_json, lambda: _shown(plain, out, drawn))
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    found = "auto" if name == "auto" else getattr(torch, name, None)
+    if found != "auto" and not isinstance(found, torch.dtype):
+        raise ValueError(f"Expected a dtype like bfloat16 or float32, or auto, got {name!r}.")
+    return found
+
+
+def _names(model: Any, unit: str) -> list[str]:
+    """The layers by the base's numbering, in the order of their scores."""
+    from ..layer_map import LayerMap
+
+    layer_map = LayerMap.from_config(model.config)
+    if unit == "block":
+        return [str(layer) for layer in layer_map.kept_layers]
+    return [f"{half} {layer}" for layer, half in layer_map.sublayers]
+
+
+def _margin(values: list[float]) -> float | None:
+    """By how much the second least important layer's score is higher than that of the least."""
+    lowest = sorted(values)
+    return lowest[1] - lowest[0] if len(lowest) > 1 else None
+
+
+def _shown(plain: dict[str, Any], out: Path, drawn: bool) -> list[Any]:
+    names, scores = list(plain["scores"]), plain["scores"]
+    order = sorted(range(len(plain["layers"])), key=lambda i: scores[names[0]][i])
+    rows = [(plain["layers"][i], *(f"{scores[name][i]:.4f}" for name in names)) for i in order]
+    margins = [f"{name} {value:.4g}" for name, value in plain["margins"].items() if value is not None]
+    files = "scores.json and scores.png" if drawn else "scores.json (no scores.png: matplotlib is not installed)"
+    return [
+        table(f"{plain['model']}: layers, the least important by {names[0]} first", "layer", *names, rows=rows),
+        f"On {plain['examples']} examples, {plain['scored_tokens']:,} tokens. From the least important to the next: "
+        f"{', '.join(margins) or '-'}.",
+        f"In {out}: {files}.",
+    ]
+
+
+def draw(plain: dict[str, Any], path: Path) -> None:
+    """A bar a layer, a panel a score; the least important one is marked."""
+    from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
+
+    from ..publish.plots import DROPPED, KEPT
+
+    scores, layers = plain["scores"], plain["layers"]
+    figure = Figure(figsize=(max(4.0, 0.3 * len(layers)), 2.4 * len(scores)), layout="constrained")
+    panels = figure.subplots(len(scores), 1, squeeze=False)[:, 0]
+    for axes, (name, values) in zip(panels, scores.items(), strict=True):
+        places = range(len(values))
+        bars = axes.bar(places, values, color=KEPT)
+        bars[values.index(min(values))].set_color("#c92a2a")
+        lowest, highest = min(values), max(values)
+        if lowest > 0:  # differences are what counts: losses lie far from 0
+            axes.set_ylim(max(0, lowest - 0.1 * (highest - lowest)) if highest > lowest else 0, None)
+        axes.set_xticks(places, layers, rotation=90 if plain["unit"] != "block" else 0, fontsize=8)
+        axes.set_ylabel(name.replace("_", " "))
+        axes.grid(axis="y", color=DROPPED)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("layer (least important in red)")
+    figure.savefig(path, dpi=150, metadata={"Software": None})

@@ -1,0 +1,68 @@
+"""What no model can satisfy: values of the settings that are refused when they are made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def check_stop_rules(config: Any) -> None:
+    """Check the budgets, the rule on a metric, and the share that heals.
+
+    Raises:
+        ValueError: If a value is out of range, or lacks another one.
+    """
+    for name in ("max_latency_ms", "max_memory_gb"):
+        value = getattr(config, name)
+        if value is not None and not (is_number(value) and value > 0):
+            raise ValueError(f"Expected {name} to be a number above 0, or None, got {value!r}.")
+    at_least("latency_batch_size", config.latency_batch_size, 1)
+    at_least("latency_prompt_tokens", config.latency_prompt_tokens, 1)
+    if config.healing_ratio is not None and not (is_number(config.healing_ratio) and 0 <= config.healing_ratio < 1):
+        raise ValueError(
+            f"Expected healing_ratio from 0 up to below 1, got {config.healing_ratio!r}. It is the share of the steps "
+            "after the last drop."
+        )
+    if config.max_metric_drop is None:
+        for name in ("stop_metric", "reference_metric"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"Expected max_metric_drop beside {name}={getattr(config, name)!r}, got none. Set how much worse "
+                    "than the reference the trimmed model may be."
+                )
+    elif not (is_number(config.max_metric_drop) and config.max_metric_drop >= 0):
+        raise ValueError(f"Expected max_metric_drop to be a number of at least 0, got {config.max_metric_drop!r}.")
+    elif config.drop_every == "once":
+        raise ValueError(
+            "Expected drops while training for max_metric_drop, got drop_every='once', which drops everything before "
+            "the first evaluation. Use 'auto', 'epoch' or a number of steps."
+        )
+    if config.reference_metric is not None and not is_number(config.reference_metric):
+        raise ValueError(f"Expected reference_metric to be a number, or None, got {config.reference_metric!r}.")
+
+
+def check_distillation(config: Any) -> None:
+    """Check the teacher's part of the loss.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+    if not (is_number(config.distill_weight) and 0 <= config.distill_weight <= 1):
+        raise ValueError(f"Expected distill_weight from 0 to 1, got {config.distill_weight!r}.")
+    if not (is_number(config.distill_temperature) and config.distill_temperature > 0):
+        raise ValueError(f"Expected distill_temperature to be a number above 0, got {config.distill_temperature!r}.")
+
+
+def at_least(name: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number of at least `least`.
+
+    Raises:
+        ValueError: With the setting's name.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Expected {name} to be a whole number of at least {least}, got {value!r}.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
