@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .publish.card import write_card
     from .publish.card_data import TrimCardData
     from .publish.hub import push_to_hub
-    from .sublayers import write_remote_code
+    from .sublayers.remote_code import write_remote_code
     from .surgery import drop_layers
     from .trainer import TrimTrainer, TrimTrainerMixin
 
@@ -47,7 +47,7 @@ _FILES = {
     "trim_like": "auto",
     "write_card": "publish.card",
     "write_kept_layers": "loading",
-    "write_remote_code": "sublayers",
+    "write_remote_code": "sublayers.remote_code",
 }
 
 __all__ = [
