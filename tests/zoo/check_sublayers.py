@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from check import Outcome, _short, cache_agrees, difference, distance, inputs_for, logits_of, snapshot
+from check import Outcome, _short, cache_agrees, difference, distance, logits_of, snapshot
+from kinds import Kind
 from torch import nn
-from zoo_models import TooBig, tiny_model
+from zoo_models import tiny_model
 
 import trimllm_hf
 from trimllm_hf import LayerMap, drop_layers
@@ -39,21 +40,19 @@ ON_THE_PATH: dict[str, dict[str, str]] = {
 }
 
 
-def check_sublayers(auto_class: Any, model_type: str, choices: Sequence[Sequence[Half]] = CHOICES) -> Outcome:
+def check_sublayers(kind: Kind, model_type: str, choices: Sequence[Sequence[Half]] = CHOICES) -> Outcome:
     """Drop two halves, compare with the model in which their weights are zero, save, reload, generate; or be refused."""
     try:
-        model = tiny_model(auto_class, model_type)
-        inputs = inputs_for(model)
+        model = tiny_model(kind.auto_class, model_type)
+        inputs = kind.inputs(model)
         full = logits_of(model, inputs)
-    except TooBig as error:
-        return Outcome(model_type, "unbuilt", str(error))
     except Exception as error:
-        return Outcome(model_type, "unbuilt", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}")
+        return Outcome(model_type, "unbuilt", _short(error))
     name = type(model).__name__
     cached = cache_agrees(model, inputs)
     refusals = []
     for choice in choices:
-        model = tiny_model(auto_class, model_type)
+        model = tiny_model(kind.auto_class, model_type)
         before = snapshot(model)
         try:
             sublayers = LayerMap.from_config(model.config).sublayers
@@ -67,10 +66,10 @@ def check_sublayers(auto_class: Any, model_type: str, choices: Sequence[Sequence
             continue
         except Exception as error:
             return Outcome(model_type, "crash", f"{type(error).__name__}: {error}", name)
-        expected = without(tiny_model(auto_class, model_type), model_type, choice, inputs)
+        expected = without(tiny_model(kind.auto_class, model_type), model_type, choice, inputs)
         if distance(full, expected) < 1e-5:
             return Outcome(model_type, "crash", f"{choice}: the halves change nothing", name)
-        problem = compare(auto_class, model, inputs, expected, cached)
+        problem = compare(kind, model, inputs, expected, cached)
         if problem is not None:
             return Outcome(model_type, "wrong", f"{choice}: {problem}", name)
         return Outcome(model_type, "exact", "" if not refusals else f"not for {refusals[0]}", name)
@@ -107,7 +106,7 @@ def without(model: nn.Module, model_type: str, halves: Sequence[Half], inputs: A
         return logits_of(model, inputs)
 
 
-def compare(auto_class: Any, model: Any, inputs: Any, expected: torch.Tensor, cached: bool | None) -> str | None:
+def compare(kind: Kind, model: Any, inputs: Any, expected: torch.Tensor, cached: bool | None) -> str | None:
     """What is wrong with a trimmed model, or None."""
     try:
         if (error := distance(logits_of(model, inputs), expected)) > 1e-4:
@@ -116,8 +115,8 @@ def compare(auto_class: Any, model: Any, inputs: Any, expected: torch.Tensor, ca
             return "cached generate() differs from uncached"
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            by_auto = type(model.config).stock_class in auto_class._model_mapping
-            again, info = (auto_class if by_auto else type(model)).from_pretrained(folder, output_loading_info=True)
+            by_auto = type(model.config).stock_class in kind.auto_class._model_mapping
+            again, info = (kind.auto_class if by_auto else type(model)).from_pretrained(folder, output_loading_info=True)
             stored = json.loads((Path(folder) / "config.json").read_text())
             for stock in (type(model.config).stock_class, type(model).stock_class):
                 try:

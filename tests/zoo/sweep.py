@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import transformers
 from check import Outcome, check_blocks
-from kinds import KINDS, Kind
+from check_sublayers import check_sublayers
+from kinds import CAUSAL, KINDS, Kind
 
 DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"
 SECONDS = 90  # for one type
@@ -107,13 +108,16 @@ without a missing or unexpected key, logits equal; cached `generate()` equal to 
 *exact*: all of that holds. *refused*: `drop_layers` says why, and the model (weights, attributes, configs) is as before.
 *could not be built*: no tiny model could be made here, or it did not run on token ids alone. A remark at an exact type says
 which layers cannot go and why, or what could not be compared.
+
+Sublayers: an MLP and an attention of two blocks are dropped, compared with the model in which their weights are zero, saved,
+and reloaded by the Auto classes after `import trimllm_hf`; stock transformers has to refuse the checkpoint.
 """
 
 
 def main() -> None:
     """Write the page, or print the rows of the types named."""
     only = sys.argv[1:]
-    text = page(run(KINDS.values(), only=only), {})
+    text = page(run(KINDS.values(), only=only), run([CAUSAL], check_sublayers, only))
     print(text)
     if not only:
         DOCS.write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import transformers
 from check import check_blocks
+from check_sublayers import check_sublayers
 from kinds import CAUSAL, CLASSIFICATION, DECODER, ENCODER, KINDS, MULTIMODAL, Kind
 from sweep import DOCS, counts, page, run
 
@@ -54,6 +55,41 @@ def test_what_a_config_cannot_say_is_refused_untouched(model_type: str) -> None:
     outcome = check_blocks(CAUSAL, model_type, choices=[(1, 4)])
     assert outcome.status == "refused", outcome
     assert REFUSED[model_type] in outcome.detail
+
+
+# One for each way in which a block holds its halves.
+HALVES = [
+    "llama",  # a norm before each
+    "gemma2",  # norms around each
+    "olmo2",  # a norm behind each
+    "falcon",  # side by side
+    "gpt2",  # others' names
+    "opt",  # an MLP that is no module
+    "bert",  # a residual inside the modules
+    "mixtral",  # experts
+]
+
+
+@pytest.mark.parametrize("model_type", HALVES)
+def test_halves_of_two_blocks_go_exactly(model_type: str) -> None:
+    outcome = check_sublayers(CAUSAL, model_type)
+    assert outcome.status == "exact", outcome
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)  # each type has its own limit
+def test_no_type_goes_wrong_by_halves() -> None:
+    (outcomes,) = run([CAUSAL], check_sublayers).values()
+    bad = [outcome for outcome in outcomes if outcome.status in ("wrong", "crash")]
+    assert not bad, bad
+    number = counts(outcomes)
+    assert number["exact"] >= 120, number
+    written = DOCS.read_text(encoding="utf-8")
+    if f"transformers ({transformers.__version__})" in written:
+        (line,) = [
+            line for line in page({}, {CAUSAL.name: outcomes}).splitlines() if f"| {CAUSAL.name} | sublayers |" in line
+        ]
+        assert line in written, "run python tests/zoo/sweep.py"
 
 
 @pytest.mark.slow
