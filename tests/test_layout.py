@@ -119,6 +119,15 @@ def test_layout(check) -> None:
     assert not (errors := check(ROOT)), "\n" + "\n".join(errors)
 
 
+def test_the_table_for_contributors_shows_each_room_on_its_floor() -> None:
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    shown = {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)/?`", rooms)}
+    assert shown == {room: floor for room, floor in FLOORS.items() if room != "__init__"}
+    for _, rooms in rows:
+        for folder in re.findall(r"`(\w+)/`", rooms):
+            assert (ROOT / PACKAGE / folder).is_dir()
+
+
 def test_imports_without_the_optional_packages() -> None:
     code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); from {PACKAGE} import *"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
