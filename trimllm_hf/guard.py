@@ -93,7 +93,7 @@ def compare(
         packed |= {(name, parameter): dimension for parameter, dimension in cuts.items()}
         shapes = [_shapes(module, cuts) for module in (of_full, of_trimmed)]
         if shapes[0] != shapes[1]:
-            _refuse(model, name, "other parameters", *shapes)
+            _refuse(model, name, "other parameters", *_different(*shapes))
         real_name = name.replace(inner_name, stack.name, 1) if block is not None else name
         configs |= {(real_name, key): change for key, change in _config_changes(of_full, of_trimmed, seen).items()}
         before, after = _scalars(of_full), _scalars(of_trimmed)
@@ -106,6 +106,7 @@ def compare(
             elif isinstance(old, bool) or not _is_place(attribute, old, new, block, kept, len(stack), of_full):
                 _refuse(model, f"{name}.{attribute}" if name else attribute, "another value", old, new)
             attributes[(real_name, attribute)] = (old, new)
+    attributes |= _numbers_in_exchanged(stack, find_stack(full, stack.part).blocks, kept)
     _keep_room_in_the_cache(model, full, trimmed, stack.part)
     return Renumbering(attributes, configs, packed)
 
@@ -147,6 +148,18 @@ def _is_place(
 
 _INDICES = re.compile(r".*layer.*")
 _NUMBER = re.compile(r".*layer.*(idx|index|id|number)")
+
+
+def _numbers_in_exchanged(stack: Stack, built: nn.ModuleList, kept: Sequence[int]) -> Changes:
+    """Layer numbers in modules that are not what the config builds: BigBird exchanges its attention for short inputs."""
+    found: Changes = {}
+    for new, old in enumerate(kept):
+        as_built = {path: type(module) for path, module in built[old].named_modules()}
+        for path, module in stack.blocks[old].named_modules(prefix=f"{stack.name}.{new}"):
+            if type(module) is not as_built.get(path.removeprefix(f"{stack.name}.{new}").removeprefix(".")):
+                numbers = [name for name, value in vars(module).items() if _NUMBER.fullmatch(name) and value == old]
+                found |= {(path, name): (old, new) for name in numbers}
+    return found
 
 
 def _in_forward(module: nn.Module, attribute: str) -> bool:
@@ -227,6 +240,11 @@ def _block_number(name: str, stack_name: str) -> int | None:
 def _shapes(module: nn.Module, packed: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return {name: tuple(tensor.shape) for name, tensor in tensors if name not in packed}
+
+
+def _different(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two dicts without what they have in common."""
+    return [{k: v for k, v in a.items() if k not in b or b[k] != v} for a, b in ((one, other), (other, one))]
 
 
 def _scalars(module: nn.Module) -> dict[str, Any]:

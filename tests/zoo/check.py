@@ -252,5 +252,4 @@ def difference(before: Any, after: Any) -> str | None:
 
 def _short(error: Exception) -> str:
     text = " ".join(str(error).split())
-    said = text if isinstance(error, ValueError) and text.startswith("Expected") else f"{type(error).__name__}: {text}"
-    return said if len(said) <= 300 else said[:297] + "..."
+    return text if isinstance(error, ValueError) and text.startswith("Expected") else f"{type(error).__name__}: {text}"

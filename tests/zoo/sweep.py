@@ -1,16 +1,23 @@
 """The table of docs/architectures.md: every type of the installed transformers, through a drop of blocks and of sublayers.
 
-`python tests/zoo/sweep.py` writes it (some minutes on two cores); `python tests/zoo/sweep.py llama t5` prints the rows of
-some types; the slow test compares the page with what it finds.
+    python tests/zoo/sweep.py                                  # all: half an hour on two cores; writes the page
+    python tests/zoo/sweep.py --results out.json --minutes 9   # as far as it gets; call it again until it is through
+    python tests/zoo/sweep.py llama t5                         # prints the rows of some types
+
+The slow tests compare the page with what they find.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import re
 import signal
-import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,6 +31,7 @@ from kinds import CAUSAL, KINDS, Kind
 DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"
 SECONDS = 90  # for one type
 PROCESSES = 2
+AT_ONCE = 16  # types; then results are written, and the time is looked at
 Check = Callable[[Kind, str], Outcome]
 
 
@@ -51,15 +59,15 @@ def check_in_time(check: Check, kind_name: str, model_type: str) -> Outcome:
         signal.signal(signal.SIGALRM, previous)
 
 
-def run(kinds: Iterable[Kind], check: Check = check_blocks, only: Sequence[str] = ()) -> dict[str, list[Outcome]]:
-    """Check every type of some kinds, or `only` some of them, in two processes."""
-    wanted = {kind.name: [t for t in kind.types() if not only or t in only] for kind in kinds}
-    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
-        futures = {
-            name: [pool.submit(check_in_time, check, name, model_type) for model_type in types]
-            for name, types in wanted.items()
-        }
-        return {name: [future.result() for future in those] for name, those in futures.items()}
+def workers() -> ProcessPoolExecutor:
+    """The processes that `run` works in."""
+    return ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn"))
+
+
+def run(pool: ProcessPoolExecutor, kind: Kind, check: Check, types: Iterable[str]) -> list[Outcome]:
+    """Check some types of a kind."""
+    futures = [pool.submit(check_in_time, check, kind.name, model_type) for model_type in types]
+    return [future.result() for future in futures]
 
 
 def counts(outcomes: Iterable[Outcome]) -> dict[str, int]:
@@ -68,8 +76,15 @@ def counts(outcomes: Iterable[Outcome]) -> dict[str, int]:
     return {status: found[status] for status in ("exact", "refused", "unbuilt", "wrong", "crash")}
 
 
-def page(blocks: dict[str, list[Outcome]], sublayers: dict[str, list[Outcome]]) -> str:
+def first_sentence(text: str, most: int = 240) -> str:
+    """What fits into a row: the first sentence, or of a long one as many words as fit."""
+    text = re.split(r"(?<=[.!?])\s+(?=[A-Z])", text, maxsplit=1)[0].rstrip(".")
+    return text if len(text) <= most else text[: text.rindex(" ", 0, most)] + " …"
+
+
+def page(blocks: dict[str, list[Outcome]] | None = None, sublayers: dict[str, list[Outcome]] | None = None) -> str:
     """The page: the counts, then a row for each type."""
+    blocks, sublayers = blocks or {}, sublayers or {}
     lines = [INTRODUCTION.format(version=transformers.__version__)]
     lines += [
         "| models | unit | types | exact | refused | could not be built | wrong | crash |",
@@ -84,8 +99,8 @@ def page(blocks: dict[str, list[Outcome]], sublayers: dict[str, list[Outcome]]) 
         halves = {outcome.model_type: outcome for outcome in sublayers.get(name, [])}
         for outcome in those:
             half = halves.get(outcome.model_type)
-            said = [outcome.detail, f"sublayers: {half.detail}" if half is not None and half.detail else ""]
-            remark = "; ".join(filter(None, said)).replace("|", "/").replace("\n", " ")
+            said = [("", outcome.detail), ("sublayers: ", half.detail if half is not None else "")]
+            remark = "; ".join(unit + first_sentence(detail) for unit, detail in said if detail).replace("|", "/")
             cells = [
                 name,
                 f"`{outcome.model_type}`",
@@ -114,12 +129,38 @@ and reloaded by the Auto classes after `import trimllm_hf`; stock transformers h
 """
 
 
+PARTS: list[tuple[str, Kind, Check]] = [
+    *(("blocks", kind, check_blocks) for kind in KINDS.values()),
+    ("sublayers", CAUSAL, check_sublayers),
+]
+
+
 def main() -> None:
-    """Write the page, or print the rows of the types named."""
-    only = sys.argv[1:]
-    text = page(run(KINDS.values(), only=only), run([CAUSAL], check_sublayers, only))
+    """Check what is not in the results yet; write the page once all is there, or print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", help="only these, printed")
+    parser.add_argument("--results", type=Path, help="a JSON file that keeps what was found, and is read again")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many")
+    arguments = parser.parse_args()
+    end = time.monotonic() + 60 * arguments.minutes
+    kept = arguments.results
+    found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept and kept.exists() else {}
+    units: dict[str, dict[str, list[Outcome]]] = {"blocks": {}, "sublayers": {}}
+    with workers() as pool:
+        for unit, kind, check in PARTS:
+            wanted = [t for t in kind.types() if not arguments.types or t in arguments.types]
+            missing = [t for t in wanted if f"{unit}/{kind.name}/{t}" not in found]
+            for start in range(0, len(missing), AT_ONCE):
+                for outcome in run(pool, kind, check, missing[start : start + AT_ONCE]):
+                    found[f"{unit}/{kind.name}/{outcome.model_type}"] = asdict(outcome)
+                if kept:
+                    kept.write_text(json.dumps(found, indent=1), encoding="utf-8")
+                if time.monotonic() > end:
+                    raise SystemExit(f"{len(found)} checked; run it again")
+            units[unit][kind.name] = [Outcome(**found[f"{unit}/{kind.name}/{t}"]) for t in wanted]
+    text = page(**units)
     print(text)
-    if not only:
+    if not arguments.types:
         DOCS.write_text(text, encoding="utf-8")
 
 

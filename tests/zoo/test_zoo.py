@@ -6,8 +6,8 @@ import pytest
 import transformers
 from check import check_blocks
 from check_sublayers import check_sublayers
-from kinds import CAUSAL, CLASSIFICATION, DECODER, ENCODER, KINDS, MULTIMODAL, Kind
-from sweep import DOCS, counts, page, run
+from kinds import CAUSAL, CLASSIFICATION, DECODER, ENCODER, MULTIMODAL, Kind
+from sweep import DOCS, PARTS, Check, counts, page, run, workers
 
 # One for each way in which a config speaks of layers.
 EXACT = [
@@ -26,6 +26,7 @@ EXACT = [
     (CAUSAL, "bart"),  # the decoder's own depth
     (CAUSAL, "ctrl"),  # blocks without a mark
     (CAUSAL, "zamba2"),  # blocks that share weights
+    (CAUSAL, "big_bird"),  # an attention of another class once it has seen a short input
     (CLASSIFICATION, "bert"),
     (CLASSIFICATION, "modernbert"),  # a type for each layer, in an encoder
     (CLASSIFICATION, "distilbert"),
@@ -66,6 +67,7 @@ HALVES = [
     "gpt2",  # others' names
     "opt",  # an MLP that is no module
     "bert",  # a residual inside the modules
+    "big_bird",  # an attention that is asked to be another
     "mixtral",  # experts
 ]
 
@@ -77,33 +79,20 @@ def test_halves_of_two_blocks_go_exactly(model_type: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)  # each type has its own limit
-def test_no_type_goes_wrong_by_halves() -> None:
-    (outcomes,) = run([CAUSAL], check_sublayers).values()
+@pytest.mark.timeout(3600)  # each type has its own limit; together some minutes on two idle cores
+@pytest.mark.parametrize(("unit", "kind", "check"), PARTS, ids=lambda value: getattr(value, "name", None))
+def test_no_type_goes_wrong(unit: str, kind: Kind, check: Check) -> None:
+    with workers() as pool:
+        outcomes = run(pool, kind, check, kind.types())
     bad = [outcome for outcome in outcomes if outcome.status in ("wrong", "crash")]
     assert not bad, bad
     number = counts(outcomes)
-    assert number["exact"] >= 120, number
+    if unit == "sublayers":
+        assert number["exact"] >= 120, number
+    else:
+        assert number["exact"] + number["refused"] >= LEAST_BUILT[kind.name], number
+        assert number["exact"] >= 0.9 * (number["exact"] + number["refused"]), number
     written = DOCS.read_text(encoding="utf-8")
     if f"transformers ({transformers.__version__})" in written:
-        (line,) = [
-            line for line in page({}, {CAUSAL.name: outcomes}).splitlines() if f"| {CAUSAL.name} | sublayers |" in line
-        ]
+        (line,) = [row for row in page(**{unit: {kind.name: outcomes}}).splitlines() if f" | {unit} | " in row]
         assert line in written, "run python tests/zoo/sweep.py"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)  # each type has its own limit; together some minutes on two idle cores
-def test_no_type_goes_wrong() -> None:
-    outcomes = run(KINDS.values())
-    bad = [outcome for those in outcomes.values() for outcome in those if outcome.status in ("wrong", "crash")]
-    assert not bad, bad
-    for name, those in outcomes.items():
-        number = counts(those)
-        assert number["exact"] + number["refused"] >= LEAST_BUILT[name], (name, number)
-        assert number["exact"] >= 0.9 * (number["exact"] + number["refused"]), (name, number)
-    written = DOCS.read_text(encoding="utf-8")
-    if f"transformers ({transformers.__version__})" in written:
-        for line in page(outcomes, {}).splitlines():
-            if " | blocks | " in line:
-                assert line in written, "run python tests/zoo/sweep.py"

@@ -98,10 +98,11 @@ def tiny_values(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
             values[name] = VOCABULARY - 1 - len(values) % 7
         elif small is not None and name == "head_dim":
             values[name] = small
-    for key, spec in config_class.sub_configs_defaults.items():
-        sub_class = spec.config_class
+    defaults = getattr(config_class, "sub_configs_defaults", {})  # transformers 5.17 has none
+    for key, sub_class in config_class.sub_configs.items():
         if not issubclass_safe(sub_class):
-            sub_class = CONFIG_MAPPING[spec.model_type] if spec.model_type in CONFIG_MAPPING else None
+            named = getattr(defaults.get(key), "model_type", None)
+            sub_class = CONFIG_MAPPING[named] if named in CONFIG_MAPPING else None
         if sub_class is not None:
             values[key] = {"model_type": sub_class.model_type, **tiny_values(sub_class)}
     if "kv_lora_rank" in values and "num_key_value_heads" in values:
