@@ -196,9 +196,7 @@ def score_layers(
             settings = ScanSettings(_SCANS[importance](get_metric(metric)), memory_gb, together, progress)
             return scan(model, padded, len(batches), unit, settings)
         if importance in _GRADIENTS:
-            scores = _GRADIENTS[importance](model, padded, len(batches), unit, together)
-            refuse_not_finite(importance, scores, [])
-            return scores
+            return _GRADIENTS[importance](model, padded, len(batches), unit, together)
         function = _REGISTRY[importance]
         if is_joint(importance):
             function = partial(angular, window=window)
