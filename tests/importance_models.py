@@ -10,6 +10,8 @@ import transformers
 from torch import nn
 
 from trimllm_hf import drop_layers
+from trimllm_hf.stack import find_stack
+from trimllm_hf.sublayers import attentions_that_stay
 
 VOCABULARY = 61
 COMMON: dict[str, Any] = {
@@ -105,3 +107,17 @@ def by_dropping(model: nn.Module, batches: Any) -> torch.Tensor:
         with torch.no_grad():
             scores.append(loss_per_token(smaller, batches))
     return torch.tensor(scores, dtype=torch.float64)
+
+
+def by_dropping_halves(model: nn.Module, batches: Any) -> dict[int, float]:
+    """The same of each attention and MLP that may go, by its position."""
+    plain: dict[int, float] = {}
+    depth = model.config.num_hidden_layers
+    stay = attentions_that_stay(find_stack(model), range(depth), range(depth))  # the cache reads its length from them
+    for position in [2 * layer + half for layer in range(depth) for half in (0, 1) if half or layer not in stay]:
+        smaller = copy.deepcopy(model).eval()
+        drop_layers(smaller, [position], "sublayer")
+        smaller.config.output_router_logits = False
+        with torch.no_grad():
+            plain[position] = loss_per_token(smaller, batches)
+    return plain

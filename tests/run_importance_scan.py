@@ -1,15 +1,19 @@
-"""Two processes score with shares of different size; run by test_importance_distributed.py with torchrun."""
+"""Two processes score with shares of different size; run by test_importance_distributed.py with torchrun.
+
+python run_importance_scan.py {ddp,fsdp2,zero3} FOLDER CASE...   # a case is ARCHITECTURE:LAYERS:UNIT:IMPORTANCE
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 ENGINE, OUT = sys.argv[1], Path(sys.argv[2])
-IMPORTANCES = sys.argv[3].split(",")
+CASES = [case.split(":") for case in sys.argv[3:]]
 if ENGINE == "zero3":
     os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -22,37 +26,41 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from trimllm_hf import score_layers  # noqa: E402
 from trimllm_hf.engines.ddp import DDPEngine  # noqa: E402
 from trimllm_hf.engines.fsdp import FSDPEngine  # noqa: E402
+from trimllm_hf.stack import find_stack  # noqa: E402
 
 MEMORY = {0: 1.0, 1: 8e-5}  # GB: the second process runs fewer candidates at a time than the first
 
 
 def main() -> None:
     dist.init_process_group("gloo")
-    model = make_model("LlamaForCausalLM")
-    names = [f"model.layers.{position}" for position in range(len(model.model.layers))]
-    gathers = dict.fromkeys([*names, ""], 0)
-    engine = {"ddp": with_ddp, "fsdp2": with_fsdp2, "zero3": with_zero3}[ENGINE](model, gathers)
-    batches = make_batches(model, ((3, 9), (2, 7), (4, 5)))
-    share = batches[:2] if dist.get_rank() == 0 else batches[2:]
     result: dict[str, Any] = {}
-    for importance in IMPORTANCES:
-        gathers.update(dict.fromkeys(gathers, 0))
-        scores = score_layers(model, share, importance, together=engine, memory_gb=MEMORY[dist.get_rank()])
-        result[importance] = {"scores": scores.tolist(), "blocks": [gathers[name] for name in names], "rest": gathers[""]}
+    for (architecture, layers), cases in groupby(CASES, lambda case: case[:2]):
+        model = make_model(architecture, num_hidden_layers=int(layers))
+        blocks = list(find_stack(model).blocks)
+        gathers = dict.fromkeys([*map(str, range(len(blocks))), ""], 0)
+        engine = {"ddp": with_ddp, "fsdp2": with_fsdp2, "zero3": with_zero3}[ENGINE](model, blocks, gathers)
+        batches = make_batches(model, ((3, 9), (2, 7), (4, 5)))
+        share = batches[:2] if dist.get_rank() == 0 else batches[2:]
+        memory = MEMORY[dist.get_rank()]
+        for _, _, unit, importance in cases:
+            gathers.update(dict.fromkeys(gathers, 0))
+            scores = score_layers(model, share, importance, unit, together=engine, memory_gb=memory)
+            seen = {"blocks": [gathers[str(position)] for position in range(len(blocks))], "rest": gathers[""]}
+            result[f"{architecture}:{layers}:{unit}:{importance}"] = {"scores": scores.tolist(), **seen}
     (OUT / f"{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def with_ddp(model: Any, gathers: dict[str, int]) -> Any:
+def with_ddp(model: Any, blocks: list[Any], gathers: dict[str, int]) -> Any:
     return DDPEngine(DistributedDataParallel(model), torch.optim.SGD(model.parameters()))
 
 
-def with_fsdp2(model: Any, gathers: dict[str, int]) -> Any:
+def with_fsdp2(model: Any, blocks: list[Any], gathers: dict[str, int]) -> Any:
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    for position, block in enumerate(model.model.layers):
+    for position, block in enumerate(blocks):
         fully_shard(block, mesh=mesh)
-        count_unshards(block, gathers, f"model.layers.{position}")
+        count_unshards(block, gathers, str(position))
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # as Accelerate does; torch would keep the root gathered
     count_unshards(model, gathers, "")
     return FSDPEngine(model, torch.optim.SGD(model.parameters()))
@@ -70,7 +78,7 @@ def count_unshards(module: Any, gathers: dict[str, int], name: str) -> None:
     group.unshard = counted
 
 
-def with_zero3(model: Any, gathers: dict[str, int]) -> Any:
+def with_zero3(model: Any, blocks: list[Any], gathers: dict[str, int]) -> Any:
     import deepspeed
 
     from trimllm_hf.engines.deepspeed import DeepSpeedEngine
@@ -86,11 +94,10 @@ def with_zero3(model: Any, gathers: dict[str, int]) -> Any:
     for _ in range(3):  # it records the order of the modules in training, and then fetches ahead
         wrapper.backward(wrapper(input_ids=ids, labels=ids).loss)
         wrapper.optimizer.zero_grad()
-    for position, block in enumerate(model.model.layers):
-        for parameter in block.parameters():
-            count_gathers(parameter, gathers, f"model.layers.{position}", parameter is block.self_attn.q_proj.weight)
-    rest = model.model.embed_tokens.weight
-    count_gathers(rest, gathers, "", True)
+    for position, block in enumerate(blocks):
+        for number, parameter in enumerate(block.parameters()):
+            count_gathers(parameter, gathers, str(position), number == 0)
+    count_gathers(model.get_input_embeddings().weight, gathers, "", True)
     return DeepSpeedEngine(wrapper, wrapper.optimizer)
 
 

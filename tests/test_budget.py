@@ -89,6 +89,16 @@ def test_layers_go_until_the_measurement_is_under_the_budget(
     assert table[depth] <= 8.5 and all(table[deeper] > 8.5 for deeper in range(depth + 1, 7))
 
 
+@pytest.mark.parametrize("budget", [{"max_latency_ms": 8.5}, {"max_memory_gb": 0.85}], ids=["latency", "memory"])
+def test_it_holds_the_weights_of_a_run_that_was_told_the_depth(budget: dict[str, float], clock, tmp_path: Path) -> None:
+    clock({6: 12, 5: 10, 4: 8, 3: 6, 2: 4})
+    found = train(tmp_path / "budget", config(**budget, importance="block_influence"))
+    truth = train(tmp_path / "told", config(target_layers=4, importance="block_influence"))
+    assert depths(found) == depths(truth) and found.model.config.trim == truth.model.config.trim
+    mine, theirs = found.model.state_dict(), truth.model.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
 def test_a_target_beside_a_budget_is_how_far_it_may_go(clock, tmp_path: Path) -> None:
     clock({6: 12, 5: 10, 4: 8, 3: 6, 2: 4})
     trainer = train(tmp_path, config(target_layers=4, max_latency_ms=8.0))

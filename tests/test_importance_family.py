@@ -307,7 +307,7 @@ def test_labels_that_are_all_ignored_say_so(name: str) -> None:
         score_layers(toy_model(), [ignored], name)
 
 
-@pytest.mark.parametrize("name", ["sensitivity", "block_influence", "angular", "activation_norm"])
+@pytest.mark.parametrize("name", ["sensitivity", "perplexity", "block_influence", "angular", "activation_norm", "taylor"])
 def test_what_is_not_a_number_names_layers_and_batch(name: str) -> None:
     model = make_model("LlamaForCausalLM")
     batches = make_batches(model)

@@ -10,8 +10,8 @@ from importance_models import ARCHITECTURES, by_dropping, loss_per_token, make_b
 from transformers.utils import logging
 
 from trimllm_hf import TrimConfig, score_layers
+from trimllm_hf.importance.units import list_units, without
 
-STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 END = "<|endoftext|>"
 
 
@@ -65,6 +65,47 @@ def test_less_memory_means_smaller_steps_and_the_same_scores(budget: float) -> N
     assert most < max(max(seen) for seen in rows_run(make_model("LlamaForCausalLM"), batches))
 
 
+@pytest.mark.parametrize("unit", ["block", "sublayer"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "bf16 by autocast"])
+def test_in_bf16_it_is_the_plain_loop_but_for_its_rounding(unit: str, autocast: bool) -> None:
+    model = make_model("LlamaForCausalLM")
+    batches = make_batches(model)
+    exact = score_layers(model, batches, unit=unit)
+    if not autocast:
+        model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scores = score_layers(model, batches, unit=unit)
+        units, plain = list_units(model, unit), []
+        for each in units:
+            with without(each, model.model.layers), torch.no_grad():
+                plain.append(loss_per_token(model.eval(), batches))
+    torch.testing.assert_close(scores, torch.tensor(plain, dtype=torch.float64), rtol=0.01, atol=0.01)
+    assert not torch.equal(scores, exact)  # it was computed in half precision
+
+
+def test_the_bar_counts_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tuple[int, int]] = []
+
+    class Bar:
+        def __init__(self, total: int, desc: str, disable: bool) -> None:
+            assert desc == "Layers scored" and not disable
+            self.total, self.count = total, 0
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            bars.append((self.count, self.total))
+
+        def update(self) -> None:
+            self.count += 1
+
+    monkeypatch.setattr(logging, "tqdm", Bar)
+    model = make_model("LlamaForCausalLM")
+    score_layers(model, make_batches(model), progress=True)
+    assert bars == [(5 * 3, 5 * 3)]
+
+
 def test_nothing_is_left_behind() -> None:
     model = make_model("MixtralForCausalLM")
     model.train()
@@ -104,22 +145,23 @@ def test_a_model_that_mixes_rows_is_scored_one_by_one(monkeypatch: pytest.Monkey
     torch.testing.assert_close(scores, torch.tensor(plain, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
-def test_stories_rank_as_measured_block_by_block() -> None:
-    if not STORIES.is_dir():
-        pytest.skip("needs ../shared/models/stories260K, which a copy of the project does not have")
+@pytest.mark.parametrize("importance", ["perplexity", "sensitivity"])
+def test_stories_score_as_measured_block_by_block(importance: str, shared: Path) -> None:
+    """Of the first 100 stories, `<s>` before each, cut at 512 tokens; the figures are those of ../shared/data/README.md."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(STORIES)
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    text = next((STORIES.parents[1] / "data" / "tinystories").glob("*.txt")).read_text(encoding="utf-8")
-    stories = ["<s>" + story.strip() for story in text.split(END)[:8]]
-    rows = [ids[:512] for ids in tokenizer(stories, add_special_tokens=False).input_ids]
-    batches = [{"input_ids": torch.tensor([row]), "labels": torch.tensor([row])} for row in rows]
-    scores = score_layers(model, batches)
-    # perplexity over 100 stories without block 2: 9.0; without 3 and 4: 10.3 and 10.6; without 1: 15; without 0: 120
-    assert scores.argsort().tolist()[0] == 2
-    assert set(scores.argsort().tolist()[1:3]) == {3, 4}
-    assert scores.argsort().tolist()[3:] == [1, 0]
+    folder = shared / "models" / "stories260K"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = next((shared / "data" / "tinystories").glob("*.txt")).read_text(encoding="utf-8")
+    stories = ["<s>" + story.strip() for story in text.split(END)[:100]]
+    rows = sorted((ids[:512] for ids in tokenizer(stories, add_special_tokens=False).input_ids), key=len)
+    batches = []
+    for part in (rows[start : start + 10] for start in range(0, 100, 10)):
+        ids = torch.tensor([row + [-100] * (len(part[-1]) - len(row)) for row in part])
+        batches.append({"input_ids": ids.clamp(min=0), "attention_mask": (ids != -100).long(), "labels": ids})
+    scores = score_layers(model, batches, importance)
+    perplexities = scores if importance == "perplexity" else scores.exp()
+    assert perplexities.tolist() == pytest.approx([119.7, 15.0, 9.0, 10.3, 10.6], rel=0.01)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan")])

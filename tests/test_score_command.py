@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from trimllm_hf import score_layers
+from trimllm_hf.importance import measure
 
 TEXTS = ["w5 w6 w7 w8 w9", "w31 w32 w33", "w40 w41 w42 w43 w44 w45"]
 
@@ -56,6 +57,22 @@ def test_the_table_has_the_least_important_first(model: Path, data: Path, tmp_pa
     shown = run("score", model, "--data", data, "--importance", "first", "--out", tmp_path / "out")
     rows = [line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│")]
     assert rows == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_per_ms_it_is_what_the_loss_rises_by_over_the_time(model: Path, data: Path, tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "out"]
+    given = ["score", model, "--data", data, "--unit", "sublayer", "--per-ms", "--prompt-tokens", 8, *out]
+    plain = json.loads(run(*given, "--json"))
+    assert len(plain["ms"]) == 12 and len(set(plain["ms"])) == 2 and min(plain["ms"]) > 0
+    ids = [torch.tensor([[int(word[1:]) for word in text.split()]]) for text in TEXTS]
+    batches = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+    harm = score_layers(tiny_model(), batches, unit="sublayer") - measure(tiny_model(), batches)
+    expected = [h / ms if h > 0 else h * ms for h, ms in zip(harm.tolist(), plain["ms"], strict=True)]
+    assert plain["scores"]["sensitivity per ms"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    shown = run(*given)
+    columns = [cell.strip() for line in shown.splitlines() if "┃" in line for cell in line.split("┃")[1:-1]]
+    assert columns == ["layer", "sensitivity per ms", "block_influence per ms", "ms"]
+    assert "'last'. Its numbers only rank" in run(*given, "--importance", "last", code=1).replace("\n", " ")
 
 
 def test_the_loss_is_on_the_answer_alone(model: Path, tmp_path: Path) -> None:

@@ -18,10 +18,9 @@ from .adapters import base_of
 from .calibration import own_randomness
 from .config import TrimConfig
 from .engines import Engine
-from .guard import rebuild
 from .latency.measure import measure_latency
+from .latency.twin import twin_of
 from .layer_map import LayerMap
-from .sublayers import take_halves_out
 from .surgery import drop_layers
 
 logger = logging.get_logger("transformers.trimllm_hf")
@@ -157,9 +156,8 @@ def depth_within(now: Footprint, least: Footprint, config: TrimConfig) -> int:
 
 
 def _measure(model: PreTrainedModel, config: TrimConfig, args: TrainingArguments, without: Sequence[int]) -> list[float]:
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     with own_randomness(0):
-        twin: Any = _twin(base_of(model), config.part, dtype, args.device)  # adapters will be merged
+        twin = twin_of(model, config.part, args)
         if without:
             drop_layers(twin, without, config.unit, config.part)
         generates = twin.can_generate()
@@ -175,15 +173,3 @@ def _measure(model: PreTrainedModel, config: TrimConfig, args: TrainingArguments
     spread = run.decode_ms_per_token if generates else run.forward_ms
     assert spread is not None
     return [spread.p50, run.peak_memory_bytes / 1e9]
-
-
-def _twin(base: PreTrainedModel, part: str | None, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model like this one, with other weights."""
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        twin: Any = rebuild(base, {}, part, device=device)
-    finally:
-        torch.set_default_dtype(usual)
-    take_halves_out(twin)
-    return twin

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .adapters import adapters_of, base_of, mark
 from .auto import regrow_like
 from .budget import Budget
-from .choice import LayerChoice, drop_log, rehearse
+from .choice import LayerChoice, check_scores, drop_log, ms_of_layers, rehearse
 from .choice.rehearsal import droppable
 from .config import TrimConfig
 from .depth_check import refuse_deeper_best, refuse_other_depths, wrong_depth
@@ -73,6 +73,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.calibration_given = calibration_dataset is not None
         self.stop: dict[str, Any] = {}  # where the run stands with its stop rules
         self.budget: dict[str, Any] = {}
+        self.unit_ms: dict[str, float] = {}  # what each layer takes, where scores are per ms
         self._rule: MetricRule | None = None
         self._budget: Budget | None = None
         self._engine: Engine | None = None
@@ -91,14 +92,14 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "teacher": getattr(getattr(self.trainer, "teacher", None), "fingerprint", None),
                 "stop": self._rule.state() if self._rule else self.stop,
                 "budget": self._budget.state() if self._budget else self.budget,
+                "unit_ms": self.unit_ms,
                 "num_processes": 1 if self._engine is None else self._engine.world_size,
             },
         }
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Watch the model, so that weights of another depth are refused instead of loaded by index."""
-        for name in {self.config.importance, self.config.tie_breaker, self.config.warm_up_importance} - {None, "none"}:
-            needs_data(str(name))  # raises on an unknown one
+        check_scores(self.config)
         refuse_bare_callback(self.config, self.trainer)
         if kwargs["model"] is not None:
             self._watch(kwargs["model"])
@@ -133,8 +134,10 @@ class TrimCallback(TrainerCallback, ExportableState):
             sizes = rehearse(model, self.config, self._num_layers() - target)  # raises where there is no way
             refuse_deeper_best(args.load_best_model_at_end, self.plan, self._engine.regrows)
             self._refuse_lost_calibration_set()
+            self.unit_ms = self.unit_ms or ms_of_layers(model, self.config, self._engine, args)
             data = kwargs["train_dataloader"], self.calibration_dataset
-            self._choice = LayerChoice(self.config, trainer, self._engine, *data, self.trained_layers or (), sizes)
+            spared = self.trained_layers or ()
+            self._choice = LayerChoice(self.config, trainer, self._engine, *data, spared, sizes, self.unit_ms)
         if self._rule is None or self._rule.allows(state.global_step):
             self._drop_what_is_due(state, control)
 
@@ -188,14 +191,14 @@ class TrimCallback(TrainerCallback, ExportableState):
         plain = attributes["layer_map"]
         if state.global_step == 0 or plain is None:
             self.layer_map, self.start_num_layers = of_model, of_model.num_units(self.config.unit)
-            self.stop, self.budget = {}, {}
+            self.stop, self.budget, self.unit_ms = {}, {}, {}
             return
         of_checkpoint = LayerMap.from_dict(plain) if isinstance(plain, dict) else plain
         if not of_checkpoint.keeps_the_same(of_model):
             raise ValueError(wrong_depth(of_model, of_checkpoint))
         refuse_other_share(attributes.get("trained_layers"), self.trained_layers)
         self.layer_map, self.start_num_layers = of_checkpoint, attributes["start_num_layers"]
-        self.stop, self.budget = attributes.get("stop", {}), attributes.get("budget", {})
+        self.stop, self.budget, self.unit_ms = (attributes.get(name, {}) for name in ("stop", "budget", "unit_ms"))
         model.config.trim = self._plain_map()
 
     def _take_adapters(self, base: PreTrainedModel, args: TrainingArguments) -> None:

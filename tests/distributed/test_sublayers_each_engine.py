@@ -56,3 +56,13 @@ def test_two_processes_equal_one(engine: str, torchrun, one_process: Path, tmp_p
     stored = json.loads((tmp_path / "final" / "config.json").read_text())
     assert (stored["model_type"] == "llama") == layer_map.whole
     assert len(load_file(tmp_path / "final" / "model.safetensors")) == len(mine)
+
+
+@pytest.mark.parametrize("engine", [pytest.param("plain"), *ENGINES[1:]])
+def test_all_processes_choose_by_the_times_of_the_main_one(engine: str, torchrun, tmp_path: Path) -> None:
+    torchrun("train.py", str(tmp_path), "--engine", engine, "--unit", "sublayer", "--per_ms")
+    one, other = results(tmp_path)
+    assert one["unit_ms"] == other["unit_ms"] and len(one["unit_ms"]) == 12
+    assert len(set(one["unit_ms"].values())) == 2 and min(one["unit_ms"].values()) > 0
+    assert one["kept_halves"] == other["kept_halves"] and sum(map(len, one["kept_halves"])) == 6
+    assert one["losses"] == other["losses"]

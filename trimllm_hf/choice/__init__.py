@@ -9,24 +9,35 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from ..adapters import base_of
 from ..calibration import Batch, calibration_batches, draw, own_randomness
 from ..config import TrimConfig
 from ..engines.agreement import Together
 from ..engines.host import unwrapped
-from ..importance import METRICS, Metric, from_compute_metrics, get_metric, goes_by_loss, is_joint, needs_data, score_layers
+from ..importance import (
+    METRICS,
+    Metric,
+    from_compute_metrics,
+    get_metric,
+    goes_by_loss,
+    is_joint,
+    needs_data,
+    per_ms,
+    refuse_not_per_ms,
+    score_layers,
+)
 from ..importance.chance import loss_at_chance
 from ..importance.gradient import refuse_frozen, refuse_no_gradient, weights_times_gradients
 from ..importance.order import Chosen, choose, choose_window
 from ..layer_map import LayerMap
 from ..surgery import PlannedDrop, plan_drop
+from .log import drop_log
 from .rehearsal import Planner, droppable, least_important, rehearse
+from .times import layer_names, ms_of_layers, names_of
 
-__all__ = ["LayerChoice", "drop_log", "metric_of", "names_of", "rehearse"]
+__all__ = ["LayerChoice", "check_scores", "drop_log", "metric_of", "ms_of_layers", "names_of", "rehearse"]
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -42,6 +53,7 @@ class LayerChoice:
         dataset: The calibration examples; None: drawn from the training set.
         spared: Layers that go last, in the base's numbering.
         sizes: For each depth, how many layers have to go at once: what `rehearse` found.
+        unit_ms: What `ms_of_layers` found: scores are then per ms.
 
     Raises:
         ValueError: If there are no examples, there is no metric as the settings name it, or layers are frozen and the
@@ -57,8 +69,9 @@ class LayerChoice:
         dataset: Any = None,
         spared: Collection[int] = (),
         sizes: Mapping[int, int] = MappingProxyType({}),
+        unit_ms: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        self.config, self.engine, self.spared, self.sizes = config, engine, spared, sizes
+        self.config, self.engine, self.spared, self.sizes, self.unit_ms = config, engine, spared, sizes, unit_ms
         if config.importance == "taylor":
             refuse_no_gradient(engine)
             refuse_frozen(unwrapped(trainer), config.unit)
@@ -109,7 +122,8 @@ class LayerChoice:
 
             def plan(positions: list[int]) -> PlannedDrop:
                 of_each = chosen.scores if positions == chosen.positions else scores[positions].tolist()
-                how: dict[str, Any] = {"step": step, "importance": importance, "part": config.part}
+                named = f"{importance} per ms" if self.unit_ms else importance
+                how: dict[str, Any] = {"step": step, "importance": named, "part": config.part}
                 return plan_drop(model, positions, config.unit, scores=of_each, **how)
 
             try:
@@ -180,8 +194,11 @@ class LayerChoice:
         config = self.config
         ends = config.protect_first, config.protect_last
         scores = self._scores_by_training(model, step) if importance == config.importance else None
+        times = [self.unit_ms[name] for name in layer_names(model, config)] if self.unit_ms else None
         if scores is None:
-            scores = self._score(model, importance, progress, count)
+            scores = self._score(model, importance, progress, count, times)
+        elif times is not None:
+            scores = per_ms(scores, 0.0, times)
         if is_joint(importance):
             return choose_window(scores, count, *ends), scores
         breaker = config.tie_breaker
@@ -195,7 +212,9 @@ class LayerChoice:
         kept = LayerMap.from_config(model.config, self.config.part).kept_layers
         return [position for position, layer in enumerate(kept) if layer in self.spared]
 
-    def _score(self, model: PreTrainedModel, importance: str, progress: bool, window: int = 1) -> torch.Tensor:
+    def _score(
+        self, model: PreTrainedModel, importance: str, progress: bool, window: int = 1, unit_ms: list[float] | None = None
+    ) -> torch.Tensor:
         return score_layers(
             model,
             self.batches,
@@ -205,6 +224,7 @@ class LayerChoice:
             window=window,
             seed=self.config.calibration_seed + len(names_of(model, self.config)),
             memory_gb=self.config.scan_memory_gb,
+            unit_ms=unit_ms,
             progress=progress,
             part=self.config.part,
             together=self.engine,
@@ -222,29 +242,17 @@ class LayerChoice:
         return scores if torch.isfinite(scores).all() and scores.any() else None
 
 
-def names_of(model: nn.Module, config: TrimConfig) -> tuple[Any, ...]:
-    """The model's layers in the base's numbering, in the order of their scores: blocks, or sublayers."""
-    layer_map = LayerMap.from_config(base_of(model).config, config.part)
-    return layer_map.kept_layers if config.unit == "block" else layer_map.sublayers
+def check_scores(config: TrimConfig) -> None:
+    """Refuse names of scores that there are not, and scores that cannot be had per ms where that is asked for.
 
-
-def drop_log(
-    layer_map: LayerMap, unit: str, step: int, margin: float | None, parameters: int
-) -> tuple[str, dict[str, float]]:
-    """What to tell of the last drop, and to log: to a person, and to TensorBoard and its like."""
-    record, depth = layer_map.history[-1], layer_map.num_units(unit)
-    score = max(record.scores or (float("nan"),))
-    layers = f"layer{'s' * (len(record.dropped) > 1)} {', '.join(map(str, record.dropped))}"
-    if record.halves is not None:
-        named = zip(record.halves, record.dropped, strict=True)
-        layers = ", ".join(f"the {half} of layer {layer}" for half, layer in named)
-    to_next = "no other candidate" if margin is None else f"margin to the next best {margin:.4g}"
-    line = (
-        f"Step {step}: dropped {layers} of {layer_map.base_num_layers} ({record.importance} {score:.4f}, {to_next}); "
-        f"{depth} layers, {parameters:,} parameters left."
-    )
-    logs = {"trim/num_layers": depth, "trim/parameters": parameters, "trim/score": score}
-    return line, logs if margin is None else {**logs, "trim/margin": margin}
+    Raises:
+        ValueError: With those that there are.
+    """
+    chooses = {config.importance, config.warm_up_importance} - {"none"}
+    for name in chooses | {config.tie_breaker} - {None}:
+        needs_data(str(name))
+    if config.importance_per_ms:
+        refuse_not_per_ms(*chooses)
 
 
 def metric_of(config: TrimConfig, trainer: Trainer) -> str | Metric:

@@ -66,6 +66,15 @@ class TrimConfig:
         default=None,
         metadata={"help": "The score that chooses among layers of equal importance, e.g. 'activation_norm' (TrimLLM's)."},
     )
+    importance_per_ms: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to divide what the model loses without a layer by the ms that the layer takes, measured once "
+            "when training begins: an attention and an MLP do not cost the same. With unit='block' and blocks that are all "
+            "alike the order stays what it is. For 'sensitivity', 'perplexity', 'block_influence', 'relative_magnitude', "
+            "'taylor'."
+        },
+    )
     warm_up_importance: str = field(
         default="block_influence",
         metadata={
@@ -157,7 +166,7 @@ class TrimConfig:
         default=None,
         metadata={"help": "Drop until running the model takes at most so much memory, in 10^9 bytes, measured likewise."},
     )
-    latency_batch_size: int = field(default=1, metadata={"help": "Sequences at a time in these measurements."})
+    latency_batch_size: int = field(default=1, metadata={"help": "Sequences at a time in all measurements of time."})
     latency_prompt_tokens: int = field(default=128, metadata={"help": "Tokens before the generated ones in them."})
 
     distill_weight: float = field(

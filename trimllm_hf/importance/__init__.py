@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -20,6 +21,7 @@ from .evaluation import to_be_scored
 from .finite import refuse_not_finite
 from .gradient import taylor
 from .metrics import CHOICE_ACCURACY, LOSS, Metric, from_compute_metrics
+from .per_ms import per_ms, refuse_without_zero
 from .rules import deepest_except_last, first, last, random
 from .scan import ScanSettings, perplexity, scan, sensitivity
 from .statistics import activation_norm, angular, block_influence, layer_redundancy, relative_magnitude
@@ -38,6 +40,8 @@ __all__ = [
     "known",
     "measure",
     "needs_data",
+    "per_ms",
+    "refuse_not_per_ms",
     "register_importance",
     "score_layers",
 ]
@@ -45,6 +49,7 @@ __all__ = [
 METRICS = {metric.name: metric for metric in (LOSS, CHOICE_ACCURACY)}
 _SCANS: dict[str, Callable[[Metric], Metric]] = {"sensitivity": sensitivity, "perplexity": perplexity}
 _GRADIENTS = {"taylor": taylor}
+_FROM_ZERO = {*_SCANS, *_GRADIENTS, "block_influence", "relative_magnitude"}  # 0, or the model as it is: free to drop
 _RULES: dict[str, Importance] = {
     "last": last,
     "deepest_except_last": deepest_except_last,
@@ -99,6 +104,16 @@ def goes_by_loss(name: str) -> bool:
     return name in _SCANS or name in _GRADIENTS
 
 
+def refuse_not_per_ms(*names: str) -> None:
+    """Refuse scores that cannot be had per millisecond.
+
+    Raises:
+        ValueError: Naming those that can.
+    """
+    for name in names:
+        refuse_without_zero(name, _FROM_ZERO)
+
+
 def is_joint(name: str) -> bool:
     """Whether the score is of layers that go together, successive ones, and not of each by itself."""
     return name == "angular"
@@ -130,6 +145,7 @@ def score_layers(
     window: int = 1,
     seed: int = 0,
     memory_gb: float | None = None,
+    unit_ms: Sequence[float] | None = None,
     progress: bool = False,
     part: str | None = None,
     together: Together | None = None,
@@ -149,6 +165,10 @@ def score_layers(
         seed: For scores that draw. Global random state is left as it was.
         memory_gb: For a scan: memory for its candidates, in 10^9 bytes, beside that of a forward pass. None: half of
             what is free.
+        unit_ms: The time that each layer takes. Scores are then what the model loses without a layer, for each ms that
+            this saves: of a scan, by how much the metric is worse than that of the model as it is (one more pass over the
+            batches), of `block_influence`, `relative_magnitude` and `taylor` the score itself. A layer without which the
+            model is better has its gain times its ms, as a negative score. Other scores are refused.
         progress: For a scan: whether to show a bar with the candidates scored.
         part: Of an encoder-decoder, whose layers to score: "decoder" or "encoder"; see `drop_layers`.
         together: The processes of the run, for example an engine; None in one process.
@@ -162,21 +182,33 @@ def score_layers(
         ValueError: If the name is unknown, there is nothing to score on, or a score is not a number.
     """
     with_data = needs_data(importance)
-    together = together or Alone()
     batches = list(batches)
+    if unit_ms is not None:
+        refuse_not_per_ms(importance)
+        processes: dict[str, Any] = {"part": part, "together": together, "stand_in": stand_in}
+        how: dict[str, Any] = {"metric": metric, "seed": seed, "memory_gb": memory_gb, "progress": progress}
+        scores = score_layers(model, batches, importance, unit, **how, **processes)
+        return per_ms(scores, _of_none(importance, model, batches, metric, processes), unit_ms)
+    together = together or Alone()
     padded = _padded(model, batches, importance, together, stand_in) if with_data else []
     with own_randomness(seed), to_be_scored(model, part):
         if importance in _SCANS:
             settings = ScanSettings(_SCANS[importance](get_metric(metric)), memory_gb, together, progress)
             return scan(model, padded, len(batches), unit, settings)
         if importance in _GRADIENTS:
-            scores = _GRADIENTS[importance](model, padded, len(batches), unit, together)
-            refuse_not_finite(importance, scores, [])
-            return scores
+            return _GRADIENTS[importance](model, padded, len(batches), unit, together)
         function = _REGISTRY[importance]
         if is_joint(importance):
             function = partial(angular, window=window)
         return _mean(importance, function, model, padded, len(batches), unit, together)
+
+
+def _of_none(importance: str, model: nn.Module, batches: Sequence[Batch], metric: str | Metric, processes: Any) -> float:
+    """The score of a layer whose absence changes nothing."""
+    if importance not in _SCANS:
+        return 0.0
+    of_scan = _SCANS[importance](get_metric(metric))
+    return of_scan.importance(measure(model, batches, of_scan, **processes))
 
 
 def measure(

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from ..calibration import Batch, model_inputs
 from ..engines.agreement import Together
 from ..stack import find_stack
+from .finite import refuse_not_finite
 from .metrics import num_label_tokens
 from .units import Unit, list_units
 
@@ -30,7 +31,7 @@ def taylor(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: s
         together: The processes of the run.
 
     Raises:
-        ValueError: If a batch has no labels, or the engine keeps gradients to itself (ZeRO).
+        ValueError: If a batch has no labels, a score is not a number, or the engine keeps gradients to itself (ZeRO).
     """
     refuse_no_gradient(together)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -38,19 +39,26 @@ def taylor(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: s
     total = sum(together.gather(sum(tokens)))
     if not total:
         raise ValueError("Expected calibration batches with labels, got labels that are all -100.")
+    layers = list(range(len(list_units(model, unit))))
+    wrong: list[tuple[list[int], int]] = []
     had = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
             parameter.grad = None
-        for batch, number in zip(batches, tokens, strict=True):
+        for position, (batch, number) in enumerate(zip(batches, tokens, strict=True)):
             with torch.enable_grad():
                 # sharded gradients come as the mean over the processes
                 share = number / total * (together.world_size if any(map(_is_sharded, parameters)) else 1)
-                (model(**model_inputs(batch)).loss * share).backward()
+                loss = model(**model_inputs(batch)).loss
+                if number and not torch.isfinite(loss):
+                    wrong.append((layers, position))
+                (loss * share).backward()
         for parameter in parameters:
             if together.world_size > 1 and not _is_sharded(parameter) and parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
-        return together.agree(weights_times_gradients(model, unit))
+        scores = together.agree(weights_times_gradients(model, unit))
+        refuse_not_finite("taylor", scores, together.gather(wrong))
+        return scores
     finally:
         for parameter, gradient in zip(parameters, had, strict=True):
             parameter.grad = gradient

@@ -1,6 +1,6 @@
 """Sublayers: an attention or an MLP that goes alone, and the model classes that are built without it."""
 
-from .attentions import attentions_that_stay, keep_attentions
+from .attentions import attentions_that_stay, keep_attentions, layer_types
 from .classes import cast, class_of, refuse_unloadable, take_halves_out, update_classes
 from .halves import Halves, find_halves
 from .remote_code import write_remote_code
@@ -16,6 +16,7 @@ __all__ = [
     "class_of",
     "find_halves",
     "keep_attentions",
+    "layer_types",
     "refuse_unloadable",
     "restored",
     "stored",

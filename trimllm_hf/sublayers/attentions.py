@@ -11,6 +11,12 @@ from ..stack import Stack
 WITHOUT_CACHE = {"linear_attention", "conv", "moe", "recurrent", "mamba"}
 
 
+def layer_types(stack: Stack) -> list[str]:
+    """The type of each layer, as far as the config says it: like "full_attention" and "sliding_attention"."""
+    types = getattr(stack.config, "layer_types", None) or getattr(stack.config, "layers_block_type", None)
+    return list(types) if isinstance(types, list | tuple) and len(types) == len(stack) else ["attention"] * len(stack)
+
+
 def attentions_that_stay(stack: Stack, layers: Sequence[int], positions: Sequence[int]) -> list[int]:
     """Of some layers, those whose attention has to stay.
 
@@ -21,9 +27,7 @@ def attentions_that_stay(stack: Stack, layers: Sequence[int], positions: Sequenc
         layers: The layers, by any names.
         positions: Their positions in the model as it is now.
     """
-    types = getattr(stack.config, "layer_types", None) or getattr(stack.config, "layers_block_type", None)
-    if not isinstance(types, list | tuple) or len(types) != len(stack):
-        types = ["attention"] * len(stack)
+    types = layer_types(stack)
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for layer, position in zip(layers, positions, strict=True):

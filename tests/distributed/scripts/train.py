@@ -30,6 +30,7 @@ parser.add_argument("--calibration", type=int, default=9)  # not a multiple of t
 parser.add_argument("--examples", type=int, default=120, help="24, and each second step ends an epoch")
 parser.add_argument("--universal", action="store_true", help="DeepSpeed loads a universal checkpoint")
 parser.add_argument("--unit", default="block", help="what is dropped: two blocks, or six sublayers")
+parser.add_argument("--per_ms", action="store_true", help="sublayers are chosen by importance per ms")
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--distill", type=float, default=0.0, help="TrimTrainer with a teacher")
 parser.add_argument("--config_optimizer", action="store_true", help="optimizer and scheduler of the DeepSpeed config")
@@ -270,7 +271,8 @@ def main() -> None:
         distill_temperature=2.0,
     )
     if options.unit == "sublayer":
-        trim = replace(trim, unit="sublayer", target_layers=6, layers_per_drop=3)
+        trim = replace(trim, unit="sublayer", target_layers=6, layers_per_drop=3, importance_per_ms=options.per_ms)
+        trim = replace(trim, latency_prompt_tokens=16)
     before = Before()
     after = After(before)
     texts = tiny_texts(options.examples)
@@ -295,6 +297,7 @@ def main() -> None:
     now = [trainer.model_wrapped, trainer.model, trainer.optimizer, trainer.lr_scheduler]
     assert all(a is b for a, b in zip(held, now, strict=True))
     trainer.save_model(str(Path(options.folder) / "final"))
+    callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, TrimCallback))
     result = {
         "distributed_type": trainer.accelerator.distributed_type.value,
         "zero_stage": trainer.model_wrapped.zero_optimization_stage() if options.engine.startswith("zero") else None,
@@ -307,7 +310,8 @@ def main() -> None:
         "unchanged": after.unchanged,
         "bytes": after.bytes,
         "block_bytes": block_bytes,
-        "trained_layers": next(c.trained_layers for c in trainer.callback_handler.callbacks if isinstance(c, TrimCallback)),
+        "trained_layers": callback.trained_layers,
+        "unit_ms": callback.unit_ms,
         "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
     }
     (Path(options.folder) / f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))
