@@ -121,6 +121,8 @@ def compare(kind: Kind, model: nn.Module, inputs: Any, expected: torch.Tensor, c
         if cached and not cache_agrees(model, inputs):
             return "cached generate() differs from uncached"
         again, info = reloaded(kind, model)
+        if not type(again).__module__.startswith("transformers."):
+            return f"it loads as {type(again).__module__}.{type(again).__name__}, which is not stock"
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[what]:
                 return f"{what} on reload: {sorted(map(str, info[what]))[:3]}"
