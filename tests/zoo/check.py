@@ -22,6 +22,7 @@ NEW_TOKENS = 5
 NOT_OF_LAYERS = ("architectures", "dtype", "transformers_version", "trim")
 VERIFIED = 2  # so many choices of layers are carried through
 CHOICES = [(1, 4), (2, 4), (1, 3), (3, 5), (0, 2), (2, 5), (0, 5), (1, 2), (2, 3), (4, 5)]  # of six; the last are adjacent
+CHOICES += [(7, 8)]  # of one type that cannot be as shallow
 
 
 @dataclass(frozen=True)
