@@ -29,7 +29,7 @@ def keep_places(model: PreTrainedModel, stack: Stack, kept: Sequence[int]) -> No
             f"Expected rescale_every=0 in the config of {type(model).__name__}, got {every}: in evaluation it scales the "
             "weights of each layer by its number. Set it before the model first runs in evaluation. Nothing was changed."
         )
-    for why, layers in _tied(model, owner, stack):
+    for why, layers in _tied(model, owner, stack, kept):
         if gone := sorted(set(layers) - set(kept)):
             raise ValueError(
                 f"Expected the layers {sorted(layers)} of {type(model).__name__} to stay, got {gone} to drop: {why}. Drop "
@@ -37,14 +37,22 @@ def keep_places(model: PreTrainedModel, stack: Stack, kept: Sequence[int]) -> No
             )
 
 
-def _tied(model: PreTrainedModel, owner: nn.Module, stack: Stack) -> Iterator[tuple[str, Sequence[int]]]:
+def _tied(
+    model: PreTrainedModel, owner: nn.Module, stack: Stack, kept: Sequence[int]
+) -> Iterator[tuple[str, Sequence[int]]]:
     if isinstance(getattr(owner, "conv", None), nn.Module):  # DeBERTa v2
         yield "a convolution stands behind the first", [0]
-    marked = [i for i, block in enumerate(stack.blocks) if getattr(block, "is_block_boundary", False)]
-    yield "all later ones read what comes out of them", marked  # Inkling 2
+    yield "all later ones read what comes out of them", _marked(stack, "is_block_boundary")  # Inkling 2
+    if set(_marked(stack, "is_kv_shared_layer")) & set(kept):  # Gemma 3n and 4
+        yield "later ones read their keys and values", _marked(stack, "store_full_length_kv")
     if stack.config is not model.config:
         fed = max((_fed(config) for config in _configs(model.config)), default=0)
-        yield "what is seen in an image is added at them by their number", range(min(fed, len(stack)))
+        yield "what is seen in an image is added at them by their number", list(range(min(fed, len(stack))))
+
+
+def _marked(stack: Stack, flag: str) -> list[int]:
+    """Layers that have a flag set, on the block or within."""
+    return [i for i, block in enumerate(stack.blocks) if any(getattr(each, flag, False) for each in block.modules())]
 
 
 def _fed(config: PreTrainedConfig) -> int:
