@@ -31,6 +31,7 @@ FLOORS = {
     "distillation": 2,
     "depth_check": 2,
     "depth_config": 2,
+    "places": 2,
     "guard": 2,
     "own_config": 2,
     "sublayers": 2,

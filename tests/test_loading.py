@@ -20,9 +20,11 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedModel,
 )
+from typer.testing import CliRunner
 
 from trimllm_hf import LayerMap, drop_layers, load_kept_layers, write_kept_layers
 from trimllm_hf import loading as loading_module
+from trimllm_hf.cli import app
 
 KEPT = [0, 2, 3, 5]
 IDS = torch.arange(5, 20)[None]
@@ -61,9 +63,10 @@ def test_loaded_and_written_equal_drop_layers(tmp_path: Path, kind: str, shard: 
     assert LayerMap.from_config(loaded.config).kept_layers == layer_map.kept_layers == tuple(KEPT)
 
 
-def test_no_dropped_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = base_model()
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("way", ["load", "write", "command"])
+def test_no_dropped_tensor_is_read(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    base_model().save_pretrained(base, max_shard_size="60KB")
     read: list[int] = []
     original = loading_module._read_into
 
@@ -72,8 +75,16 @@ def test_no_dropped_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         original(tensor, file, offset, size)
 
     monkeypatch.setattr(loading_module, "_read_into", counted)
-    loaded = load_kept_layers(tmp_path, KEPT)
-    assert sum(read) == sum(parameter.nbytes for parameter in loaded.parameters())
+    if way == "load":
+        loaded = load_kept_layers(base, KEPT)
+    elif way == "write":
+        write_kept_layers(base, KEPT, out)
+    else:
+        assert CliRunner().invoke(app, ["trim", "--kept", "0,2-3,5", str(base), str(out)]).exit_code == 0
+    read_then = sum(read)
+    if way != "load":
+        loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert read_then == sum(parameter.nbytes for parameter in loaded.parameters())
 
 
 def test_dtype_and_device_map_reach_from_pretrained(tmp_path: Path) -> None:

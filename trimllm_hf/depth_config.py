@@ -49,6 +49,8 @@ def readings(
         if name.startswith("_") or name == depth_name or (other is not None and other in name):
             continue
         options = _options(name, value, depth, kept)
+        if other is not None and isinstance(value, list | tuple) and options and options[-1] != value:
+            options.append(value)  # LED: the other part, as deep as this one, may be meant
         if len(options) == 1:
             if options[0] != value:
                 fixed[name] = options[0]

@@ -19,6 +19,7 @@ from .guard import Renumbering, compare, rebuild
 from .layer_map import HALVES, LayerMap
 from .own_config import give_own_config
 from .packed_tensors import cut
+from .places import keep_places
 from .stack import Stack, find_stack
 from .sublayers import Gives, StandIn, find_halves, keep_attentions, refuse_unloadable, stored, update_classes
 from .sublayers.attentions import WITHOUT_CACHE
@@ -115,6 +116,7 @@ def plan_drop(
     kept = [position for position, layer in enumerate(before.kept_layers) if layer in set(after.kept_layers)]
     gone = frozenset(range(len(stack))) - set(kept)
     _keep_an_attention(stack, kept)
+    keep_places(base, stack, kept)
     full = rebuild(base, {}, stack.part, adapters)
     inner_name = find_stack(full, stack.part).name
     stand_ins = {} if after.whole else _stand_ins(base, stack, before, after, full)

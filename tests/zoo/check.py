@@ -22,6 +22,7 @@ NEW_TOKENS = 5
 NOT_OF_LAYERS = ("architectures", "dtype", "transformers_version", "trim")
 VERIFIED = 2  # so many choices of layers are carried through
 CHOICES = [(1, 4), (2, 4), (1, 3), (3, 5), (0, 2), (2, 5), (0, 5), (1, 2), (2, 3), (4, 5)]  # of six; the last are adjacent
+CHOICES += [(7, 8)]  # of one type that cannot be as shallow
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ def compare(kind: Kind, model: nn.Module, inputs: Any, expected: torch.Tensor, c
         if cached and not cache_agrees(model, inputs):
             return "cached generate() differs from uncached"
         again, info = reloaded(kind, model)
+        if not type(again).__module__.startswith("transformers."):
+            return f"it loads as {type(again).__module__}.{type(again).__name__}, which is not stock"
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[what]:
                 return f"{what} on reload: {sorted(map(str, info[what]))[:3]}"

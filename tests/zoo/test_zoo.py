@@ -18,6 +18,7 @@ EXACT = [
     (CAUSAL, "llama4_text"),  # numbers of layers
     (CAUSAL, "deepseek_v3"),  # the first so many
     (CAUSAL, "jamba"),  # periods with offsets
+    (CAUSAL, "qwen3_next"),  # an interval, and types made from it
     (CAUSAL, "recurrent_gemma"),  # a pattern that is repeated
     (CAUSAL, "gpt_neo"),  # a pattern in shorthand
     (CAUSAL, "gemma4_unified_text"),  # overrides by number
@@ -56,6 +57,11 @@ def test_what_a_config_cannot_say_is_refused_untouched(model_type: str) -> None:
     outcome = check_blocks(CAUSAL, model_type, choices=[(1, 4)])
     assert outcome.status == "refused", outcome
     assert REFUSED[model_type] in outcome.detail
+
+
+def test_what_a_config_says_of_the_last_layers_goes_exactly() -> None:
+    outcome = check_blocks(CAUSAL, "diffllama", choices=[(4, 5)], verified=1)  # its lambda is of a layer's number
+    assert outcome.status == "exact", outcome
 
 
 # One for each way in which a block holds its halves.
