@@ -30,11 +30,11 @@ demo: venv  ## trim a small model on a synthetic medical task, without network, 
 	$(BIN)/python recipes/medical.py --demo
 
 test: venv venv-deepspeed  ## the tests of one process, then those of several, each engine once
-	$(PYTEST) -n 2 --dist loadfile -m "not distributed and not deepspeed and not slow and not hub"
-	$(PYTEST) -m "(distributed or deepspeed) and not slow and not hub"
+	$(PYTEST) -n 2 --dist loadfile -m "not distributed and not deepspeed and not slow"
+	$(PYTEST) -m "(distributed or deepspeed) and not slow"
 
 test-all: test  ## all of the above, then the slow ones: resume under every engine, whole recipes, the whole zoo
-	$(PYTEST) -m "slow and not hub"
+	$(PYTEST) -m slow
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from conftest import Place
 from safetensors.torch import load_file
+
+pytestmark = pytest.mark.hub
 
 
 def test_only_headers_are_read(place: Place, folder: Path) -> None:

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from trimllm_hf import drop_layers
 
+pytestmark = pytest.mark.hub
+
 SENT = {"README.md", "kept_layers.png", "trim_report.json", "config.json", "generation_config.json"}
 
 # Stock transformers, by name: the package cannot be imported here.

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ALICE, BOB, Client, Place, environment
 
+pytestmark = pytest.mark.hub
+
 # Every call of a push to a new repository, by its request line.
 CALLS = {
     "whoami": "GET /api/whoami-v2",

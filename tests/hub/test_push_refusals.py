@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import ALICE, BOB, READER, Place
 
+pytestmark = pytest.mark.hub
+
 UNKNOWN = "hf_nobody_has_this_token"
 SENDING = r"^(POST|PUT|DELETE) (?!/api/validate-yaml)"
 

@@ -14,6 +14,8 @@ from trimllm_hf import LayerMap
 from trimllm_hf.publish.contents import contents_of
 from trimllm_hf.publish.model_check import check_model
 
+pytestmark = pytest.mark.hub
+
 
 @pytest.mark.parametrize(
     "strategy",

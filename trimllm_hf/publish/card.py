@@ -66,7 +66,10 @@ def write_card(
         data.latency = measure(folder, known, revision, **settings)
     if measured and data.usage is None:
         whole = LayerMap.from_dict(trimmed["map"]).whole  # then stock transformers loads it
-        data.usage = run_example(folder, data.to_dict().get("pipeline_tag"), data.usage_prompt, stock=whole)
+        asked = (folder, data.to_dict().get("pipeline_tag"), data.usage_prompt)
+        data.usage = run_example(*asked, stock=whole)
+        if trimmed["remote_code"] and "code" in data.usage:
+            data.usage["remote_code"] = run_example(*asked, stock=True, remote_code=True).get("not_run", "ran")
     data.pictures = plots.draw(data, folder)
     path = folder / CARD
     existing = path.read_text(encoding="utf-8") if path.is_file() else None

@@ -64,6 +64,7 @@ def describe_trimmed(folder: Path) -> dict[str, Any]:
         "map": layer_map,
         "model_type": config.model_type,
         "architecture": (config.architectures or [None])[0],
+        "remote_code": hasattr(config, "auto_map"),
         "weights": weights,
         "sha256": {path.name: sha256(path) for pattern in LOADED for path in sorted(folder.glob(pattern)) if path.is_file()},
     }

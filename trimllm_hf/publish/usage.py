@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ LAUNCHER = (
 )
 
 
-def example(pipeline_tag: str | None, prompt: Any, stock: bool) -> str | None:
+def example(pipeline_tag: str | None, prompt: Any, stock: bool, remote_code: bool = False) -> str | None:
     """The code of the example, with MODEL_ID where the model's name goes; None for a task that has none."""
     asked = PROMPT if prompt is None else prompt
     head = "" if stock else NEEDS_PACKAGE
-    head += f'from transformers import pipeline\n\nmodel = pipeline("{pipeline_tag}", "{MODEL_ID}")\n'
+    trust = ", trust_remote_code=True" if remote_code else ""
+    head += f'from transformers import pipeline\n\nmodel = pipeline("{pipeline_tag}", "{MODEL_ID}"{trust})\n'
     if pipeline_tag == "text-generation":
         tail = "[-1]" if isinstance(asked, list) else ""
         call = f'print(model(asked, max_new_tokens=40, do_sample=False)[0]["generated_text"]{tail})'
@@ -33,7 +35,14 @@ def example(pipeline_tag: str | None, prompt: Any, stock: bool) -> str | None:
     return None
 
 
-def run_example(folder: Path, pipeline_tag: str | None, prompt: Any, stock: bool, timeout: float = 900) -> dict[str, Any]:
+def run_example(
+    folder: Path,
+    pipeline_tag: str | None,
+    prompt: Any,
+    stock: bool,
+    remote_code: bool = False,
+    timeout: float = 900,
+) -> dict[str, Any]:
     """Run the example on the model in a folder.
 
     Args:
@@ -41,21 +50,24 @@ def run_example(folder: Path, pipeline_tag: str | None, prompt: Any, stock: bool
         pipeline_tag: Its task, as the Hub calls it.
         prompt: What to ask; a neutral word by default.
         stock: Whether it must load without this package, which is then hidden from the process.
+        remote_code: Whether it loads by the code beside its weights.
         timeout: Seconds.
 
     Returns:
         `code`, `output` and `stock`, or `not_run` with the reason.
     """
-    code = example(pipeline_tag, prompt, stock)
+    code = example(pipeline_tag, prompt, stock, remote_code)
     if code is None:
         return {"not_run": f"there is no example for {'a model of its kind' if pipeline_tag is None else pipeline_tag}"}
     hidden = 'import sys\nsys.modules["trimllm_hf"] = None\n' if stock else ""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}
     command = [sys.executable, "-c", hidden + code.replace(MODEL_ID, str(folder.resolve()))]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return {"not_run": f"it took more than {timeout:.0f} s"}
+    with tempfile.TemporaryDirectory() as modules:
+        environment["HF_MODULES_CACHE"] = modules  # where transformers copies a model's code to
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+        except subprocess.TimeoutExpired:
+            return {"not_run": f"it took more than {timeout:.0f} s"}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"not_run": lines[-1].replace(str(folder.resolve()), "the model")[:300]}

@@ -1,0 +1,115 @@
+"""The cards of other models than decoders that lost whole layers: where they load is tried, and the card says it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import VOCABULARY, tiny_model, tiny_texts
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+
+from trimllm_hf import TrimConfig, TrimTrainer, drop_layers, write_card
+from trimllm_hf.publish.card import CARD, REPORT, render
+from trimllm_hf.publish.card_data import TrimCardData
+from trimllm_hf.publish.contents import contents_of
+from trimllm_hf.publish.model_check import check_model
+from trimllm_hf.publish.usage import run_example
+from trimllm_hf.sublayers.remote_code import write_remote_code
+
+FAST = {"prompt_tokens": 4, "new_tokens": 3, "repeats": 2, "warmup": 0}
+ASKED = TrimCardData(usage_prompt="w5 w6", domain="invented words")
+
+
+def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A word is a token."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", pad_token="w0")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def trimmed(folder: Path, family: str, layers: list[int], unit: str = "block") -> Path:
+    """A folder of a model that lost layers, with its tokenizer; the base lies beside it."""
+    save_tokenizer(folder)
+    tiny_model(family).save_pretrained(base := f"{folder}-base")
+    model = type(tiny_model(family)).from_pretrained(base)
+    drop_layers(model, layers, unit=unit)
+    model.save_pretrained(folder)
+    return folder
+
+
+def loads_in(text: str) -> dict[str, str]:
+    """The table of where the model loads."""
+    rows = text.split("| loads in | |\n|---|---|\n")[1].splitlines()[:3]
+    cells = (row.strip("|").split("|") for row in rows)
+    return {what.replace("`", "").strip(): said.strip() for what, said in cells}
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads((folder / REPORT).read_text())
+    assert render(TrimCardData.from_report(plain)) == (folder / CARD).read_text()
+    return plain
+
+
+def test_halves_of_blocks(tmp_path: Path) -> None:
+    """The strip shows halves; the example runs with the package and, by the code beside the weights, without it."""
+    folder = trimmed(tmp_path / "halves", "llama", [5, 8], unit="sublayer")
+    text = write_card(folder, ASKED, measured=False).read_text()
+    assert "██▀█▄█" in text
+    assert loads_in(text) == {
+        "stock transformers": "no: blocks that lack a half are not in its vocabulary, and it says so",
+        "with trimllm_hf": "needed",
+        "trust_remote_code": "no: its code is not beside the weights (`write_remote_code` puts it there)",
+    }
+    file = write_remote_code(folder)
+    assert file.name in contents_of(folder).sizes  # a push takes it along
+    text, report = write_card(folder, **FAST).read_text(), report_of(folder)
+    assert "import trimllm_hf  # registers" in text and report["usage"]["output"].startswith("w5 w6")
+    loads = loads_in(text)
+    assert loads["with trimllm_hf"] == "yes: the example ran"
+    assert loads["trust_remote_code"] == "yes: the example ran so, without `trimllm_hf`"
+
+    file.write_text("import no_such_module\n")
+    told = run_example(folder, "text-generation", "w5", stock=True, remote_code=True)["not_run"]
+    report["usage"]["remote_code"] = told
+    assert "no_such_module" in told
+    assert loads_in(render(TrimCardData.from_report(report)))["trust_remote_code"] == f"no: the example failed so ({told})"
+
+
+def test_an_encoder(tmp_path: Path) -> None:
+    """It is timed per batch, and classifies in stock transformers."""
+    folder = trimmed(tmp_path / "encoder", "bert", [1, 3, 4])
+    text = write_card(folder, ASKED, **FAST).read_text()
+    assert "forward pass, batch 1" in text and "tokens/s" not in text and "KV cache" not in text
+    assert 'pipeline("text-classification", "encoder-base-trim-3of6")' in text and "█░█░░█" in text
+    assert loads_in(text)["stock transformers"] == "yes: the example ran without `trimllm_hf`"
+    assert "LABEL_" in report_of(folder)["usage"]["output"]
+
+
+def test_an_adapter_is_merged_and_then_has_a_card(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"]))
+    args = TrainingArguments(
+        str(tmp_path / "adapter"), max_steps=6, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    trim = TrimConfig(target_layers=4, calibration_size=8, drop_every="2")
+    trainer = TrimTrainer(model, args, trim=trim, train_dataset=tiny_texts(40))
+    trainer.train()
+    trainer.save_model()
+    with pytest.raises(ValueError, match=r"holds an adapter: merge it into its trimmed base \(merge_and_unload\)"):
+        contents_of(tmp_path / "adapter")
+
+    folder = tmp_path / "merged"
+    save_tokenizer(folder)
+    trainer.model.merge_and_unload().save_pretrained(folder)
+    text = write_card(folder, ASKED, **FAST).read_text()
+    layer_map = check_model(contents_of(folder))
+    assert layer_map.num_layers == 4 and len(report_of(folder)["trimmed"]["map"]["history"]) == 2
+    assert loads_in(text)["stock transformers"] == "yes: the example ran without `trimllm_hf`"
+    assert "4 of its 6 layers kept" in text and "times as fast" in text
