@@ -11,30 +11,41 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .stack import Stack
 
 
-def keep_places(model: PreTrainedModel, stack: Stack, kept: Sequence[int]) -> None:
+def keep_places(model: PreTrainedModel, stack: Stack, kept: Sequence[int], whole: bool = True) -> None:
     """Refuse a drop after which the model's `forward` would do something at another place than now.
 
     Args:
         model: The model that is to be trimmed.
         stack: Its blocks.
         kept: Positions that stay.
+        whole: Whether they keep their attention and their MLP.
 
     Raises:
         ValueError: Naming the layers that have to stay.
     """
     owner = model.get_submodule(stack.name.rpartition(".")[0])
-    every = getattr(stack.config, "rescale_every", 0)
-    if hasattr(owner, "layers_are_rescaled") and 0 < every < len(stack) and len(kept) < len(stack):
-        raise ValueError(
-            f"Expected rescale_every=0 in the config of {type(model).__name__}, got {every}: in evaluation it scales the "
-            "weights of each layer by its number. Set it before the model first runs in evaluation. Nothing was changed."
-        )
+    if hasattr(owner, "layers_are_rescaled"):  # RWKV
+        _keep_scales(model, stack, len(kept) < len(stack), whole)
     for why, layers in _tied(model, owner, stack, kept):
         if gone := sorted(set(layers) - set(kept)):
             raise ValueError(
                 f"Expected the layers {sorted(layers)} of {type(model).__name__} to stay, got {gone} to drop: {why}. Drop "
                 "other layers. Nothing was changed."
             )
+
+
+def _keep_scales(model: PreTrainedModel, stack: Stack, fewer: bool, whole: bool) -> None:
+    every = stack.config.rescale_every
+    if not whole:
+        raise ValueError(
+            f"Expected an attention and an MLP that hand on nothing but hidden states, got those of {type(model).__name__}, "
+            "which hand on their state. Use unit='block'. Nothing was changed."
+        )
+    if fewer and 0 < every < len(stack):
+        raise ValueError(
+            f"Expected rescale_every=0 in the config of {type(model).__name__}, got {every}: in evaluation it scales the "
+            "weights of each layer by its number. Set it before the model first runs in evaluation. Nothing was changed."
+        )
 
 
 def _tied(
