@@ -3,7 +3,8 @@
     python benchmarks/load.py                     # a random Llama of 24 blocks, 0.7 GB, made in a temporary folder
     python benchmarks/load.py --blocks 8 --width 512
 
-Each way runs in a process of its own, after the files were put out of the page cache. Bytes read are /proc/self/io's
+Each run is a process of its own, after the files were put out of the page cache: one run for bytes and memory, and the
+median of three others for the time, since to watch the memory takes time. Bytes read are /proc/self/io's
 `read_bytes` (what the block device delivered; Linux only). Peak memory is the growth of the resident set over what the
 imports need, sampled every millisecond: of its anonymous part (what the process itself holds), and of all (with the pages
 of mapped files, which the kernel can take back).
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,20 +33,19 @@ def main() -> None:
     parser.add_argument("--shard", default="200MB")
     parser.add_argument("--way", choices=["kept", "all"], help=argparse.SUPPRESS)
     parser.add_argument("--base", help=argparse.SUPPRESS)
+    parser.add_argument("--watch", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     kept = [layer for layer in range(arguments.blocks) if layer % 2 == 0]
     if arguments.way:
-        print(json.dumps(measure(arguments.way, arguments.base, kept)))
+        print(json.dumps(measure(arguments.way, arguments.base, kept, arguments.watch)))
         return
     with tempfile.TemporaryDirectory(dir=".") as base:
         make(base, arguments.blocks, arguments.width, arguments.shard)
         rows = {}
         for way in ("kept", "all"):
-            drop_from_page_cache(Path(base))
             command = [sys.executable, __file__, "--way", way, "--base", base, "--blocks", str(arguments.blocks)]
-            rows[way] = json.loads(
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-            )
+            rows[way] = run([*command, "--watch"], base)
+            rows[way]["time"] = statistics.median(run(command, base)["time"] for _ in range(3))
     needed = rows["kept"]["bytes"]
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     print(f"{len(kept)} of {arguments.blocks} blocks kept, {needed / 1e6:.1f} MB of tensors; {machine}")
@@ -53,6 +54,14 @@ def main() -> None:
     for name, label in ((name, f"{label} / kept bytes") for name, label in labels.items()):
         print(f"{label:32}{rows['kept'][name] / needed:18.3f}{rows['all'][name] / needed:18.3f}")
     print(f"{'time, s':32}{rows['kept']['time']:18.2f}{rows['all']['time']:18.2f}")
+
+
+def run(command: list[str], base: str) -> dict[str, float]:
+    """What one process measures, of files that it has to fetch."""
+    drop_from_page_cache(Path(base))
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def make(base: str, blocks: int, width: int, shard: str) -> None:
@@ -78,7 +87,7 @@ def drop_from_page_cache(folder: Path) -> None:
         os.close(descriptor)
 
 
-def measure(way: str, base: str, kept: list[int]) -> dict[str, float]:
+def measure(way: str, base: str, kept: list[int], watched: bool) -> dict[str, float]:
     """Load in one way; bytes read, peak memory, seconds, and the bytes of the model that came out."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  (imported before the clock starts)
@@ -94,7 +103,8 @@ def measure(way: str, base: str, kept: list[int]) -> dict[str, float]:
             time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
-    watcher.start()
+    if watched:
+        watcher.start()
     start = time.perf_counter()
     if way == "kept":
         model = load_kept_layers(base, kept)
@@ -105,7 +115,8 @@ def measure(way: str, base: str, kept: list[int]) -> dict[str, float]:
         sum(parameter.sum() for parameter in model.parameters())  # a mapped tensor is read when it is used
     seconds = time.perf_counter() - start
     stop.set()
-    watcher.join()
+    if watched:
+        watcher.join()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return {
         "read": io_read() - before,

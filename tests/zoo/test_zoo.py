@@ -92,6 +92,14 @@ def test_halves_of_two_blocks_go_exactly(model_type: str) -> None:
     assert outcome.status == "exact", outcome
 
 
+def test_the_readme_counts_as_the_page_does() -> None:
+    readme = (DOCS.parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = [row.strip("| ").split(" | ") for row in DOCS.read_text(encoding="utf-8").splitlines()]
+    for kind, unit, types, exact, *_ in (row for row in rows if len(row) == 8 and row[2].isdigit()):
+        if (kind, unit) in ((CAUSAL.name, "blocks"), (CAUSAL.name, "sublayers"), (CLASSIFICATION.name, "blocks")):
+            assert f"{exact} of {types} {kind} types" in readme.replace("\n", " "), (kind, unit)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # each type has its own limit; together some minutes on two idle cores
 @pytest.mark.parametrize(("unit", "kind", "check"), PARTS, ids=lambda value: getattr(value, "name", None))
