@@ -3,8 +3,8 @@
     python benchmarks/load.py                     # a random Llama of 24 blocks, 0.7 GB, made in a temporary folder
     python benchmarks/load.py --blocks 8 --width 512
 
-Each run is a process of its own, after the files were put out of the page cache: one run for bytes and memory, and the
-median of three others for the time, since to watch the memory takes time. Bytes read are /proc/self/io's
+Each run is a process of its own, after the files were put out of the page cache: one run for bytes and memory, and
+others, turn by turn, for the time, since to watch the memory takes time. Bytes read are /proc/self/io's
 `read_bytes` (what the block device delivered; Linux only). Peak memory is the growth of the resident set over what the
 imports need, sampled every millisecond: of its anonymous part (what the process itself holds), and of all (with the pages
 of mapped files, which the kernel can take back).
@@ -24,6 +24,9 @@ import threading
 import time
 from pathlib import Path
 
+WAYS = ("kept", "all")
+RUNS = 7
+
 
 def main() -> None:
     """Make the base, run both ways, print the table."""
@@ -31,7 +34,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--shard", default="200MB")
-    parser.add_argument("--way", choices=["kept", "all"], help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--base", help=argparse.SUPPRESS)
     parser.add_argument("--watch", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -41,19 +44,21 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=".") as base:
         make(base, arguments.blocks, arguments.width, arguments.shard)
-        rows = {}
-        for way in ("kept", "all"):
-            command = [sys.executable, __file__, "--way", way, "--base", base, "--blocks", str(arguments.blocks)]
-            rows[way] = run([*command, "--watch"], base)
-            rows[way]["time"] = statistics.median(run(command, base)["time"] for _ in range(3))
+        command = [sys.executable, __file__, "--base", base, "--blocks", str(arguments.blocks), "--way"]
+        rows = {way: run([*command, way, "--watch"], base) for way in WAYS}
+        times: dict[str, list[float]] = {way: [] for way in WAYS}
+        for _ in range(RUNS):
+            for way in WAYS:
+                times[way].append(run([*command, way], base)["time"])
     needed = rows["kept"]["bytes"]
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     print(f"{len(kept)} of {arguments.blocks} blocks kept, {needed / 1e6:.1f} MB of tensors; {machine}")
-    print(f"{'':32}{'load_kept_layers':>18}{'load all, drop':>18}")
+    print(f"{'':32}{'load_kept_layers':>24}{'load all, drop':>24}")
     labels = {"read": "read from disk", "own": "peak memory", "resident": "with mapped files"}
     for name, label in ((name, f"{label} / kept bytes") for name, label in labels.items()):
-        print(f"{label:32}{rows['kept'][name] / needed:18.3f}{rows['all'][name] / needed:18.3f}")
-    print(f"{'time, s':32}{rows['kept']['time']:18.2f}{rows['all']['time']:18.2f}")
+        print(f"{label:32}{rows['kept'][name] / needed:24.3f}{rows['all'][name] / needed:24.3f}")
+    shown = [f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})" for found in times.values()]
+    print(f"{f'time, s, median of {RUNS}':32}{shown[0]:>24}{shown[1]:>24}")
 
 
 def run(command: list[str], base: str) -> dict[str, float]:
