@@ -59,7 +59,11 @@ def test_halves_of_blocks(tmp_path: Path) -> None:
     """The strip shows halves; the example runs with the package and, by the code beside the weights, without it."""
     folder = trimmed(tmp_path / "halves", "llama", [5, 8], unit="sublayer")
     text = write_card(folder, ASKED, measured=False).read_text()
-    assert "██▀█▄█" in text
+    assert "██▀█▄█" in text and "# halves-base-trim-10of12-sublayers" in text
+    assert (
+        "The attention or the MLP of some layers was taken out (" in text
+        and "| attentions and MLPs | 12 | 10 | -17% |" in text
+    )
     assert loads_in(text) == {
         "stock transformers": "no: blocks that lack a half are not in its vocabulary, and it says so",
         "with trimllm_hf": "needed",
