@@ -4,9 +4,9 @@
     python benchmarks/load.py --blocks 8 --width 512
 
 Each way runs in a process of its own, after the files were put out of the page cache. Bytes read are /proc/self/io's
-`read_bytes` (what the block device delivered; Linux only). Peak memory is the growth of the anonymous part of the resident
-set (what the process itself holds; pages of the mapped file can be dropped by the kernel at any time) over what the
-imports need, sampled every millisecond.
+`read_bytes` (what the block device delivered; Linux only). Peak memory is the growth of the resident set over what the
+imports need, sampled every millisecond: of its anonymous part (what the process itself holds), and of all (with the pages
+of mapped files, which the kernel can take back).
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def main() -> None:
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     print(f"{len(kept)} of {arguments.blocks} blocks kept, {needed / 1e6:.1f} MB of tensors; {machine}")
     print(f"{'':32}{'load_kept_layers':>18}{'load all, drop':>18}")
-    for name, label in (("read", "read from disk / kept bytes"), ("peak", "peak memory / kept bytes")):
+    labels = {"read": "read from disk", "own": "peak memory", "resident": "with mapped files"}
+    for name, label in ((name, f"{label} / kept bytes") for name, label in labels.items()):
         print(f"{label:32}{rows['kept'][name] / needed:18.3f}{rows['all'][name] / needed:18.3f}")
     print(f"{'time, s':32}{rows['kept']['time']:18.2f}{rows['all']['time']:18.2f}")
 
@@ -84,12 +85,12 @@ def measure(way: str, base: str, kept: list[int]) -> dict[str, float]:
 
     from trimllm_hf import drop_layers, load_kept_layers
 
-    before, held = io_read(), anonymous()
-    peak, stop = [held], threading.Event()
+    before, held = io_read(), resident()
+    peak, stop = list(held), threading.Event()
 
     def watch() -> None:
         while not stop.is_set():
-            peak[0] = max(peak[0], anonymous())
+            peak[:] = map(max, peak, resident())
             time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
@@ -106,7 +107,13 @@ def measure(way: str, base: str, kept: list[int]) -> dict[str, float]:
     stop.set()
     watcher.join()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return {"read": io_read() - before, "peak": peak[0] - held, "time": seconds, "bytes": size}
+    return {
+        "read": io_read() - before,
+        "own": peak[0] - held[0],
+        "resident": peak[1] - held[1],
+        "time": seconds,
+        "bytes": size,
+    }
 
 
 def io_read() -> int:
@@ -115,10 +122,10 @@ def io_read() -> int:
     return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
 
 
-def anonymous() -> int:
-    """Bytes of memory that this process holds, without mapped files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
+def resident() -> list[int]:
+    """Bytes of memory that this process holds: without mapped files, and with them."""
+    found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return [1024 * int(found[name].split()[0]) for name in ("RssAnon", "VmRSS")]
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def plan_drop(
     kept = [position for position, layer in enumerate(before.kept_layers) if layer in set(after.kept_layers)]
     gone = frozenset(range(len(stack))) - set(kept)
     _keep_an_attention(stack, kept)
-    keep_places(base, stack, kept)
+    keep_places(base, stack, kept, after.whole)
     full = rebuild(base, {}, stack.part, adapters)
     inner_name = find_stack(full, stack.part).name
     stand_ins = {} if after.whole else _stand_ins(base, stack, before, after, full)

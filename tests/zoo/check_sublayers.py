@@ -62,7 +62,8 @@ def check_sublayers(kind: Kind, model_type: str, choices: Sequence[Sequence[Half
         except ValueError as error:
             if (trace := difference(before, snapshot(model))) is not None:
                 return Outcome(model_type, "wrong", f"refused, but changed {trace}", name)
-            refusals.append(f"{choice}: {_short(error)}")
+            named = " and ".join(f"the {half} of {layer}" for layer, half in choice)
+            refusals.append(f"{named}: {_short(error)}")
             continue
         except Exception as error:
             return Outcome(model_type, "crash", f"{type(error).__name__}: {error}", name)
@@ -73,7 +74,7 @@ def check_sublayers(kind: Kind, model_type: str, choices: Sequence[Sequence[Half
         if problem is not None:
             return Outcome(model_type, "wrong", f"{choice}: {problem}", name)
         return Outcome(model_type, "exact", "" if not refusals else f"not for {refusals[0]}", name)
-    return Outcome(model_type, "refused", refusals[0] if refusals else "too shallow", name)
+    return Outcome(model_type, "refused", refusals[-1] if refusals else "too shallow", name)
 
 
 @torch.no_grad()

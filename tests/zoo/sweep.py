@@ -124,8 +124,9 @@ without a missing or unexpected key, logits equal; cached `generate()` equal to 
 *could not be built*: no tiny model could be made here, or it did not run on token ids alone. A remark at an exact type says
 which layers cannot go and why, or what could not be compared.
 
-Sublayers: an MLP and an attention of two blocks are dropped, compared with the model in which their weights are zero, saved,
-and reloaded by the Auto classes after `import trimllm_hf`; stock transformers has to refuse the checkpoint.
+Sublayers: an MLP and an attention of two blocks (where no such pair may go, one MLP) are dropped, compared with the model in
+which their weights are zero, saved, and reloaded by the Auto classes after `import trimllm_hf`; stock transformers has to
+refuse the checkpoint.
 """
 
 

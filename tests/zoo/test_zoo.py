@@ -54,6 +54,8 @@ def test_two_blocks_go_exactly(kind: Kind, model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_what_a_config_cannot_say_is_refused_untouched(model_type: str) -> None:
+    if model_type not in set(CAUSAL.types()):
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     outcome = check_blocks(CAUSAL, model_type, choices=[(1, 4)])
     assert outcome.status == "refused", outcome
     assert REFUSED[model_type] in outcome.detail
@@ -62,6 +64,12 @@ def test_what_a_config_cannot_say_is_refused_untouched(model_type: str) -> None:
 def test_what_a_config_says_of_the_last_layers_goes_exactly() -> None:
     outcome = check_blocks(CAUSAL, "diffllama", choices=[(4, 5)], verified=1)  # its lambda is of a layer's number
     assert outcome.status == "exact", outcome
+
+
+@pytest.mark.parametrize("layers", [(1, 3), (0, 2)])
+def test_layers_whose_keys_others_read_stay(layers: tuple[int, ...]) -> None:
+    outcome = check_blocks(CAUSAL, "gemma4_text", choices=[layers])
+    assert outcome.status == "refused" and "later ones read their keys and values" in outcome.detail, outcome
 
 
 # One for each way in which a block holds its halves.
