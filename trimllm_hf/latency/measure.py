@@ -130,6 +130,7 @@ def _once(
             attention_mask=mask,
             generation_config=generation,
             stopping_criteria=StoppingCriteriaList([first]),
+            synced_gpus=False,  # under ZeRO-3 it would wait for processes that do not measure
         )
         end = timer()
         steps = output.shape[1] - tokens.shape[1] - 1
