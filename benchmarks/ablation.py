@@ -99,6 +99,8 @@ def make_cell(args: argparse.Namespace, score: str, ratio: str, seed: int) -> di
         trim = TrimConfig(
             target_layers=args.layers,
             drop_every=str(args.drop_every),
+            protect_first=args.protect,
+            protect_last=args.protect,
             trainable_ratio=RATIOS[ratio],
             warm_up_importance="none",  # each row is to be by its own score, also where that ranks noise
             calibration_seed=seed,
@@ -119,6 +121,7 @@ def make_cell(args: argparse.Namespace, score: str, ratio: str, seed: int) -> di
         "cpu_seconds": seconds,
         "steps": args.steps,
         "drop_every": args.drop_every,
+        "protect": args.protect,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -180,6 +183,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3, help="that are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--protect", type=int, default=0, help="layers at each end that stay, whatever their score")
     parser.add_argument("--drop_every", type=int, default=20, help="steps; the paper drops after each epoch")
     parser.add_argument("--questions", type=int, default=200, help="to test on")
     parser.add_argument("--max_length", type=int, default=256)
