@@ -131,6 +131,7 @@ def _once(
             attention_mask=mask,
             generation_config=generation,
             stopping_criteria=StoppingCriteriaList([first]),
+            synced_gpus=False,  # under ZeRO-3 it would wait for processes that do not measure
         )
         end = timer()
         # an encoder-decoder gives back what it has written, after the token that it starts with
