@@ -4,7 +4,8 @@
     python benchmarks/scan.py --shapes llama-1b --device cuda --dtype bfloat16 # a GPU
 
 The plain loop takes each block out of the list in turn and runs the model on each batch: N passes through N - 1 blocks.
-Both run in this process on the same model and batches, in turn, so that drift meets both; medians of the repeats.
+Both run in this process on the same model and batches, in turn, so that drift meets both; medians of the repeats. On a CPU
+that does other work besides, `--clock cpu --threads 1` counts the seconds in which it did this work.
 Memory is the rise of the peak above that of one forward pass: on a GPU the allocator's, on the CPU that of the resident
 set, read each millisecond by a thread. Prints a table and writes JSON to --out.
 """
@@ -14,6 +15,7 @@ import json
 import platform
 import statistics
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +103,12 @@ def measure(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         scores = score_layers(model, batches, memory_gb=args.memory_gb)
     reference = plain(model, batches)
     threads = torch.get_num_threads()
+    how: dict[str, Any] = {"globals": {**globals(), **locals()}, "num_threads": threads}
+    if args.clock == "cpu":
+        how["timer"] = time.process_time
     timers = {
-        "plain": Timer("plain(model, batches)", globals={**globals(), **locals()}, num_threads=threads),
-        "sweep": Timer("score_layers(model, batches)", globals={**globals(), **locals()}, num_threads=threads),
+        "plain": Timer("plain(model, batches)", **how),
+        "sweep": Timer("score_layers(model, batches)", **how),
     }
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(args.repeats):
@@ -126,6 +131,7 @@ def measure(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         "rise_over_forward_bytes": max(0, of_scan.rise - of_forward.rise),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
         "threads": threads,
+        "clock": args.clock,
         "dtype": args.dtype,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -145,9 +151,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory_gb", type=float, default=0.1, help="budget of the scan whose memory is measured")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args()
+    if args.clock == "cpu" and (args.device != "cpu" or args.threads != 1):
+        parser.error("--clock cpu adds the threads' seconds up and does not see a GPU's: give --device cpu --threads 1")
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -95,8 +95,9 @@ def with_zero3(model: Any, blocks: list[Any], gathers: dict[str, int]) -> Any:
         wrapper.backward(wrapper(input_ids=ids, labels=ids).loss)
         wrapper.optimizer.zero_grad()
     for position, block in enumerate(blocks):
-        for number, parameter in enumerate(block.parameters()):
-            count_gathers(parameter, gathers, str(position), number == 0)
+        parameters = list(block.parameters())
+        for parameter in parameters:  # the last is the MLP's: the pass that checks leaves the first attention out
+            count_gathers(parameter, gathers, str(position), parameter is parameters[-1])
     count_gathers(model.get_input_embeddings().weight, gathers, "", True)
     return DeepSpeedEngine(wrapper, wrapper.optimizer)
 

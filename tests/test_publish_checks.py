@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_model
 
-from trimllm_hf import drop_layers, push_to_hub
+from trimllm_hf import LayerMap, drop_layers, push_to_hub
 from trimllm_hf.publish.card_check import check_card
+from trimllm_hf.publish.card_data import tag_name
 from trimllm_hf.publish.contents import contents_of, format_bytes
 from trimllm_hf.publish.credentials import secrets_of_environment
-from trimllm_hf.publish.hub import tag_name
 from trimllm_hf.publish.model_check import check_model
+from trimllm_hf.sublayers.remote_code import write_remote_code
 
 CARD = "---\nlibrary_name: transformers\nbase_model: org/base\ntags: [pruned]\n---\n# A model\n"
 INDEX = "model.safetensors.index.json"
@@ -322,6 +323,25 @@ def test_one_file_wins_over_an_index(folder: Path) -> None:
 def test_a_model_of_all_its_layers_has_no_tag(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     assert tag_name(check_model(contents_of(tmp_path))) is None
+    model = tiny_model()
+    drop_layers(model, [5, 8], unit="sublayer")
+    model.save_pretrained(tmp_path)
+    assert tag_name(check_model(contents_of(tmp_path))) == "trim-10of12-sublayers"  # though it has all its blocks
+
+
+@pytest.mark.parametrize("code", [False, True], ids=["with the package", "with code beside it"])
+def test_halves_of_blocks_are_counted_too(code: bool, tmp_path: Path) -> None:
+    model = tiny_model()
+    drop_layers(model, [5, 8], unit="sublayer")
+    model.save_pretrained(tmp_path)
+    if code:
+        write_remote_code(tmp_path)
+    layer_map = check_model(contents_of(tmp_path))
+    assert layer_map.missing_halves == ((2, "mlp"), (4, "attention"))
+    lacking = LayerMap(6, tuple(range(6)), "sublayer", kept_attention=(0, 1, 2, 3, 5), kept_mlp=(0, 1, 4, 5))
+    edit_json(tmp_path / "config.json", trim=lacking.to_dict())  # as if the MLP of 3 were gone as well
+    with pytest.raises(ValueError, match=r"exactly the sublayers that config\.trim keeps, got 4 unexpected_keys"):
+        check_model(contents_of(tmp_path))
 
 
 def test_what_is_no_secret(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

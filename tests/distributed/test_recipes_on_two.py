@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ENGINES = [("plain", "MULTI_CPU"), pytest.param("zero2", "DEEPSPEED", marks=pytest.mark.deepspeed)]
 
 
-@pytest.mark.parametrize("name", ["finance", "classification"])
+@pytest.mark.parametrize("name", ["finance", "legal", "medical", "classification"])
 @pytest.mark.parametrize(("engine", "kind"), ENGINES)
 def test_a_recipe_on_two_processes(name: str, engine: str, kind: str, torchrun: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"

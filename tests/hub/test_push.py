@@ -15,28 +15,36 @@ from tiny import tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
 from trimllm_hf import drop_layers
+from trimllm_hf.sublayers import write_remote_code
 
 pytestmark = pytest.mark.hub
 
 SENT = {"README.md", "kept_layers.png", "trim_report.json", "config.json", "generation_config.json"}
 
-# Stock transformers, by name: the package cannot be imported here.
+# Stock transformers, by name: the package cannot be imported here, unless it is asked for.
 LOAD = """
 import json, sys
-sys.modules["trimllm_hf"] = None
+how, name, ids, out = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+if how == "package":
+    import trimllm_hf
+else:
+    sys.modules["trimllm_hf"] = None
 import torch, transformers
-name, ids, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-model, told = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+trust = {"trust_remote_code": True} if how == "code" else {}
+model, told = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **trust)
 assert not told["missing_keys"] and not told["unexpected_keys"], told
 torch.save(model.eval()(torch.tensor(ids)).logits.detach(), out)
 """
 
 
-def load(place: Place, name: str, out: Path, token: str | None = None) -> subprocess.CompletedProcess[str]:
+def load(
+    place: Place, name: str, out: Path, token: str | None = None, how: str = "stock"
+) -> subprocess.CompletedProcess[str]:
     given = {"HF_TOKEN": token} if token else {}
     env = environment(place.hub, out.with_suffix(".home"), place.way == "xet", **given)
-    del env["PYTHONPATH"]
-    command = [sys.executable, "-c", LOAD, name, json.dumps(tokens().tolist()), str(out)]
+    if how != "package":
+        del env["PYTHONPATH"]
+    command = [sys.executable, "-c", LOAD, how, name, json.dumps(tokens().tolist()), str(out)]
     return subprocess.run(command, env=env, cwd=out.parent, capture_output=True, text=True)
 
 
@@ -104,6 +112,28 @@ def test_loads_by_name_without_the_package(every_way: Place, folder: Path, tmp_p
     result = load(every_way, "alice/loaded", tmp_path / "logits")
     assert result.returncode == 0, result.stderr
     assert torch.equal(torch.load(tmp_path / "logits"), logits(folder))
+
+
+@pytest.mark.slow
+def test_halves_of_blocks_load_with_the_package_or_their_code_and_fail_loudly_without(
+    place: Place, folder: Path, tmp_path: Path
+) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    model = tiny_model(seed=7)
+    drop_layers(model, [5, 8], unit="sublayer")
+    model.save_pretrained(folder)
+    expected = model(tokens()).logits.detach()
+    done = place.client.push(folder, "alice/halves")
+    assert done.tag == "trim-10of12-sublayers" and place.hub.history("alice/halves")[0] == "10 of 12 attentions and MLPs"
+    assert load(place, "alice/halves", tmp_path / "package", how="package").returncode == 0
+    assert torch.equal(torch.load(tmp_path / "package"), expected)
+    stock = load(place, "alice/halves", tmp_path / "stock")
+    assert stock.returncode != 0 and "trimllm" in stock.stderr
+    write_remote_code(folder)
+    place.client.push(folder, "alice/halves")
+    assert load(place, "alice/halves", tmp_path / "code", how="code").returncode == 0
+    assert torch.equal(torch.load(tmp_path / "code"), expected)
 
 
 @pytest.mark.slow

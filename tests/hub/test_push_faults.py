@@ -74,6 +74,8 @@ def test_the_answer_is_lost(places, folder: Path, way: str, call: str) -> None:
     assert fault.times == 0
     assert getattr(done, "new", done), done
     assert is_whole(place, f"alice/lost-{call}", folder)
+    if call in ("create", "tag"):  # the second time it is there already
+        assert place.hub.calls(CALLS[call])[-1] == 409
     if call == "commit":
         assert f"The commit landed, as {done.oid}, though its answer was lost" in done.log
         assert len(place.hub.calls(CALLS["commit"])) == 1

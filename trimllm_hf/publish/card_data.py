@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from ..layer_map import LayerMap
+
 VERSION = 1
 TAGS = ("trimmed", "pruned", "layer-pruning")  # the Hub knows no relation for a pruned model, so tags say it
 PIPELINES = {
@@ -116,6 +118,19 @@ class DataUse:
     note: str | None = None
 
 
+def tag_name(layer_map: LayerMap) -> str | None:
+    """A depth in a word: trim-16of32; trim-decoder-6of12 of a part; trim-27of32-sublayers where halves of layers are gone.
+
+    None for a model that keeps all its layers.
+    """
+    if layer_map.whole and not layer_map.dropped_layers:
+        return None
+    part = f"{layer_map.part}-" if layer_map.part else ""
+    if layer_map.whole:
+        return f"trim-{part}{layer_map.num_layers}of{layer_map.base_num_layers}"
+    return f"trim-{part}{layer_map.num_units('sublayer')}of{2 * layer_map.base_num_layers}-sublayers"
+
+
 class TrimCardData(ModelCardData):
     """What a card says. Each field is filled by one party; what nobody measured stays None and is called so on the card.
 
@@ -178,9 +193,9 @@ class TrimCardData(ModelCardData):
         """What to call the model: as the user does, else by its base and depth."""
         if self.model_name:
             return str(self.model_name)
-        kept = (self.trimmed or {}).get("map") or {}
-        base = ((self.base or {}).get("name") or "model").rpartition("/")[2]
-        return f"{base}-trim-{len(kept['kept_layers'])}of{kept['base_num_layers']}" if kept else base
+        kept = (self.trimmed or {}).get("map")
+        depth = tag_name(LayerMap.from_dict(kept)) if kept else None
+        return "-".join(filter(None, (((self.base or {}).get("name") or "model").rpartition("/")[2], depth)))
 
     def to_report(self) -> dict[str, Any]:
         """All fields as plain values for JSON; `from_report` reads them back."""

@@ -82,6 +82,8 @@ def cost_rows(data: TrimCardData) -> Rows:
     layer_map, ours = map_of(data), data.trimmed["weights"] or {}
     base = (data.base or {}).get("weights") or {}
     rows = [_row("layers", layer_map.base_num_layers, layer_map.num_layers, str)]
+    if not layer_map.whole:
+        rows.append(_row("attentions and MLPs", 2 * layer_map.base_num_layers, layer_map.num_units("sublayer"), str))
     if ours:
         rows.append(_row("parameters", base.get("parameters"), ours["parameters"], "{:,}".format))
         kinds = [", ".join(held["parameters_by_dtype"]) for held in (base, ours) if held]

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..layer_map import LayerMap
 from .card_check import check_card
+from .card_data import tag_name
 from .contents import Contents, contents_of
 from .credentials import secrets_of_environment
 from .folder import is_repo_id
@@ -79,7 +80,7 @@ def push_to_hub(
         token: By default that of `hf auth login` or HF_TOKEN.
         commit_message: By default the number of layers.
         tag: Set the tag trim-16of32 (16 of 32 layers kept) at the commit, last; moved if it stands elsewhere. A text names
-            another tag, False sets none. A pull request is not tagged.
+            another tag, False sets none. A pull request is not tagged, nor is a model that keeps all its layers.
 
     Returns:
         The commit, with `oid`, `commit_url` and, for a pull request, `pr_url`.
@@ -136,7 +137,7 @@ def push(
     new = found is None
     if found is None:
         logger.warning(f"Pushing {contents.folder} to {repo_id}: {contents}.")
-        message = commit_message or f"{layer_map.num_layers} of {layer_map.base_num_layers} layers"
+        message = commit_message or _depth(layer_map)
         found = target.commit(contents, operations, parent, message)
     else:
         logger.warning(f"{repo_id} holds this folder already, at {found.oid}: no commit was made.")
@@ -146,12 +147,11 @@ def push(
     return Push(repo_id, found, new, name, contents, layer_map)
 
 
-def tag_name(layer_map: LayerMap) -> str | None:
-    """The tag of a depth: trim-16of32, trim-decoder-6of12 for a part. None for a model that keeps all its layers."""
-    if layer_map.num_layers == layer_map.base_num_layers:
-        return None
-    part = f"{layer_map.part}-" if layer_map.part else ""
-    return f"trim-{part}{layer_map.num_layers}of{layer_map.base_num_layers}"
+def _depth(layer_map: LayerMap) -> str:
+    """The depth, for the title of a commit."""
+    if layer_map.whole:
+        return f"{layer_map.num_layers} of {layer_map.base_num_layers} layers"
+    return f"{layer_map.num_units('sublayer')} of {2 * layer_map.base_num_layers} attentions and MLPs"
 
 
 def _may_write(api: HfApi, repo_id: str, by_pull: bool) -> tuple[str, str, bool]:

@@ -16,7 +16,8 @@ from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..checkpoints import unfinished
-from ..layer_map import LayerMap
+from ..layer_map import MODEL_TYPE, LayerMap
+from ..sublayers import class_of
 from .contents import Contents, read_json
 
 logger = logging.get_logger("transformers.trimllm_hf")
@@ -53,6 +54,7 @@ def check_model(contents: Contents) -> LayerMap:
     if model_class is None:
         _check_depth(folder, tensors, layer_map.num_layers)
         return layer_map
+    model_class = class_of(model_class, layer_map.whole)  # it may lack halves of blocks
     with _quiet():
         try:
             told = _loading_info(model_class, config, tensors)
@@ -119,8 +121,9 @@ def read_headers(contents: Contents) -> dict[str, torch.Tensor]:
 
 def _class_of(folder: Path, plain: dict[str, Any]) -> tuple[PreTrainedConfig, type[PreTrainedModel] | None]:
     """The config and the class that stock transformers would load by; None where that would run the folder's own code."""
-    if "auto_map" in plain or "quantization_config" in plain:
-        reason = "it has its own code, which is not run here" if "auto_map" in plain else "it is quantized"
+    own_code = "auto_map" in plain and plain["model_type"] != MODEL_TYPE  # ours is only for those who have not this package
+    if own_code or "quantization_config" in plain:
+        reason = "it has its own code, which is not run here" if own_code else "it is quantized"
         logger.warning(f"Of the weights in {folder}, only the number of layers is checked: {reason}.")
         return PreTrainedConfig.from_dict(plain), None
     try:
