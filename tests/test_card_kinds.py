@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_encoder_decoder import seq2seq
 from tiny import VOCABULARY, tiny_model, tiny_texts
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, TrainingArguments
 
 from trimllm_hf import TrimConfig, TrimTrainer, drop_layers, write_card
 from trimllm_hf.publish.card import CARD, REPORT, render
@@ -92,6 +93,24 @@ def test_an_encoder(tmp_path: Path) -> None:
     assert 'pipeline("text-classification", "encoder-base-trim-3of6")' in text and "█░█░░█" in text
     assert loads_in(text)["stock transformers"] == "yes: the example ran without `trimllm_hf`"
     assert "LABEL_" in report_of(folder)["usage"]["output"]
+
+
+@pytest.mark.parametrize(("family", "part"), [("t5", "decoder"), pytest.param("bart", "encoder", marks=pytest.mark.slow)])
+def test_an_encoder_decoder(family: str, part: str, tmp_path: Path) -> None:
+    """It is timed as it generates, the encoder with the first token, and writes in stock transformers."""
+    folder = tmp_path / "two"
+    save_tokenizer(folder)
+    seq2seq(family).save_pretrained(tmp_path / "base")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    drop_layers(model, [1, 3], part=part)
+    model.save_pretrained(folder)
+    text, report = write_card(folder, ASKED, **FAST).read_text(), report_of(folder)
+    assert ("3 of its 5 decoder layers" if part == "decoder" else "4 of its 6 encoder layers") in text
+    assert "decoding, batch 1" in text and "of at most" not in text and "█░█░█" in text
+    assert report["latency"]["runs"][0]["decode_ms_per_token"]["n"] == FAST["repeats"]
+    assert report["latency"]["sizes"]["kv_cache_bytes_per_token"] == 2 * (3 if part == "decoder" else 5) * 32 * 4
+    assert loads_in(text)["stock transformers"] == "yes: the example ran without `trimllm_hf`"
+    assert "AutoModelForSeq2SeqLM" in report["usage"]["code"]
 
 
 def test_an_adapter_is_merged_and_then_has_a_card(tmp_path: Path) -> None:

@@ -83,3 +83,20 @@ def test_real_data_with_a_real_small_model(
     assert config["num_hidden_layers"] == 3 and config["trim"]["base_num_layers"] == 5
     card = (tmp_path / "README.md").read_text()
     assert f"{data}/" in card and "virology_test.csv" in card
+
+
+def test_classification_of_real_texts(shared: Path, tmp_path: Path) -> None:
+    """k against accuracy, and a card of the model that is published: the first k blocks of a real small model."""
+    data = shared / "data" / "twitter_financial_news"
+    _, table = run(
+        "classification",
+        tmp_path,
+        *("--model_name_or_path", str(shared / "models" / "stories260K"), "--depths", "5", "2", "--publish_depth", "2"),
+        *("--train_file", str(data / "train.jsonl"), "--test_file", str(data / "valid.jsonl"), "--drop_overlap"),
+        *SMALL[:-2],  # it takes no calibration set
+    )
+    assert [row["layers"] for row in table] == [5, 2] and {row["questions"] for row in table} == {30}
+    config = json.loads((tmp_path / "2-of-5" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2 and config["trim"]["kept_layers"] == [0, 1]
+    card = (tmp_path / "2-of-5" / "README.md").read_text()
+    assert "██░░░" in card and f"{table[1]['accuracy']:.3f}"[1:4] in card and f"{table[0]['accuracy']:.3f}"[1:4] in card

@@ -114,6 +114,7 @@ def test_loads_by_name_without_the_package(every_way: Place, folder: Path, tmp_p
     assert torch.equal(torch.load(tmp_path / "logits"), logits(folder))
 
 
+@pytest.mark.slow
 def test_halves_of_blocks_load_with_the_package_or_their_code_and_fail_loudly_without(
     place: Place, folder: Path, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def measure_latency(
         do_sample=False,
         use_cache=True,
         pad_token_id=0,
+        decoder_start_token_id=0 if model.config.is_encoder_decoder else None,
         cache_implementation="static" if cache == "static" else None,
         disable_compile=not compile,
     )
@@ -133,7 +134,8 @@ def _once(
             synced_gpus=False,  # under ZeRO-3 it would wait for processes that do not measure
         )
         end = timer()
-        steps = output.shape[1] - tokens.shape[1] - 1
+        # an encoder-decoder gives back what it has written, after the token that it starts with
+        steps = output.shape[1] - (1 if model.config.is_encoder_decoder else tokens.shape[1]) - 1
         assert first.time is not None
         return {"prefill": (first.time - start) * 1e3, "decode": (end - first.time) * 1e3 / steps}
 

@@ -22,8 +22,10 @@ class Sizes:
         parameters: Number of parameters, shared ones once.
         weight_bytes: Bytes of parameters and buffers in memory, shared ones once.
         decode_bytes: The part of them that is read for each decoded token: all but the table of input embeddings, of
-            which one row is read. None where not all weights are read (mixture of experts) or nothing is decoded.
-        kv_cache_bytes_per_token: Growth of the cache per token and sequence; None where there is none.
+            which one row is read. None where not all weights are read (mixture of experts; an encoder-decoder, whose
+            encoder is read once) or nothing is decoded.
+        kv_cache_bytes_per_token: Growth of the cache per token and sequence; None where there is none. Of an
+            encoder-decoder, per token that is written.
     """
 
     num_layers: int
@@ -42,7 +44,7 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
     weights = [*model.parameters(), *model.buffers()]
     total = sum(tensor.nbytes for tensor in weights)
     decode = None
-    if model.can_generate() and embedding is not None and not experts:
+    if model.can_generate() and embedding is not None and not experts and not model.config.is_encoder_decoder:
         decode = total - (0 if tied else sum(tensor.nbytes for tensor in embedding.parameters()))
     return Sizes(
         num_layers=num_hidden_layers(model.config),
@@ -70,9 +72,10 @@ def kv_cache_bytes_per_token(model: PreTrainedModel, length: int = 8) -> float |
     """
     tokens = torch.zeros(1, length, dtype=torch.long, device=model.device)
     with torch.no_grad(), evaluating([model]):  # in training mode, gradient checkpointing would turn the cache off
-        output = model(input_ids=tokens, use_cache=True)
+        both = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+        output = model(input_ids=tokens, use_cache=True, **both)
     cache = output.get("cache") or output.get("past_key_values")  # its name before transformers 5.24
-    layers = getattr(cache, "layers", None)
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
     if not layers:
         return None
     held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]

@@ -20,7 +20,7 @@ from .card_data import TrimCardData
 from .figures import cost_rows, dropped, history_rows, map_of, quality_rows, summary, text_strip
 from .folder import describe_base, describe_trimmed
 from .measure import measure
-from .usage import run_example
+from .usage import SEQ2SEQ, run_example
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -65,9 +65,10 @@ def write_card(
     if measured and (settings or data.latency is None):
         data.latency = measure(folder, known, revision, **settings)
     if measured and data.usage is None:
-        whole = LayerMap.from_dict(trimmed["map"]).whole  # then stock transformers loads it
-        asked = (folder, data.to_dict().get("pipeline_tag"), data.usage_prompt)
-        data.usage = run_example(*asked, stock=whole)
+        layer_map = map_of(data)
+        kind = SEQ2SEQ if layer_map.part else data.to_dict().get("pipeline_tag")
+        asked = (folder, kind, data.usage_prompt)
+        data.usage = run_example(*asked, stock=layer_map.whole)
         if trimmed["remote_code"] and "code" in data.usage:
             data.usage["remote_code"] = run_example(*asked, stock=True, remote_code=True).get("not_run", "ran")
     data.pictures = plots.draw(data, folder)

@@ -12,6 +12,13 @@ from typing import Any
 
 MODEL_ID = "MODEL_ID"  # stands in the code for the model's name, which is known when the card is rendered
 PROMPT = "Hello"
+SEQ2SEQ = "an encoder-decoder"  # for which transformers has no pipeline
+SEQ2SEQ_EXAMPLE = f"""from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer, model = (auto.from_pretrained("{MODEL_ID}") for auto in (AutoTokenizer, AutoModelForSeq2SeqLM))
+written = model.generate(**tokenizer(ASKED, return_tensors="pt"), max_new_tokens=40, do_sample=False)
+print(tokenizer.decode(written[0], skip_special_tokens=True))
+"""
 NEEDS_PACKAGE = "import trimllm_hf  # registers the model's type\n"
 # A reader's process: none of the launcher's variables, no package that the example does not import.
 LAUNCHER = (
@@ -24,6 +31,8 @@ def example(pipeline_tag: str | None, prompt: Any, stock: bool, remote_code: boo
     """The code of the example, with MODEL_ID where the model's name goes; None for a task that has none."""
     asked = PROMPT if prompt is None else prompt
     head = "" if stock else NEEDS_PACKAGE
+    if pipeline_tag == SEQ2SEQ:
+        return SEQ2SEQ_EXAMPLE.replace("ASKED", json.dumps(asked, ensure_ascii=False))
     trust = ", trust_remote_code=True" if remote_code else ""
     head += f'from transformers import pipeline\n\nmodel = pipeline("{pipeline_tag}", "{MODEL_ID}"{trust})\n'
     if pipeline_tag == "text-generation":
@@ -47,7 +56,7 @@ def run_example(
 
     Args:
         folder: The model's folder.
-        pipeline_tag: Its task, as the Hub calls it.
+        pipeline_tag: Its task, as the Hub calls it; or SEQ2SEQ.
         prompt: What to ask; a neutral word by default.
         stock: Whether it must load without this package, which is then hidden from the process.
         remote_code: Whether it loads by the code beside its weights.
