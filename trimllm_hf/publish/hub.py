@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id  # type: ignore[attr-defined]
 from transformers.utils import logging
 
 from ..layer_map import LayerMap
@@ -129,7 +129,7 @@ def push(
     api = HfApi(token=token)
     with _nothing_sent(repo_id):
         user, repo_id, own = _may_write(api, repo_id, create_pr or to_pull)
-        _validate(card)
+        _validate(api, card)
         target = Target(api, repo_id, revision or MAIN, user if create_pr else None, own)
         parent = target.open(private)
         found = target.holding(contents)
@@ -185,12 +185,20 @@ def _may_write(api: HfApi, repo_id: str, by_pull: bool) -> tuple[str, str, bool]
     return user, repo_id, owner in own
 
 
-def _validate(card: ModelCard) -> None:
-    """Let the Hub judge the card's metadata, which it would do after the upload otherwise."""
-    try:
-        retried(lambda: card.validate(repo_type="model"), "Validating the card")
-    except ValueError as error:
-        raise ValueError(f"Expected a card that the Hub takes, got: {error}. Mend README.md. Nothing was sent.") from None
+def _validate(api: HfApi, card: ModelCard) -> None:
+    """Let the Hub judge the card's metadata, which it would do after the upload otherwise.
+
+    As `card.validate` does, which in huggingface_hub 1.33 asks huggingface.co whatever the endpoint is.
+    """
+
+    def ask() -> None:
+        body = {"repoType": "model", "content": str(card)}
+        response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body, headers={"Accept": "text/plain"})
+        if response.status_code == 400:
+            raise ValueError(f"Expected a card that the Hub takes, got: {response.text}. Mend README.md. Nothing was sent.")
+        hf_raise_for_status(response)
+
+    retried(ask, "Validating the card")
 
 
 def _set_tag(api: HfApi, repo_id: str, name: str, oid: str) -> None:
