@@ -229,7 +229,7 @@ def _pairs(
             name = f"{prefix}{position[number]}{dot}{rest}"
         by_name[name] = module
     other = dict(trimmed.named_modules())
-    return {name: (by_name.get(name), other.get(name)) for name in by_name.keys() | other.keys()}
+    return {name: (by_name.get(name), other.get(name)) for name in sorted(by_name.keys() | other.keys())}
 
 
 def _block_number(name: str, stack_name: str) -> int | None:

@@ -99,7 +99,9 @@ def page(blocks: dict[str, list[Outcome]] | None = None, sublayers: dict[str, li
         halves = {outcome.model_type: outcome for outcome in sublayers.get(name, [])}
         for outcome in those:
             half = halves.get(outcome.model_type)
-            said = [("", outcome.detail), ("sublayers: ", half.detail if half is not None else "")]
+            said = [("", outcome.detail)]
+            if half is not None and half.detail != outcome.detail:
+                said.append(("sublayers: ", half.detail))
             remark = "; ".join(unit + first_sentence(detail) for unit, detail in said if detail).replace("|", "/")
             cells = [
                 name,
