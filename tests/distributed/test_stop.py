@@ -14,7 +14,11 @@ SCRIPT = Path(__file__).parent / "scripts" / "stop.py"
 
 
 @pytest.mark.parametrize(
-    ("reason", "depths"), [("metric", [[2, 5], [4, 4], [12, 5]]), ("latency", [[2, 5], [4, 4]])], ids=["metric", "latency"]
+    ("reason", "depths"),
+    [
+        pytest.param("metric", [[2, 5], [4, 4], [12, 5]], id="metric"),
+        pytest.param("latency", [[2, 5], [4, 4]], id="latency", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_stop_as_one(reason: str, depths: list[list[int]], torchrun, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"

@@ -58,7 +58,9 @@ def test_two_processes_equal_one(engine: str, torchrun, one_process: Path, tmp_p
     assert len(load_file(tmp_path / "final" / "model.safetensors")) == len(mine)
 
 
-@pytest.mark.parametrize("engine", [pytest.param("plain"), *ENGINES[1:]])
+@pytest.mark.parametrize(
+    "engine", ["plain", *(pytest.param(*each.values, marks=[*each.marks, pytest.mark.slow]) for each in ENGINES[1:])]
+)
 def test_all_processes_choose_by_the_times_of_the_main_one(engine: str, torchrun, tmp_path: Path) -> None:
     torchrun("train.py", str(tmp_path), "--engine", engine, "--unit", "sublayer", "--per_ms")
     one, other = results(tmp_path)
