@@ -1,0 +1,226 @@
+"""Fine-tune the small base on one domain by one method, and measure what came of it: one file of results.
+
+    python benchmarks/quality/run.py --domain legal --method default --layers 6 --seed 0
+
+Domains, each a question with labels to choose from, answered with the label of the highest log-likelihood:
+
+    medical   what a passage of MedQuAD tells about: the six most frequent types of question
+    legal     what kind of clause a passage of CUAD is: the six most frequent types
+    finance   whether a financial tweet is bearish, bullish or neutral
+
+Every method sees the same questions in the same order in a seed, and as many of them; 64 of the training questions are set
+aside to score layers by, for all methods alike. Models are tested on the test split (of the tweets, the validation split).
+The loss on a held-out book tells what is left of general English.
+
+Time is CPU seconds of one thread, scores and drops included: waiting for another process does not count.
+"""
+
+import argparse
+import json
+import platform
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from methods import METHODS, Method
+from pretrain import HELD_OUT
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
+
+from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers, schedule
+from trimllm_hf.choice_accuracy import Question, QuestionEncoder, log_likelihoods, score_questions
+
+HERE = Path(__file__).parent
+DOMAINS = {  # folder, test split, field of the text, field of the label, the question
+    "medical": ("medquad", "test", "answer", "qtype", "What is this about?"),
+    "legal": ("cuad_clauses", "test", "text", "label", "What kind of clause is this?"),
+    "finance": ("twitter_financial_news", "valid", "text", "label", "Is this bearish, bullish or neutral?"),
+}
+WORDS, LABELS, MAX_LENGTH = 32, 6, 128
+CALIBRATION = 64  # training questions; a scan by accuracy, which reads every choice, gets a quarter of them
+
+
+def read(data: Path, domain: str, split: str) -> list[tuple[str, str]]:
+    """Passages, cut to their first words, with their labels."""
+    folder, _, text, label, _ = DOMAINS[domain]
+    with (data / folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
+        return [(" ".join(row[text].split()[:WORDS]), row[label].lower()) for row in map(json.loads, lines)]
+
+
+def make_questions(data: Path, domain: str, seed: int, tested: int) -> tuple[list[Question], list[Question]]:
+    """Questions to train and to test on, of the most frequent labels, in the order of the seed; no passage is in both."""
+    _, test, *_, asked = DOMAINS[domain]
+    rows = {split: read(data, domain, split) for split in ("train", test)}
+    labels = tuple(label for label, _ in Counter(label for _, label in rows["train"]).most_common(LABELS))
+    held_out = {text for text, _ in rows[test]}
+    made = []
+    for split, pairs in rows.items():
+        kept = sorted({pair for pair in pairs if pair[1] in labels and (split == test or pair[0] not in held_out)})
+        random.Random(seed).shuffle(kept)
+        made.append([Question(asked, labels, labels.index(label), context=text) for text, label in kept])
+    return made[0], made[1][:tested]
+
+
+def make_trim(method: Method, settings: dict[str, Any], layers: int, depth: int, steps: int, seed: int) -> TrimConfig:
+    """The settings of a trimming method for this run."""
+    halves = 2 if settings.get("unit") == "sublayer" else 1
+    if method.evenly:
+        drops = (depth - layers) * halves
+        settings = {**settings, "drop_every": str(max(1, steps // (drops + 1)))}
+    return TrimConfig(target_layers=layers * halves, calibration_seed=seed, **settings)
+
+
+def tune_only_the_end(model: LlamaForCausalLM) -> None:
+    """Freeze all but the head, the last norm and the last three blocks."""
+    model.requires_grad_(False)
+    for module in (model.lm_head, model.model.norm, *model.model.layers[-3:]):
+        module.requires_grad_(True)
+
+
+class Drops(TrainerCallback):
+    """Keeps when how many layers were left."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, int] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "trim/num_layers" in logs:
+            self.found[state.global_step] = int(logs["trim/num_layers"])
+
+
+def book_loss(model: nn.Module, data: Path, encoder: QuestionEncoder) -> float:
+    """Loss per token on pieces of the book that the base has not read."""
+    ids = encoder.tokenizer((data / "general_books" / HELD_OUT).read_text(encoding="utf-8"), verbose=False).input_ids
+    pieces = [ids[start : start + MAX_LENGTH] for start in range(0, 100 * MAX_LENGTH, MAX_LENGTH)]
+    scores = log_likelihoods(model, [{"input_ids": piece, "labels": piece} for piece in pieces], encoder, 25)
+    return -sum(total for total, _ in scores) / sum(length for _, length in scores)
+
+
+def steps_for_the_time_of(args: argparse.Namespace) -> int:
+    """How many steps this method gets in the CPU time of another, by what both took per step at this seed.
+
+    Raises:
+        FileNotFoundError: If the other, or the same method at equal steps, was not run yet.
+    """
+    other, same = (
+        json.loads(file_of(args, name).read_text())["cpu_seconds"]
+        for name in (METHODS[args.method].time_of, args.method.removesuffix("-time"))
+    )
+    return round(args.steps * other / same)
+
+
+def file_of(args: argparse.Namespace, method: str) -> Path:
+    layers = "full" if method == "full" else args.layers
+    return Path(args.results) / f"{args.domain}-{method}-{layers}-{args.seed}.json"
+
+
+def train(args: argparse.Namespace, train: list[Question], encoder: QuestionEncoder) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that the method makes, and what it took."""
+    method = METHODS[args.method]
+    steps = args.steps if method.time_of is None else steps_for_the_time_of(args)
+    held, rest = train[:CALIBRATION], train[CALIBRATION:]
+    set_seed(args.seed)
+    model = AutoModelForCausalLM.from_pretrained(args.base)
+    depth = model.config.num_hidden_layers
+    if method.from_scratch:
+        model.config.num_hidden_layers = args.layers
+        model = LlamaForCausalLM(model.config)
+    arguments = TrainingArguments(
+        output_dir=str(Path(args.results).parent / "run"),
+        max_steps=steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        warmup_steps=20,
+        logging_steps=steps,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=args.seed,
+    )
+    drops = Drops()
+    common: dict[str, Any] = {
+        "train_dataset": [encoder.example(question, question.right) for question in rest],
+        "data_collator": encoder.collate,
+        "processing_class": encoder.tokenizer,
+        "callbacks": [drops],
+    }
+    if method.only_head:
+        drop_layers(model, list(range(args.layers, depth)))
+        tune_only_the_end(model)
+    if method.trim is None or method.only_head:
+        trainer: Trainer = Trainer(model, arguments, **common)
+    else:
+        if method.warm_up is not None:
+            schedule.WARM_UP = method.warm_up
+        calibration = (
+            encoder.rows(held[: CALIBRATION // 4]) if method.by_choices else [encoder.example(q, q.right) for q in held]
+        )
+        trim = make_trim(method, method.trim, args.layers, depth, steps, args.seed)
+        trainer = TrimTrainer(model, arguments, trim=trim, calibration_dataset=calibration, **common)
+    start = time.process_time()
+    trainer.train()
+    return model, {"cpu_seconds": time.process_time() - start, "steps": steps, "depth_after_step": drops.found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--base", type=Path, default=Path.home() / ".cache/trimllm_hf/base")
+    parser.add_argument("--domain", choices=DOMAINS, required=True)
+    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--layers", type=int, default=6, help="blocks that are kept")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--questions", type=int, default=500, help="to test on, at most")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+
+    encoder = QuestionEncoder(AutoTokenizer.from_pretrained(args.base), MAX_LENGTH)
+    learned, tested = make_questions(args.data, args.domain, args.seed, args.questions)
+    model, cost = train(args, learned, encoder)
+    right = log_likelihoods(model, [encoder.example(q, q.right) for q in tested], encoder, 32)
+    frequent = Counter(question.answer for question in tested).most_common(1)[0][1]
+    told = {
+        "domain": args.domain,
+        "method": args.method,
+        "layers": model.config.num_hidden_layers,
+        "seed": args.seed,
+        **cost,
+        **score_questions(model, tested, encoder, 64),
+        "always_the_same_answer": frequent / len(tested),
+        "answer_loss": -sum(total for total, _ in right) / sum(length for _, length in right),
+        "book_loss": book_loss(model, args.data, encoder),
+        "kept_layers": list(LayerMap.from_config(model.config).kept_layers),
+        "trained_questions": cost["steps"] * args.batch_size,
+        "learning_rate": args.learning_rate,
+        "base": json.loads((args.base / "base.json").read_text())["tokens_seen"],
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    file = file_of(args, args.method)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(told, indent=2) + "\n")
+    print(f"{file.stem}: accuracy {told['accuracy']:.3f}, loss {told['answer_loss']:.3f}, {told['cpu_seconds']:.0f} CPU s")
+
+
+if __name__ == "__main__":
+    main()
