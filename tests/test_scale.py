@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import VOCABULARY, tiny_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -44,18 +45,9 @@ def rows_seen(modules: list[nn.Module]) -> Iterator[list[int]]:
 @pytest.mark.parametrize("blocks", [4, 7])
 def test_the_passes_of_a_scan_are_those_counted(blocks: int) -> None:
     """Two batches more cost twice what the page says of one; what comes once a scan cancels."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=blocks,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=40,
-    )
-    model = LlamaForCausalLM(config)
+    model = tiny_model(num_hidden_layers=blocks)
     rows = 3
-    ids = torch.randint(0, 40, (rows, 8))
+    ids = torch.randint(3, VOCABULARY, (rows, 8))
     batch = {"input_ids": ids, "labels": ids}
     # modules within the blocks, which the replaced forwards of the blocks still call
     inner, heads = [layer.mlp.down_proj for layer in model.model.layers], [model.lm_head]
