@@ -44,13 +44,13 @@ def test_a_compiled_run_equals_one_that_is_not(how: str, plain: Trainer, tmp_pat
     else:
         model.compile(backend=counter)
     trainer = train(tmp_path, model, **changes)
-    assert losses(trainer) == losses(plain)
+    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-6)  # traced, attention gets a mask where else it has a flag
     assert how == "arguments" or counter.frame_count >= 3  # once for each depth
     trainer.save_model(str(tmp_path / "final"))
     final = LlamaForCausalLM.from_pretrained(tmp_path / "final")
     expected = plain.model.state_dict()
     assert final.config.num_hidden_layers == 4
-    assert all(torch.equal(value, expected[name]) for name, value in final.state_dict().items())
+    assert all((value - expected[name]).abs().mean() < 1e-6 for name, value in final.state_dict().items())
 
 
 def test_drops_do_not_use_up_the_number_of_recompilations(tmp_path: Path) -> None:

@@ -71,7 +71,12 @@ def make_questions(data: Path, domain: str, seed: int, tested: int) -> tuple[lis
         kept = sorted({pair for pair in pairs if pair[1] in labels and (split == test or pair[0] not in held_out)})
         random.Random(seed).shuffle(kept)
         made.append([Question(asked, labels, labels.index(label), context=text) for text, label in kept])
-    return made[0], made[1][:tested]
+    return made[0], sorted(made[1][:tested], key=length)
+
+
+def length(question: Question) -> int:
+    """Characters of the passage: what is alike in length shares a batch, and is padded little."""
+    return len(question.context)
 
 
 def make_trim(method: Method, settings: dict[str, Any], layers: int, depth: int, steps: int, seed: int) -> TrimConfig:
@@ -131,7 +136,7 @@ def train(args: argparse.Namespace, train: list[Question], encoder: QuestionEnco
     """The model that the method makes, and what it took."""
     method = METHODS[args.method]
     steps = args.steps if method.time_of is None else steps_for_the_time_of(args)
-    held, rest = train[:CALIBRATION], train[CALIBRATION:]
+    held, rest = sorted(train[:CALIBRATION], key=length), train[CALIBRATION:]
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_pretrained(args.base)
     depth = model.config.num_hidden_layers
@@ -141,6 +146,7 @@ def train(args: argparse.Namespace, train: list[Question], encoder: QuestionEnco
     arguments = TrainingArguments(
         output_dir=str(Path(args.results).parent / "run"),
         max_steps=steps,
+        train_sampling_strategy="group_by_length",
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         warmup_steps=20,
@@ -167,7 +173,7 @@ def train(args: argparse.Namespace, train: list[Question], encoder: QuestionEnco
         if method.warm_up is not None:
             schedule.WARM_UP = method.warm_up
         calibration = (
-            encoder.rows(held[: CALIBRATION // 4]) if method.by_choices else [encoder.example(q, q.right) for q in held]
+            encoder.rows(held[::4]) if method.by_choices else [encoder.example(q, q.right) for q in held]
         )
         trim = make_trim(method, method.trim, args.layers, depth, steps, args.seed)
         trainer = TrimTrainer(model, arguments, trim=trim, calibration_dataset=calibration, **common)
