@@ -44,7 +44,7 @@ def test_a_compiled_run_equals_one_that_is_not(how: str, plain: Trainer, tmp_pat
     else:
         model.compile(backend=counter)
     trainer = train(tmp_path, model, **changes)
-    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-6)  # traced, attention gets a mask where else it has a flag
+    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-6)  # traced, attention gets a mask, not a flag
     assert how == "arguments" or counter.frame_count >= 3  # once for each depth
     trainer.save_model(str(tmp_path / "final"))
     final = LlamaForCausalLM.from_pretrained(tmp_path / "final")

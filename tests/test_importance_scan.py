@@ -127,6 +127,17 @@ def test_nothing_is_left_behind() -> None:
     assert hooked == [1]
 
 
+def by_hooks(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """The loss with each block passed over, by a hook; for a model whose copy would not be patched like it."""
+    plain = []
+    for block in model.model.layers:
+        handle = block.register_forward_hook(lambda _, args, output: args[0])
+        with torch.no_grad():
+            plain.append(loss_per_token(model.eval(), batches))
+        handle.remove()
+    return torch.tensor(plain, dtype=torch.float64)
+
+
 def test_a_model_that_mixes_rows_is_scored_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("LlamaForCausalLM")
     batches = make_batches(model, ((2, 9), (2, 8)))
@@ -136,13 +147,54 @@ def test_a_model_that_mixes_rows_is_scored_one_by_one(monkeypatch: pytest.Monkey
     monkeypatch.setattr(logging.get_logger("transformers.trimllm_hf"), "warning_once", told.append)
     scores = score_layers(model, batches)
     assert told
-    plain = []
-    for block in model.model.layers:
-        handle = block.register_forward_hook(lambda _, args, output: args[0])
-        with torch.no_grad():
-            plain.append(loss_per_token(model.eval(), batches))
-        handle.remove()
-    torch.testing.assert_close(scores, torch.tensor(plain, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(scores, by_hooks(model, batches), rtol=1e-6, atol=1e-6)
+
+
+def without_prompts(batches: list[dict[str, torch.Tensor]], seed: int = 2) -> list[dict[str, torch.Tensor]]:
+    """Batches of which two labels a row are left at most, none in the first row, at places of their own in each row."""
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batches:
+        kept = torch.rand(batch["labels"].shape, generator=generator).topk(2, dim=1).indices
+        labels = torch.full_like(batch["labels"], -100).scatter(1, kept, batch["labels"].gather(1, kept))
+        labels[0] = -100
+        batch["labels"] = labels
+    return batches
+
+
+def head_calls(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> list[int]:
+    """Positions a row in each call of the head by a scan."""
+    seen: list[int] = []
+    with_hook = model.get_output_embeddings().register_forward_hook(lambda _, args, output: seen.append(output.shape[1]))
+    score_layers(model, batches)
+    with_hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if not name.endswith("SequenceClassification")])
+def test_without_labels_in_the_prompts_it_equals_dropping_each_layer(name: str) -> None:
+    model = make_model(name)
+    batches = without_prompts(make_batches(model, ((3, 9), (2, 8), (4, 4))))
+    scores, expected = score_layers(model, batches), by_dropping(model, batches)
+    assert len(set(expected.tolist())) == len(expected)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_head_runs_on_what_labels_ask_for() -> None:
+    model = make_model("LlamaForCausalLM")
+    batches = without_prompts(make_batches(model, ((3, 9), (2, 8), (4, 7))))
+    calls = head_calls(model, batches)
+    # of each batch: on all of it for the shapes and the model's own rows (and once more for the reference), then candidates
+    assert [size for size in calls if size > 3] == [9, 9, 9, 8, 8, 7, 7]
+    assert len([size for size in calls if size <= 3]) == 3 * 5 + 1
+
+
+def test_a_head_that_mixes_positions_sees_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("LlamaForCausalLM")
+    batches = without_prompts(make_batches(model, ((3, 9), (2, 8))))
+    norm = model.model.norm.forward
+    monkeypatch.setattr(model.model.norm, "forward", lambda x: norm(x + 5 * x.roll(3, dims=1)))
+    torch.testing.assert_close(score_layers(model, batches), by_hooks(model, batches), rtol=1e-5, atol=1e-5)
+    assert len([size for size in head_calls(model, batches) if size <= 3]) == 1  # tried, and not taken
 
 
 @pytest.mark.parametrize("importance", ["perplexity", "sensitivity"])

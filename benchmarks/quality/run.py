@@ -172,9 +172,7 @@ def train(args: argparse.Namespace, train: list[Question], encoder: QuestionEnco
     else:
         if method.warm_up is not None:
             schedule.WARM_UP = method.warm_up
-        calibration = (
-            encoder.rows(held[::4]) if method.by_choices else [encoder.example(q, q.right) for q in held]
-        )
+        calibration = encoder.rows(held[::4]) if method.by_choices else [encoder.example(q, q.right) for q in held]
         trim = make_trim(method, method.trim, args.layers, depth, steps, args.seed)
         trainer = TrimTrainer(model, arguments, trim=trim, calibration_dataset=calibration, **common)
     start = time.process_time()

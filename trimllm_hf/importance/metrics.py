@@ -28,6 +28,7 @@ class Metric:
         finish: The measure, from what all batches of all processes have added.
         worse_is_greater: Whether a greater value is a worse one, as for a loss.
         check: Raises on a batch that cannot be measured.
+        of_labels: Whether it depends only on what is predicted where there are labels.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Metric:
     finish: Callable[[Sequence[Any]], float]
     worse_is_greater: bool = True
     check: Callable[[nn.Module, Batch], None] = lambda model, batch: None
+    of_labels: bool = False
 
     def importance(self, value: float) -> float:
         """The importance of the unit without which the measure is `value`: higher = more important."""
@@ -76,16 +78,21 @@ def num_label_tokens(model: nn.Module, batch: Batch) -> float:
 def labels_of(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The labels that the model's mean loss is over, of shape (labels,)."""
     labels: torch.Tensor = batch["labels"]
-    if type(base_of(model)).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    if is_causal(model):
         labels = labels[..., 1:]  # a causal model predicts each token but the first
     return labels[labels != -100]
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether the model's labels are its own input, each predicted at the token before it."""
+    return type(base_of(model)).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def _check_labels(model: nn.Module, batch: Batch) -> None:
     num_label_tokens(model, batch)
 
 
-LOSS = Metric("loss", _add_loss, _mean_loss, check=_check_labels)
+LOSS = Metric("loss", _add_loss, _mean_loss, check=_check_labels, of_labels=True)
 
 
 # ---- accuracy on choices
@@ -130,7 +137,9 @@ def _check_choices(model: nn.Module, batch: Batch) -> None:
         )
 
 
-CHOICE_ACCURACY = Metric("choice_accuracy", _add_choices, _choice_accuracy, worse_is_greater=False, check=_check_choices)
+CHOICE_ACCURACY = Metric(
+    "choice_accuracy", _add_choices, _choice_accuracy, worse_is_greater=False, check=_check_choices, of_labels=True
+)
 
 
 # ---- any compute_metrics

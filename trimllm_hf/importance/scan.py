@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..calibration import Batch, model_inputs, num_tokens
 from ..engines.agreement import Together
 from ..stack import find_stack
 from .finite import refuse_not_finite
+from .labelled import Labelled, labelled
 from .metrics import LOSS, Metric, exponential
 from .sweep import Sweep, can_sweep, free_bytes
 from .units import list_units, without
@@ -81,9 +82,9 @@ def scan(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: str
     bar = logging.tqdm(total=len(units) * len(batches), desc="Layers scored", disable=not settings.progress)
     with bar:
         for number, batch in enumerate(batches):
-            for position, output in enumerate(scanner.outputs(model_inputs(batch))):
+            for position, (output, its_batch) in enumerate(scanner.outputs(batch)):
                 if number < num_counted:
-                    parts[position].append(metric.collect(model, output, batch))
+                    parts[position].append(metric.collect(model, output, its_batch))
                     if number == position == 0:
                         _refuse_too_much(parts[0][0], len(units) * num_counted)
                 bar.update()
@@ -131,36 +132,59 @@ class _Scanner:
         # as many candidates a sweep as half of the budget holds; the other half is for the work on them
         self.at_once = min(self.together.gather(max(1, min(len(self.units), int(budget / 2 // state) - 1))))
         self.sweep = Sweep(model, self.blocks, budget, self.together.hold)
+        self.only_labels = settings.metric.of_labels
         self.checked = False
 
-    def outputs(self, batch: Batch) -> Iterator[Any]:
-        """The model's output on the batch without each unit."""
-        reference = None
+    def outputs(self, batch: Batch) -> Iterator[tuple[Any, Batch]]:
+        """The model's output on the batch without each unit, and what of the batch it is for."""
+        inputs, reference = model_inputs(batch), None
         if not self.checked and not self.one_by_one:
             with self.together.hold(()):  # what an engine has fetched ahead for training would stay gathered
                 pass
-            reference = self.sweep.learn(lambda: self._without(0, batch))
+            reference = self.sweep.learn(lambda: self._without(0, inputs))
         for start in range(0, len(self.units), self.at_once):
             group = range(start, min(start + self.at_once, len(self.units)))
             if not self.one_by_one:
-                self.sweep.run(batch, [self.units[i] for i in group])
+                self.sweep.run(inputs, [self.units[i] for i in group])
                 self.one_by_one = self._any(not self.sweep.fits)
+            if not self.one_by_one and not self.checked:
+                self.one_by_one, self.checked = not self._is_right(batch, reference), True
             if not self.one_by_one:
-                outputs = self.sweep.outputs(batch)
-                first = next(outputs)
-                self.one_by_one = not self.checked and self._any(not _alike(first, reference, self.sweep.tolerance))
-                self.checked = True
-                if not self.one_by_one:
-                    yield first
-                    yield from outputs
-                    continue
-                outputs.close()  # gives the blocks their own forward back
+                cut = self._cut(batch)
+                for output in self._swept(batch, cut):
+                    yield output, batch if cut is None else cut.batch
+                continue
+            self.sweep.forget()
             logger.warning_once(
                 f"{type(base_of(self.model)).__name__} cannot be run on several candidates at once here: scoring them one "
                 "by one, which takes about twice the time."
             )
             for position in group:
-                yield self._without(position, batch)
+                yield self._without(position, inputs), batch
+
+    def _is_right(self, batch: Batch, reference: Any) -> bool:
+        """Whether the sweep's first output is right; where only that on the whole batch is, no other is cut."""
+        for only_labels in (True, False) if self.only_labels else (False,):
+            self.only_labels = only_labels
+            cut = self._cut(batch)
+            outputs = self._swept(batch, cut)
+            first = next(outputs)
+            outputs.close()  # gives the blocks their own forward back
+            logits = reference.logits if cut is None else cut.of(reference.logits)
+            right = _alike(first.logits, logits, self.sweep.tolerance) and (
+                cut is None or _alike(first.loss, reference.loss, self.sweep.tolerance)
+            )
+            if not self._any(not right):
+                return True
+        return False
+
+    def _cut(self, batch: Batch) -> Labelled | None:
+        return labelled(self.model, batch) if self.only_labels else None
+
+    def _swept(self, batch: Batch, cut: Labelled | None) -> Generator[Any, None, None]:
+        if cut is None:
+            return self.sweep.outputs(model_inputs(batch))
+        return self.sweep.outputs(model_inputs(cut.batch), cut.of)
 
     def _without(self, position: int, batch: Batch) -> Any:
         with without(self.units[position], self.blocks):
@@ -170,7 +194,7 @@ class _Scanner:
         return any(self.together.gather(here))
 
 
-def _alike(output: Any, reference: Any, tolerance: float) -> bool:
-    """Whether two outputs are the same but for rounding."""
-    one, other = (torch.nan_to_num(each.logits.float()) for each in (output, reference))
+def _alike(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    """Whether two tensors are the same but for rounding."""
+    one, other = (torch.nan_to_num(each.float()) for each in (one, other))
     return bool((one - other).abs().mean() <= tolerance * other.abs().mean())

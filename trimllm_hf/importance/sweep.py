@@ -126,11 +126,17 @@ class Sweep:
         with replaced_forwards(self.blocks, carrying):
             return self.model(**batch)
 
-    def outputs(self, batch: Batch) -> Generator[Any, None, None]:
-        """For each carried candidate, the model's output on the batch without it."""
+    def outputs(
+        self, batch: Batch, cut: Callable[[torch.Tensor], torch.Tensor] = lambda state: state
+    ) -> Generator[Any, None, None]:
+        """For each carried candidate, the model's output without it.
+
+        Args:
+            batch: What was run, or a part of its positions.
+            cut: The states of that part.
+        """
         rows = num_rows(batch)
         states = [state for chunk in self._chunks for state in chunk.split(rows)][1:]
-        self._chunks = []
         current: torch.Tensor
 
         def passing(position: int, forward: Forward) -> Forward:
@@ -138,8 +144,13 @@ class Sweep:
             return lambda *args, **kwargs: self._formed(position, current if at_end else block_input(args, kwargs))
 
         with self.hold(self._around()), without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
-            for current in states:  # noqa: B007  # `passing` reads it
+            for state in states:
+                current = cut(state)  # `passing` reads it
                 yield self.model(**batch)
+
+    def forget(self) -> None:
+        """Let go of the candidates."""
+        self._chunks = []
 
     def _see_shapes(self, batch: Batch) -> None:
         """The shapes of every block's arguments for the batch taken twice: what differs from once is one entry per row.

@@ -1,0 +1,55 @@
+"""A batch cut down to the positions whose prediction a label asks for.
+
+Where prompts have no labels these are few, and what follows the blocks (the last norm, the head, the loss) need not run on
+the others: with a large vocabulary the head costs as much as several blocks, and its logits more memory than all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..calibration import Batch
+from .metrics import is_causal
+
+CUT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")  # one entry a token
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What of a batch labels ask for.
+
+    Attributes:
+        batch: The batch of these positions: in it each row has as many tokens as labels, and one more. Row by row the labels
+            are those of the whole batch, so a causal model's loss is the same when it is given these hidden states.
+        positions: Where in the whole batch they are, of shape (rows, positions).
+    """
+
+    batch: Batch
+    positions: torch.Tensor
+
+    def of(self, states: torch.Tensor) -> torch.Tensor:
+        """The states (or logits) of the positions: of shape (rows, tokens, size), to (rows, positions, size)."""
+        return states.gather(1, self.positions.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def labelled(model: nn.Module, batch: Batch) -> Labelled | None:
+    """Cut a batch of a causal language model; None for any other model, and for a batch of another form."""
+    labels = batch.get("labels")
+    if not is_causal(model) or labels is None or labels.dim() != 2 or labels.shape[1] < 2:
+        return None
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim() > 1}
+    if not {"input_ids", "labels"} <= set(tensors) <= {*CUT, "labels"}:
+        return None
+    if any(value.shape != labels.shape for value in tensors.values()):
+        return None
+    asked = labels[:, 1:] != -100  # a causal model predicts each token at the one before it
+    most = max(1, int(asked.sum(dim=1).max()))
+    positions = asked.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    predicted = labels[:, 1:].gather(1, positions)  # -100 where a row has fewer labels than the most
+    positions = torch.cat([positions, positions[:, -1:]], dim=1)
+    cut = {name: value.gather(1, positions.to(value.device)) for name, value in tensors.items() if name != "labels"}
+    first = torch.full_like(predicted[:, :1], -100)
+    return Labelled({**batch, **cut, "labels": torch.cat([first, predicted], dim=1)}, positions)
