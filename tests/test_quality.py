@@ -71,10 +71,12 @@ def test_the_commands_run_in_a_row(shared: Path, tmp_path: Path) -> None:
     for method in ("full", "default", "influence-once", "influence-once-time", "head-tuned", "scratch"):
         flags = ("--base", str(base), "--results", str(results), "--steps", "8", "--questions", "20", "--layers", "2")
         call("run.py", *data, *flags, "--domain", "legal", "--method", method)
+    call("speed.py", "--base", str(base), "--layers", "2", "--repeats", "2", "--out", str(tmp_path / "speed.json"))
     page.write_text("before\n<!-- quality -->\nold\n<!-- end of quality -->\nafter\n")
-    call("table.py", "--results", str(results), "--page", str(page))
+    call("table.py", "--results", str(results), "--page", str(page), "--speed", str(tmp_path / "speed.json"))
     told = page.read_text()
     assert told.startswith("before\n") and told.endswith("after\n") and "old" not in told
+    assert "times as fast as 4 blocks: 2 blocks" in told
     assert told.count("| 2 of 4 |") == 5 and told.count("| 4 of 4 |") == 1
     default = json.loads((results / "legal-default-2-0.json").read_text())
     assert default["layers"] == len(default["kept_layers"]) == 2

@@ -3,7 +3,8 @@
     python benchmarks/quality/table.py            # from benchmarks/quality/results; also writes benchmarks/quality.png
 
 ± is the larger of two standard errors of the mean over the seeds: that from the seeds' own spread, and that from the number
-of questions. CPU time is in units of the full-depth run of the same domain and seed.
+of questions. What a method is above or below full depth, and its CPU time, are of the full-depth runs of the same seeds.
+How fast each depth decodes is what `speed.py` measured.
 """
 
 import argparse
@@ -51,6 +52,11 @@ def mean(runs: dict[int, Result], key: str) -> str:
     return f"{statistics.mean(run[key] for run in runs.values()):.3f}"
 
 
+def above(runs: dict[int, Result], full: dict[int, Result]) -> str:
+    """Accuracy, less that of the full-depth runs of the same seeds."""
+    return f"{statistics.mean(run['accuracy'] - full[seed]['accuracy'] for seed, run in runs.items() if seed in full):+.3f}"
+
+
 def share_of_time(runs: dict[int, Result], full: dict[int, Result]) -> str:
     """CPU time, of the full-depth run's at the same seed."""
     shares = [run["cpu_seconds"] / full[seed]["cpu_seconds"] for seed, run in runs.items() if seed in full]
@@ -69,24 +75,43 @@ def tables(found: Runs, domains: Sequence[str]) -> str:
             f"**{domain}**: {some['questions']} questions a seed; always the same answer is right in "
             f"{mean(full, 'always_the_same_answer')}.",
             "",
-            "| blocks | method | accuracy | loss of the answer | loss on the book | CPU time, of full depth's | seeds |",
-            "|--:|---|--:|--:|--:|--:|--:|",
+            "| blocks | method | accuracy | above full depth | loss of the answer | loss on the book "
+            "| questions trained on | CPU time, of full depth's | seeds |",
+            "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
         ]
         rows = [(layers, method, runs) for (of, method, layers), runs in found.items() if of == domain]
         for layers, method, runs in sorted(rows, key=lambda row: (-row[0], -accuracy(row[2])[0])):
             value, error = accuracy(runs)
             lines.append(
-                f"| {layers} of {depth} | {METHODS[method].says} | {value:.3f} ± {error:.3f} | "
-                f"{mean(runs, 'answer_loss')} | {mean(runs, 'book_loss')} | {share_of_time(runs, full)} | {len(runs)} |"
+                f"| {layers} of {depth} | {METHODS[method].says} | {value:.3f} ± {error:.3f} | {above(runs, full)} | "
+                f"{mean(runs, 'answer_loss')} | {mean(runs, 'book_loss')} | "
+                f"{statistics.mean(run['trained_questions'] for run in runs.values()):.0f} | {share_of_time(runs, full)} | "
+                f"{len(runs)} |"
             )
         lines.append("")
     return "\n".join(lines)
 
 
-def picture(found: Runs, domains: Sequence[str], file: Path) -> None:
-    """Accuracy against depth, a panel for each domain, a line for each method that was run at several depths."""
-    figure, panels = plt.subplots(1, len(domains), figsize=(4 * len(domains), 3.2), squeeze=False)
-    for panel, domain in zip(panels[0], domains, strict=True):
+def speeds(speed: dict[str, Any]) -> str:
+    """How fast each depth decodes, in a sentence."""
+    some = [
+        f"{row['layers']} blocks {row['times_as_fast']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for row in speed["decode"]
+    ]
+    return (
+        f"Decoding, times as fast as {speed['layers']} blocks: {', '.join(some)} (in brackets the interval of the median, "
+        f"{speed['confidence']:.0%} coverage; {speed['environment']['device_name']}, one thread)."
+    )
+
+
+def picture(found: Runs, domains: Sequence[str], speed: dict[str, Any] | None, file: Path) -> None:
+    """Accuracy against depth, a panel for each domain, a line for each method that was run at several depths; and speed."""
+    wide = len(domains) + (speed is not None)
+    figure, panels = plt.subplots(1, wide, figsize=(3.4 * wide, 3.2), squeeze=False)
+    if speed is not None:
+        points = [(speed["layers"], 1.0), *((row["layers"], row["times_as_fast"]) for row in speed["decode"])]
+        panels[0][-1].plot(*zip(*points, strict=True), color="black", marker="o", markersize=3)
+        panels[0][-1].set(title="decoding", xlabel="blocks", ylabel="times as fast as full depth")
+    for panel, domain in zip(panels[0], domains, strict=False):
         lines: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
         for (of, method, layers), runs in found.items():
             if of == domain:
@@ -108,6 +133,7 @@ def picture(found: Runs, domains: Sequence[str], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--speed", type=Path, default=HERE / "speed.json", help="what speed.py wrote; may be missing")
     parser.add_argument("--page", type=Path, default=HERE.parent / "README.md")
     args = parser.parse_args()
     found = read(args.results)
@@ -117,8 +143,10 @@ def main() -> None:
     text = args.page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    args.page.write_text(f"{before}{BEGIN}\n\n{tables(found, domains)}\n{END}{after}", encoding="utf-8")
-    picture(found, domains, args.page.with_name("quality.png"))
+    speed = json.loads(args.speed.read_text()) if args.speed.exists() else None
+    told = tables(found, domains) + (f"\n{speeds(speed)}\n" if speed else "")
+    args.page.write_text(f"{before}{BEGIN}\n\n{told}\n{END}{after}", encoding="utf-8")
+    picture(found, domains, speed, args.page.with_name("quality.png"))
 
 
 if __name__ == "__main__":
