@@ -31,10 +31,12 @@ scale = load_scale()
 
 
 @contextmanager
-def rows_seen(modules: list[nn.Module]) -> Iterator[list[int]]:
-    """Rows that the linear layers in question get, call by call."""
+def tokens_seen(modules: list[nn.Module]) -> Iterator[list[int]]:
+    """Tokens that the linear layers in question get, call by call."""
     seen: list[int] = []
-    handles = [module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0]))) for module in modules]
+    handles = [
+        module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel())) for module in modules
+    ]
     try:
         yield seen
     finally:
@@ -46,19 +48,19 @@ def rows_seen(modules: list[nn.Module]) -> Iterator[list[int]]:
 def test_the_passes_of_a_scan_are_those_counted(blocks: int) -> None:
     """Two batches more cost twice what the page says of one; what comes once a scan cancels."""
     model = tiny_model(num_hidden_layers=blocks)
-    rows = 3
-    ids = torch.randint(3, VOCABULARY, (rows, 8))
+    ids = torch.randint(3, VOCABULARY, (3, 8))
     batch = {"input_ids": ids, "labels": ids}
     # modules within the blocks, which the replaced forwards of the blocks still call
     inner, heads = [layer.mlp.down_proj for layer in model.model.layers], [model.lm_head]
     counted = []
     for batches in (2, 4):
-        with rows_seen(inner) as of_blocks, rows_seen(heads) as of_heads:
+        with tokens_seen(inner) as of_blocks, tokens_seen(heads) as of_heads:
             score_layers(model, [batch] * batches)
-        counted.append((sum(of_blocks) / rows, sum(of_heads) / rows))
+        counted.append((sum(of_blocks) / ids.numel(), sum(of_heads) / ids.numel()))
     (few_blocks, few_heads), (more_blocks, more_heads) = counted
     assert more_blocks - few_blocks == 2 * scale.sweep_passes(blocks)
-    assert more_heads - few_heads == 2 * scale.head_passes(blocks)
+    # the model's own rows, and the twice as many that show the shapes: one token of eight each
+    assert more_heads - few_heads == 2 * (scale.head_passes(blocks) + 3 / 8)
 
 
 def test_a_shape_has_the_parameters_that_transformers_gives_it() -> None:

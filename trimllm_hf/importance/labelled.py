@@ -6,11 +6,13 @@ the others: with a large vocabulary the head costs as much as several blocks, an
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..adapters import base_of
 from ..calibration import Batch
 from .metrics import is_causal
 
@@ -53,3 +55,10 @@ def labelled(model: nn.Module, batch: Batch) -> Labelled | None:
     cut = {name: value.gather(1, positions.to(value.device)) for name, value in tensors.items() if name != "labels"}
     first = torch.full_like(predicted[:, :1], -100)
     return Labelled({**batch, **cut, "labels": torch.cat([first, predicted], dim=1)}, positions)
+
+
+def headless(model: nn.Module, batch: Batch) -> Batch:
+    """The batch for a pass whose output nobody reads: where the model can, logits of one position, and no loss."""
+    if not is_causal(model) or "logits_to_keep" not in inspect.signature(base_of(model).forward).parameters:
+        return batch
+    return {**{name: value for name, value in batch.items() if name != "labels"}, "logits_to_keep": 1}

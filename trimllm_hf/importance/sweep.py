@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..calibration import Batch, num_rows
 from ..engines.agreement import Hold
+from .labelled import headless
 from .units import Unit, block_input, block_output, without
 
 Forward = Callable[..., Any]
@@ -74,8 +75,8 @@ class Sweep:
         with replaced_forwards(self.blocks, learning):
             return run()
 
-    def run(self, batch: Batch, candidates: Sequence[Unit]) -> Any:
-        """Carry the candidates along in one forward pass; returns its own output."""
+    def run(self, batch: Batch, candidates: Sequence[Unit]) -> None:
+        """Carry the candidates along in one forward pass."""
         self._chunks, rows = [], num_rows(batch)
         self.fits = True
         self._see_shapes(batch)
@@ -124,7 +125,7 @@ class Sweep:
             return carry
 
         with replaced_forwards(self.blocks, carrying):
-            return self.model(**batch)
+            self.model(**headless(self.model, batch))
 
     def outputs(
         self, batch: Batch, cut: Callable[[torch.Tensor], torch.Tensor] = lambda state: state
@@ -174,7 +175,7 @@ class Sweep:
             return torch.cat([value, value]) if has_rows else value
 
         with self.hold(self._around()), without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
-            self.model(**{name: twice(value) for name, value in batch.items()})
+            self.model(**headless(self.model, {name: twice(value) for name, value in batch.items()}))
 
     def _around(self) -> list[nn.Module]:
         """The modules outside the blocks."""
