@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -144,15 +146,15 @@ class _Scanner:
             reference = self.sweep.learn(lambda: self._without(0, inputs))
         for start in range(0, len(self.units), self.at_once):
             group = range(start, min(start + self.at_once, len(self.units)))
+            found: Iterable[tuple[Any, Batch]] | None = None
             if not self.one_by_one:
                 self.sweep.run(inputs, [self.units[i] for i in group])
                 self.one_by_one = self._any(not self.sweep.fits)
-            if not self.one_by_one and not self.checked:
-                self.one_by_one, self.checked = not self._is_right(batch, reference), True
             if not self.one_by_one:
-                cut = self._cut(batch)
-                for output in self._swept(batch, cut):
-                    yield output, batch if cut is None else cut.batch
+                found = self._swept(batch) if self.checked else self._checked(batch, reference)
+                self.checked, self.one_by_one = True, found is None
+            if found is not None:
+                yield from found
                 continue
             self.sweep.forget()
             logger.warning_once(
@@ -162,29 +164,33 @@ class _Scanner:
             for position in group:
                 yield self._without(position, inputs), batch
 
-    def _is_right(self, batch: Batch, reference: Any) -> bool:
-        """Whether the sweep's first output is right; where only that on the whole batch is, no other is cut."""
+    def _checked(self, batch: Batch, reference: Any) -> Iterable[tuple[Any, Batch]] | None:
+        """The sweep's outputs if the first is right, on the positions that count or else on all; None if neither is."""
         for only_labels in (True, False) if self.only_labels else (False,):
             self.only_labels = only_labels
+            outputs = self._swept(batch)
+            first, its_batch = next(outputs)
             cut = self._cut(batch)
-            outputs = self._swept(batch, cut)
-            first = next(outputs)
-            outputs.close()  # gives the blocks their own forward back
-            logits = reference.logits if cut is None else cut.of(reference.logits)
-            right = _alike(first.logits, logits, self.sweep.tolerance) and (
-                cut is None or _alike(first.loss, reference.loss, self.sweep.tolerance)
-            )
+            right = _alike(first.logits, reference.logits if cut is None else cut.of(reference.logits), self.sweep.tolerance)
+            if cut is not None:
+                right = right and _alike(first.loss, reference.loss, self.sweep.tolerance)
             if not self._any(not right):
-                return True
-        return False
+                return chain([(first, its_batch)], outputs)
+            outputs.close()  # gives the blocks their own forward back
+        return None
 
     def _cut(self, batch: Batch) -> Labelled | None:
         return labelled(self.model, batch) if self.only_labels else None
 
-    def _swept(self, batch: Batch, cut: Labelled | None) -> Generator[Any, None, None]:
+    def _swept(self, batch: Batch) -> Generator[tuple[Any, Batch], None, None]:
+        cut = self._cut(batch)
         if cut is None:
-            return self.sweep.outputs(model_inputs(batch))
-        return self.sweep.outputs(model_inputs(cut.batch), cut.of)
+            outputs = self.sweep.outputs(model_inputs(batch))
+        else:
+            batch, outputs = cut.batch, self.sweep.outputs(model_inputs(cut.batch), cut.of)
+        with closing(outputs):
+            for output in outputs:
+                yield output, batch
 
     def _without(self, position: int, batch: Batch) -> Any:
         with without(self.units[position], self.blocks):
