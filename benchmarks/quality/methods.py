@@ -42,7 +42,7 @@ PUBLISHED = {"scan_metric": "choice_accuracy", "tie_breaker": "activation_norm",
 METHODS: dict[str, Method] = {
     "full": Method("full depth"),
     "default": Method("`TrimConfig`'s defaults: scan by loss, drops from 5% to 25% of the steps", {}),
-    "default-distilled": Method("the same, distilled from the base", {"distill_weight": 0.5}),
+    "default-distilled": Method("the defaults, distilled from the base", {"distill_weight": 0.5}),
     "trimllm": Method(
         "TrimLLM: sublayers, scan by accuracy and activation norm, one at a time, evenly, all train",
         {"unit": "sublayer", **PUBLISHED},
@@ -56,7 +56,9 @@ METHODS: dict[str, Method] = {
     "scan-late": Method("scan, drops from 50% to 90%", {"healing_ratio": 0.1}, warm_up=0.5),
     "scan-once": Method("scan, all before the first step", {"warm_up_importance": "none", **ONCE}),
     "influence-once": Method("block influence, all before the first step", INFLUENCE),
-    "influence-once-time": Method("the same, for the CPU time of the defaults", INFLUENCE, time_of="default"),
+    "influence-once-time": Method(
+        "block influence, all before the first step, for the CPU time of the defaults", INFLUENCE, time_of="default"
+    ),
     "influence-once-distilled": Method("block influence, at once, distilled", {**INFLUENCE, "distill_weight": 0.5}),
     "influence-auto": Method("block influence, drops from 5% to 25%", {"importance": "block_influence"}),
     "last-once": Method("the last blocks, before the first step", LAST),

@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--questions", type=int, default=500, help="to test on, at most")
+    parser.add_argument("--questions", type=int, default=300, help="to test on, at most")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
