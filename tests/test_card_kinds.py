@@ -56,6 +56,7 @@ def report_of(folder: Path) -> dict[str, Any]:
     return plain
 
 
+@pytest.mark.slow
 def test_halves_of_blocks(tmp_path: Path) -> None:
     """The strip shows halves; the example runs with the package and, by the code beside the weights, without it."""
     folder = trimmed(tmp_path / "halves", "llama", [5, 8], unit="sublayer")
@@ -113,6 +114,7 @@ def test_an_encoder_decoder(family: str, part: str, tmp_path: Path) -> None:
     assert "AutoModelForSeq2SeqLM" in report["usage"]["code"]
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_and_then_has_a_card(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     tiny_model().save_pretrained(tmp_path / "base")

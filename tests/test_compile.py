@@ -34,7 +34,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     return train(tmp_path_factory.mktemp("plain"), tiny_model())
 
 
-@pytest.mark.parametrize("how", ["arguments", "in place"])
+@pytest.mark.parametrize("how", [pytest.param("arguments", marks=pytest.mark.slow), "in place"])
 def test_a_compiled_run_equals_one_that_is_not(how: str, plain: Trainer, tmp_path: Path) -> None:
     model: Any = tiny_model()
     changes: dict[str, Any] = {}
@@ -53,6 +53,7 @@ def test_a_compiled_run_equals_one_that_is_not(how: str, plain: Trainer, tmp_pat
     assert all((value - expected[name]).abs().mean() < 1e-6 for name, value in final.state_dict().items())
 
 
+@pytest.mark.slow
 def test_drops_do_not_use_up_the_number_of_recompilations(tmp_path: Path) -> None:
     """torch compiles a function again only some times; then it would run it uncompiled, and say so in a log."""
     counter = CompileCounter()

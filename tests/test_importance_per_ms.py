@@ -141,6 +141,7 @@ def test_a_run_drops_what_costs_least_for_each_ms(attention: float, mlp: float, 
         drop_layers(model, [lowest], "sublayer")
 
 
+@pytest.mark.slow
 def test_the_times_decide(clock: Any, tmp_path: Path) -> None:
     """Where attentions take long they go; where MLPs do, MLPs."""
     gone = {}

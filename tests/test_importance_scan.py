@@ -196,7 +196,7 @@ def test_a_head_that_mixes_positions_sees_the_whole_batch(monkeypatch: pytest.Mo
     assert len([size for size in head_calls(model, batches) if 1 < size <= 3]) == 1  # tried, and not taken
 
 
-@pytest.mark.parametrize("importance", ["perplexity", "sensitivity"])
+@pytest.mark.parametrize("importance", [pytest.param("perplexity", marks=pytest.mark.slow), "sensitivity"])
 def test_stories_score_as_measured_block_by_block(importance: str, shared: Path) -> None:
     """Of the first 100 stories, `<s>` before each, cut at 512 tokens; the figures are those of ../shared/data/README.md."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

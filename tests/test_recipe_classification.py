@@ -59,6 +59,7 @@ def test_the_first_blocks_of_a_decoder_are_kept(run: Any, tmp_path: Path) -> Non
     assert "telling what a text is" in card and f"{rows[1]['accuracy']:.3f}"[1:5] in card
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_with_a_head(run: Any, tmp_path: Path) -> None:
     """Two of BERT's six blocks learn a task that the first word decides, and the head knows the labels' names."""
     rows = run("bert", "--depths", "2", "--max_steps", "40", "--learning_rate", "1e-2", "--max_eval_samples", "30")

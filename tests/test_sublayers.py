@@ -382,7 +382,9 @@ print("same")
 """
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])  # a mixture's weights are converted on the way
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "gpt2"))]
+)  # a mixture's weights are converted on the way
 def test_code_beside_the_weights_loads_it_without_the_package(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     drop_layers(model, POSITIONS, unit="sublayer")
