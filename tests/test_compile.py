@@ -12,7 +12,7 @@ from tiny import tiny_model, tiny_texts
 from torch._dynamo.testing import CompileCounter
 from transformers import LlamaForCausalLM, Trainer
 
-from trimllm_hf import TrimCallback, drop_layers
+from trimllm_hf import TrimCallback, drop_layers, score_layers
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,15 @@ def test_drops_do_not_use_up_the_number_of_recompilations(tmp_path: Path) -> Non
     finally:
         torch._dynamo.config.recompile_limit = limit
     assert counter.frame_count >= 6  # one for each depth
+
+
+def test_what_is_compiled_stays_compiled_after_a_refusal() -> None:
+    ids = torch.randint(3, 50, (2, 4))
+    with pytest.raises(ValueError, match="Expected part"):
+        score_layers(tiny_model(), [{"input_ids": ids, "labels": ids}], part="nonsense")
+    counter = CompileCounter()
+    torch.compile(lambda x: x + 1, backend=counter)(torch.ones(2))
+    assert counter.frame_count == 1
 
 
 def test_a_wrapper_is_refused(tmp_path: Path) -> None:

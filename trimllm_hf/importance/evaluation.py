@@ -20,9 +20,10 @@ def to_be_scored(model: nn.Module, part: str | None) -> Iterator[None]:
     Raises:
         ValueError: If the model has no such part.
     """
-    eager = torch.compiler.set_stance("force_eager")
-    with _evaluating(model), _of_part(model, part), _plain_outputs(model), torch.no_grad(), eager:
-        yield
+    # a stance is in force once it is made, not once it is entered: so it is made in the with statement
+    with torch.compiler.set_stance("force_eager"), _evaluating(model), _of_part(model, part), _plain_outputs(model):
+        with torch.no_grad():
+            yield
 
 
 @contextmanager
