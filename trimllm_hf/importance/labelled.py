@@ -21,32 +21,34 @@ CUT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")  # one e
 
 @dataclass(frozen=True)
 class Labelled:
-    """What of a batch labels ask for.
+    """What of a batch labels ask for, or the whole of it.
 
     Attributes:
         batch: The batch of these positions: in it each row has as many tokens as labels, and one more. Row by row the labels
             are those of the whole batch, so a causal model's loss is the same when it is given these hidden states.
-        positions: Where in the whole batch they are, of shape (rows, positions).
+        positions: Where in the whole batch they are, of shape (rows, positions); None: everywhere.
     """
 
     batch: Batch
-    positions: torch.Tensor
+    positions: torch.Tensor | None = None
 
     def of(self, states: torch.Tensor) -> torch.Tensor:
         """The states (or logits) of the positions: of shape (rows, tokens, size), to (rows, positions, size)."""
+        if self.positions is None:
+            return states
         return states.gather(1, self.positions.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
 
 
-def labelled(model: nn.Module, batch: Batch) -> Labelled | None:
-    """Cut a batch of a causal language model; None for any other model, and for a batch of another form."""
+def labelled(model: nn.Module, batch: Batch) -> Labelled:
+    """Cut a batch of a causal language model; any other model's, and a batch of another form, stay whole."""
     labels = batch.get("labels")
     if not is_causal(model) or labels is None or labels.dim() != 2 or labels.shape[1] < 2:
-        return None
+        return Labelled(batch)
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim() > 1}
     if not {"input_ids", "labels"} <= set(tensors) <= {*CUT, "labels"}:
-        return None
+        return Labelled(batch)
     if any(value.shape != labels.shape for value in tensors.values()):
-        return None
+        return Labelled(batch)
     asked = labels[:, 1:] != -100  # a causal model predicts each token at the one before it
     most = max(1, int(asked.sum(dim=1).max()))
     positions = asked.int().argsort(dim=1, descending=True, stable=True)[:, :most]

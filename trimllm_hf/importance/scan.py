@@ -151,7 +151,7 @@ class _Scanner:
                 self.sweep.run(inputs, [self.units[i] for i in group])
                 self.one_by_one = self._any(not self.sweep.fits)
             if not self.one_by_one:
-                found = self._swept(batch) if self.checked else self._checked(batch, reference)
+                found = self._swept(self._part(batch)) if self.checked else self._checked(batch, reference)
                 self.checked, self.one_by_one = True, found is None
             if found is not None:
                 yield from found
@@ -166,31 +166,27 @@ class _Scanner:
 
     def _checked(self, batch: Batch, reference: Any) -> Iterable[tuple[Any, Batch]] | None:
         """The sweep's outputs if the first is right, on the positions that count or else on all; None if neither is."""
+        tolerance = self.sweep.tolerance
         for only_labels in (True, False) if self.only_labels else (False,):
             self.only_labels = only_labels
-            outputs = self._swept(batch)
-            first, its_batch = next(outputs)
-            cut = self._cut(batch)
-            right = _alike(first.logits, reference.logits if cut is None else cut.of(reference.logits), self.sweep.tolerance)
-            if cut is not None:
-                right = right and _alike(first.loss, reference.loss, self.sweep.tolerance)
+            part = self._part(batch)
+            outputs = self._swept(part)
+            first = next(outputs)
+            right = _alike(first[0].logits, part.of(reference.logits), tolerance)
+            if part.positions is not None:
+                right = right and _alike(first[0].loss, reference.loss, tolerance)
             if not self._any(not right):
-                return chain([(first, its_batch)], outputs)
+                return chain([first], outputs)
             outputs.close()  # gives the blocks their own forward back
         return None
 
-    def _cut(self, batch: Batch) -> Labelled | None:
-        return labelled(self.model, batch) if self.only_labels else None
+    def _part(self, batch: Batch) -> Labelled:
+        return labelled(self.model, batch) if self.only_labels else Labelled(batch)
 
-    def _swept(self, batch: Batch) -> Generator[tuple[Any, Batch], None, None]:
-        cut = self._cut(batch)
-        if cut is None:
-            outputs = self.sweep.outputs(model_inputs(batch))
-        else:
-            batch, outputs = cut.batch, self.sweep.outputs(model_inputs(cut.batch), cut.of)
-        with closing(outputs):
+    def _swept(self, part: Labelled) -> Generator[tuple[Any, Batch], None, None]:
+        with closing(self.sweep.outputs(model_inputs(part.batch), part.of)) as outputs:
             for output in outputs:
-                yield output, batch
+                yield output, part.batch
 
     def _without(self, position: int, batch: Batch) -> Any:
         with without(self.units[position], self.blocks):

@@ -127,9 +127,7 @@ class Sweep:
         with replaced_forwards(self.blocks, carrying):
             self.model(**headless(self.model, batch))
 
-    def outputs(
-        self, batch: Batch, cut: Callable[[torch.Tensor], torch.Tensor] = lambda state: state
-    ) -> Generator[Any, None, None]:
+    def outputs(self, batch: Batch, cut: Callable[[torch.Tensor], torch.Tensor]) -> Generator[Any, None, None]:
         """For each carried candidate, the model's output without it.
 
         Args:
