@@ -19,6 +19,7 @@ import argparse
 import json
 import platform
 import random
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -41,9 +42,13 @@ from transformers import (
 from transformers.utils import logging
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers, schedule
-from trimllm_hf.choice_accuracy import Question, QuestionEncoder, log_likelihoods, score_questions
+from trimllm_hf.choice_accuracy import Question, QuestionEncoder, score_questions
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parents[1] / "recipes"))
+
+from domain.general_text import general_loss  # noqa: E402
+
 DOMAINS = {  # folder, test split, field of the text, field of the label, the question
     "medical": ("medquad", "test", "answer", "qtype", "What is this about?"),
     "legal": ("cuad_clauses", "test", "text", "label", "What kind of clause is this?"),
@@ -71,7 +76,7 @@ def make_questions(data: Path, domain: str, seed: int, tested: int) -> tuple[lis
         kept = sorted({pair for pair in pairs if pair[1] in labels and (split == test or pair[0] not in held_out)})
         random.Random(seed).shuffle(kept)
         made.append([Question(asked, labels, labels.index(label), context=text) for text, label in kept])
-    return made[0], sorted(made[1][:tested], key=length)
+    return made[0], made[1][:tested]
 
 
 def length(question: Question) -> int:
@@ -106,12 +111,11 @@ class Drops(TrainerCallback):
             self.found[state.global_step] = int(logs["trim/num_layers"])
 
 
-def book_loss(model: nn.Module, data: Path, encoder: QuestionEncoder) -> float:
-    """Loss per token on pieces of the book that the base has not read."""
+def pieces_of_book(data: Path, encoder: QuestionEncoder) -> list[dict[str, list[int]]]:
+    """Pieces of the book that the base has not read, each as long as the context."""
     ids = encoder.tokenizer((data / "general_books" / HELD_OUT).read_text(encoding="utf-8"), verbose=False).input_ids
     pieces = [ids[start : start + MAX_LENGTH] for start in range(0, 100 * MAX_LENGTH, MAX_LENGTH)]
-    scores = log_likelihoods(model, [{"input_ids": piece, "labels": piece} for piece in pieces], encoder, 25)
-    return -sum(total for total, _ in scores) / sum(length for _, length in scores)
+    return [{"input_ids": piece, "labels": piece} for piece in pieces]
 
 
 def steps_for_the_time_of(args: argparse.Namespace) -> int:
@@ -200,7 +204,7 @@ def main() -> None:
     encoder = QuestionEncoder(AutoTokenizer.from_pretrained(args.base), MAX_LENGTH)
     learned, tested = make_questions(args.data, args.domain, args.seed, args.questions)
     model, cost = train(args, learned, encoder)
-    right = log_likelihoods(model, [encoder.example(q, q.right) for q in tested], encoder, 32)
+    right = [encoder.example(question, question.right) for question in tested]
     frequent = Counter(question.answer for question in tested).most_common(1)[0][1]
     told = {
         "domain": args.domain,
@@ -210,8 +214,8 @@ def main() -> None:
         **cost,
         **score_questions(model, tested, encoder, 64),
         "always_the_same_answer": frequent / len(tested),
-        "answer_loss": -sum(total for total, _ in right) / sum(length for _, length in right),
-        "book_loss": book_loss(model, args.data, encoder),
+        "answer_loss": general_loss(model, right, encoder, 32)["loss"],
+        "book_loss": general_loss(model, pieces_of_book(args.data, encoder), encoder, 25)["loss"],
         "kept_layers": list(LayerMap.from_config(model.config).kept_layers),
         "trained_questions": cost["steps"] * args.batch_size,
         "learning_rate": args.learning_rate,

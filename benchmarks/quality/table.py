@@ -54,7 +54,8 @@ def mean(runs: dict[int, Result], key: str) -> str:
 
 def above(runs: dict[int, Result], full: dict[int, Result]) -> str:
     """Accuracy, less that of the full-depth runs of the same seeds."""
-    return f"{statistics.mean(run['accuracy'] - full[seed]['accuracy'] for seed, run in runs.items() if seed in full):+.3f}"
+    differences = [run["accuracy"] - full[seed]["accuracy"] for seed, run in runs.items() if seed in full]
+    return f"{statistics.mean(differences):+.3f}" if differences else "-"
 
 
 def share_of_time(runs: dict[int, Result], full: dict[int, Result]) -> str:
@@ -104,27 +105,33 @@ def speeds(speed: dict[str, Any]) -> str:
 
 
 def picture(found: Runs, domains: Sequence[str], speed: dict[str, Any] | None, file: Path) -> None:
-    """Accuracy against depth, a panel for each domain, a line for each method that was run at several depths; and speed."""
-    wide = len(domains) + (speed is not None)
-    figure, panels = plt.subplots(1, wide, figsize=(3.4 * wide, 3.2), squeeze=False)
-    if speed is not None:
-        points = [(speed["layers"], 1.0), *((row["layers"], row["times_as_fast"]) for row in speed["decode"])]
-        panels[0][-1].plot(*zip(*points, strict=True), color="black", marker="o", markersize=3)
-        panels[0][-1].set(title="decoding", xlabel="blocks", ylabel="times as fast as full depth")
-    for panel, domain in zip(panels[0], domains, strict=False):
-        lines: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
+    """Accuracy and speed against depth: a line for each method that was run at several depths, a panel for each domain."""
+    lines: dict[str, dict[str, list[tuple[int, float, float]]]] = defaultdict(dict)
+    for domain in domains:
+        points: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
         for (of, method, layers), runs in found.items():
             if of == domain:
-                lines[method].append((layers, *accuracy(runs)))
-        (full,) = lines.pop("full")
-        for method, points in lines.items():
-            if len(points) > 1:
-                depths, values, errors = zip(*sorted([*points, full]), strict=True)
-                panel.errorbar(depths, values, errors, label=method, capsize=2, marker="o", markersize=3)
-        constant = next(iter(found[domain, "full", full[0]].values()))["always_the_same_answer"]
+                points[method].append((layers, *accuracy(runs)))
+        (full,) = points.pop("full")
+        lines[domain] = {method: sorted([*some, full]) for method, some in points.items() if len(some) > 1}
+    drawn = [domain for domain in domains if lines[domain]]
+    wide = len(drawn) + (speed is not None)
+    if not wide:
+        return
+    figure, panels = plt.subplots(1, wide, figsize=(3.4 * wide, 3.2), squeeze=False)
+    for panel, domain in zip(panels[0], drawn, strict=False):
+        for method, some in lines[domain].items():
+            depths, values, errors = zip(*some, strict=True)
+            panel.errorbar(depths, values, errors, label=method, capsize=2, marker="o", markersize=3)
+        runs = next(runs for (of, method, _), runs in found.items() if (of, method) == (domain, "full"))
+        constant = statistics.mean(run["always_the_same_answer"] for run in runs.values())
         panel.axhline(constant, color="grey", linestyle=":", linewidth=1, label="always the same answer")
-        panel.set(title=domain, xlabel="blocks", ylabel="accuracy")
-    panels[0][0].legend(fontsize=7)
+        panel.set(title=domain, xlabel="blocks", ylabel="accuracy", ylim=(0, 1))
+        panel.legend(fontsize=7)
+    if speed is not None:
+        points_of_speed = [(speed["layers"], 1.0), *((row["layers"], row["times_as_fast"]) for row in speed["decode"])]
+        panels[0][-1].plot(*zip(*points_of_speed, strict=True), color="black", marker="o", markersize=3)
+        panels[0][-1].set(title="decoding", xlabel="blocks", ylabel="times as fast as full depth", ylim=(0, None))
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
