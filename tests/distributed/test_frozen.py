@@ -66,7 +66,7 @@ def test_adapters(engine: str, torchrun, one_process, tmp_path: Path) -> None:
         assert mine == pytest.approx(expected, rel=1e-5) and len(mine) == 1
 
 
-@pytest.mark.parametrize("engine", engines(("plain",), tuple(TYPES)))
+@pytest.mark.parametrize("engine", engines((), tuple(TYPES)))
 def test_the_sparse_update(engine: str, torchrun, one_process, tmp_path: Path) -> None:
     reference = one_process("--trainable_ratio", "0.5")
     torchrun("train.py", str(tmp_path), "--engine", engine, "--trainable_ratio", "0.5")

@@ -15,7 +15,7 @@ from trimllm_hf import LayerMap
 
 pytestmark = pytest.mark.distributed
 
-FAST = ("fsdp2", "zero2")  # the ones that keep attention and MLP of a block in one piece
+FAST = ("fsdp2",)  # keeps attention and MLP of a block in one piece
 ENGINES = [
     pytest.param(
         name,
@@ -58,9 +58,8 @@ def test_two_processes_equal_one(engine: str, torchrun, one_process: Path, tmp_p
     assert len(load_file(tmp_path / "final" / "model.safetensors")) == len(mine)
 
 
-@pytest.mark.parametrize(
-    "engine", ["plain", *(pytest.param(*each.values, marks=[*each.marks, pytest.mark.slow]) for each in ENGINES[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
 def test_all_processes_choose_by_the_times_of_the_main_one(engine: str, torchrun, tmp_path: Path) -> None:
     torchrun("train.py", str(tmp_path), "--engine", engine, "--unit", "sublayer", "--per_ms")
     one, other = results(tmp_path)
