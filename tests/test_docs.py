@@ -1,13 +1,17 @@
 """The Python of README.md and of docs/ runs, page by page from top to bottom, on a tiny model."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny import tiny_model, tiny_texts
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from trimllm_hf import LayerMap, TrimCallback, TrimConfig, TrimTrainer, trim_like
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("docs/how-it-works.md", "docs/choosing-a-score.md")
@@ -35,7 +39,7 @@ def names(layers: int) -> dict[str, Any]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a page is run; its base lies there under the name that the pages give it."""
     monkeypatch.chdir(tmp_path)
-    tiny_model(num_hidden_layers=8).save_pretrained(tmp_path / "org/base")
+    tiny_model(num_hidden_layers=8, max_position_embeddings=256).save_pretrained(tmp_path / "org/base")
     return tmp_path
 
 
@@ -52,8 +56,87 @@ def test_every_page_with_code_is_run() -> None:
     assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md") if blocks_of(f"docs/{page.name}")} == set(PAGES)
 
 
-def test_the_quick_start_runs(folder: Path) -> None:
-    """The first block of README.md; what it saves has the depth that it says."""
-    given = names(32)
-    exec(compile(blocks_of("README.md")[0], "README.md", "exec"), given)
-    assert len(AutoModelForCausalLM.from_pretrained("my-model").model.layers) == 16
+Given = dict[str, Any]
+
+
+def nothing(given: Given) -> None:
+    """The reader's own names are enough."""
+
+
+class StopAfter(TrainerCallback):
+    """Ends a run after so many steps, with a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+def interrupted(given: Given) -> None:
+    """A run that has saved a checkpoint while it was losing layers."""
+    given["args"].save_strategy, given["args"].save_steps = "steps", 10
+    trim = TrimConfig(target_ratio=0.5)
+    trainer = TrimTrainer(
+        tiny_model(num_hidden_layers=8), given["args"], train_dataset=given["data"], trim=trim, callbacks=[StopAfter(10)]
+    )
+    trainer.train()
+    assert 4 < depth(trainer.model) < 8  # its last checkpoint is of a depth between
+
+
+def adapter(given: Given) -> None:
+    """A LoRA adapter that was trained while its base lost layers."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    base = AutoModelForCausalLM.from_pretrained("org/base")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    trim = TrimCallback(TrimConfig(target_layers=5))
+    trainer = Trainer(model, given["args"], train_dataset=given["data"], callbacks=[trim])
+    trainer.train()
+    trainer.save_model("my-adapter")
+    given.update(AutoModelForCausalLM=AutoModelForCausalLM, PeftModel=peft.PeftModel, trim_like=trim_like)
+
+
+def loop(given: Given) -> None:
+    """What a hand-written Accelerate loop has at hand."""
+    model, given["accelerator"] = tiny_model(), Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    given["prepared"], given["optimizer"] = given["accelerator"].prepare(model, optimizer)
+
+
+def depth(model: Any) -> int:
+    return len(LayerMap.from_config(model.config).kept_layers)
+
+
+def publishing(given: Given) -> None:
+    """The names that the README's earlier blocks have imported."""
+    given.update(TrimConfig=TrimConfig, TrimTrainer=TrimTrainer)
+
+
+def has_a_card(given: Given) -> bool:
+    return "0.712" in (Path(given["args"].output_dir) / "README.md").read_text()
+
+
+README: list[tuple[str, int, Callable[[Given], None], Callable[[Given], bool]]] = [
+    ("quick start", 32, nothing, lambda given: depth(AutoModelForCausalLM.from_pretrained("my-model")) == 16),
+    ("TrimTrainer", 8, interrupted, lambda given: depth(given["model"]) == 4 and given["trainer"].state.global_step == 80),
+    ("stop rules", 8, publishing, lambda given: True),  # that its settings go together
+    ("adapters", 8, adapter, lambda given: depth(given["model"]) == 5),
+    ("outside a Trainer", 8, loop, lambda given: depth(given["model"]) == 6 and depth(given["prepared"]) == 5),
+    ("publish", 32, publishing, has_a_card),
+]
+
+
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(n, id=name, marks=[pytest.mark.slow] * (name == "publish")) for n, (name, *_) in enumerate(README)],
+)
+def test_a_block_of_the_readme_runs(number: int, folder: Path) -> None:
+    _, layers, prepare, holds = README[number]
+    given = names(layers)
+    prepare(given)
+    exec(compile(blocks_of("README.md")[number], f"README.md, block {number}", "exec"), given)
+    assert holds(given)
+
+
+def test_every_block_of_the_readme_is_run() -> None:
+    assert len(blocks_of("README.md")) == len(README)

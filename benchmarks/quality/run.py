@@ -2,17 +2,19 @@
 
     python benchmarks/quality/run.py --domain legal --method default --layers 6 --seed 0
 
-Domains, each a question with labels to choose from, answered with the label of the highest log-likelihood:
+Domains, each a question with choices, answered with the choice of the highest log-likelihood:
 
-    medical   what a passage of MedQuAD tells about: the six most frequent types of question
-    legal     what kind of clause a passage of CUAD is: the six most frequent types
+    medical   what a passage of MedQuAD tells about: the most frequent types of question
+    legal     what kind of clause a passage of CUAD is: the most frequent types
     finance   whether a financial tweet is bearish, bullish or neutral
+    answers   which passage answers a question of MedQuAD, among four to the same type of question about other diseases
 
 Every method sees the same questions in the same order in a seed, and as many of them; 64 of the training questions are set
 aside to score layers by, for all methods alike. Models are tested on the test split (of the tweets, the validation split).
 The loss on a held-out book tells what is left of general English.
 
-Time is CPU seconds of one thread, scores and drops included: waiting for another process does not count.
+Time is that of training, scores and drops included: on the CPU the seconds of one thread, so that waiting for another
+process does not count; on a GPU those of a clock, and none with --shared, when other runs use it at the same time.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import random
 import sys
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,40 +51,56 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1] / "recipes"))
 
 from domain.general_text import general_loss  # noqa: E402
+from domain.questions import Asking  # noqa: E402
+from domain.questions import make_questions as ask  # noqa: E402
 
 DOMAINS = {  # folder, test split, field of the text, field of the label, the question
     "medical": ("medquad", "test", "answer", "qtype", "What is this about?"),
     "legal": ("cuad_clauses", "test", "text", "label", "What kind of clause is this?"),
     "finance": ("twitter_financial_news", "valid", "text", "label", "Is this bearish, bullish or neutral?"),
+    "answers": ("medquad", "test", "answer", "qtype", ""),  # each row has its question
 }
-WORDS, LABELS, MAX_LENGTH = 32, 6, 128
+MAX_LENGTH = 128
 CALIBRATION = 64  # training questions; a scan by accuracy, which reads every choice, gets a quarter of them
+WARM_UP = schedule.WARM_UP
 
 
-def read(data: Path, domain: str, split: str) -> list[tuple[str, str]]:
-    """Passages, cut to their first words, with their labels."""
-    folder, _, text, label, _ = DOMAINS[domain]
-    with (data / folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
-        return [(" ".join(row[text].split()[:WORDS]), row[label].lower()) for row in map(json.loads, lines)]
+@cache
+def load_encoder(base: Path) -> QuestionEncoder:
+    """The base's encoder, which keeps what it has encoded: once for all runs of a process."""
+    return QuestionEncoder(AutoTokenizer.from_pretrained(base), MAX_LENGTH)
 
 
-def make_questions(data: Path, domain: str, seed: int, tested: int) -> tuple[list[Question], list[Question]]:
-    """Questions to train and to test on, of the most frequent labels, in the order of the seed; no passage is in both."""
-    _, test, *_, asked = DOMAINS[domain]
-    rows = {split: read(data, domain, split) for split in ("train", test)}
-    labels = tuple(label for label, _ in Counter(label for _, label in rows["train"]).most_common(LABELS))
-    held_out = {text for text, _ in rows[test]}
+def read(args: argparse.Namespace, split: str) -> list[dict[str, str]]:
+    """The rows of a split, their passages cut to the first words."""
+    folder, _, text, label, _ = DOMAINS[args.domain]
+    with (args.data / folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [{**row, text: " ".join(row[text].split()[: args.words]), label: row[label].lower()} for row in rows]
+
+
+def make_questions(args: argparse.Namespace, encoder: QuestionEncoder) -> tuple[list[Question], list[Question]]:
+    """Questions to train and to test on, in the order of the seed; no passage is in both."""
+    _, test, text, label, asked = DOMAINS[args.domain]
+    rows = {split: read(args, split) for split in ("train", test)}
+    labels = tuple(label for label, _ in Counter(row[label] for row in rows["train"]).most_common(args.labels))
+    held_out = {row[text] for row in rows[test]}
     made = []
-    for split, pairs in rows.items():
-        kept = sorted({pair for pair in pairs if pair[1] in labels and (split == test or pair[0] not in held_out)})
-        random.Random(seed).shuffle(kept)
-        made.append([Question(asked, labels, labels.index(label), context=text) for text, label in kept])
-    return made[0], made[1][:tested]
+    for split, of_split in rows.items():
+        kept = [row for row in of_split if split == test or row[text] not in held_out]
+        if asked:
+            pairs = sorted({(row[text], row[label]) for row in kept if row[label] in labels})
+            random.Random(args.seed).shuffle(pairs)
+            made.append([Question(asked, labels, labels.index(right), context=passage) for passage, right in pairs])
+        else:
+            random.Random(args.seed).shuffle(kept)
+            made.append(ask(kept, split, encoder, args.seed, Asking("")))
+    return made[0], made[1][: args.questions]
 
 
 def length(question: Question) -> int:
-    """Characters of the passage: what is alike in length shares a batch, and is padded little."""
-    return len(question.context)
+    """Characters that are read: what is alike in length shares a batch, and is padded little."""
+    return len(question.context or question.right)
 
 
 def make_trim(method: Method, settings: dict[str, Any], layers: int, depth: int, steps: int, seed: int) -> TrimConfig:
@@ -119,21 +138,22 @@ def pieces_of_book(data: Path, encoder: QuestionEncoder) -> list[dict[str, list[
 
 
 def steps_for_the_time_of(args: argparse.Namespace) -> int:
-    """How many steps this method gets in the CPU time of another, by what both took per step at this seed.
+    """How many steps this method gets in the time of another, by what both took at this seed, or at the first.
 
     Raises:
         FileNotFoundError: If the other, or the same method at equal steps, was not run yet.
     """
-    other, same = (
-        json.loads(file_of(args, name).read_text())["cpu_seconds"]
-        for name in (METHODS[args.method].time_of, args.method.removesuffix("-time"))
-    )
-    return round(args.steps * other / same)
+    both = METHODS[args.method].time_of, args.method.removesuffix("-time")
+    for seed in (args.seed, 0):
+        other, same = (json.loads(file_of(args, str(name), seed).read_text())["seconds"] for name in both)
+        if other and same:
+            return round(args.steps * other / same)
+    raise FileNotFoundError(f"Expected the seconds of {' and '.join(map(str, both))}, got --shared runs: run both alone.")
 
 
-def file_of(args: argparse.Namespace, method: str) -> Path:
+def file_of(args: argparse.Namespace, method: str, seed: int) -> Path:
     layers = "full" if method == "full" else args.layers
-    return Path(args.results) / f"{args.domain}-{method}-{layers}-{args.seed}.json"
+    return args.results / f"{args.domain}-{method}-{layers}-{seed}.json"
 
 
 def train(args: argparse.Namespace, train: list[Question], encoder: QuestionEncoder) -> tuple[nn.Module, dict[str, Any]]:
@@ -148,7 +168,7 @@ def train(args: argparse.Namespace, train: list[Question], encoder: QuestionEnco
         model.config.num_hidden_layers = args.layers
         model = LlamaForCausalLM(model.config)
     arguments = TrainingArguments(
-        output_dir=str(Path(args.results).parent / "run"),
+        output_dir=str(args.results.parent / "run"),
         max_steps=steps,
         train_sampling_strategy="group_by_length",
         per_device_train_batch_size=args.batch_size,
@@ -158,7 +178,7 @@ def train(args: argparse.Namespace, train: list[Question], encoder: QuestionEnco
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=args.device == "cpu",
         seed=args.seed,
     )
     drops = Drops()
@@ -174,17 +194,18 @@ def train(args: argparse.Namespace, train: list[Question], encoder: QuestionEnco
     if method.trim is None or method.only_head:
         trainer: Trainer = Trainer(model, arguments, **common)
     else:
-        if method.warm_up is not None:
-            schedule.WARM_UP = method.warm_up
+        schedule.WARM_UP = WARM_UP if method.warm_up is None else method.warm_up
         calibration = encoder.rows(held[::4]) if method.by_choices else [encoder.example(q, q.right) for q in held]
         trim = make_trim(method, method.trim, args.layers, depth, steps, args.seed)
         trainer = TrimTrainer(model, arguments, trim=trim, calibration_dataset=calibration, **common)
-    start = time.process_time()
+    clock = time.process_time if args.device == "cpu" else time.perf_counter
+    start = clock()
     trainer.train()
-    return model, {"cpu_seconds": time.process_time() - start, "steps": steps, "depth_after_step": drops.found}
+    seconds = None if args.shared else clock() - start
+    return model, {"seconds": seconds, "steps": steps, "depth_after_step": drops.found}
 
 
-def main() -> None:
+def main(flags: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--base", type=Path, default=Path.home() / ".cache/trimllm_hf/base")
@@ -196,13 +217,19 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--questions", type=int, default=300, help="to test on, at most")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    args = parser.parse_args()
+    parser.add_argument("--words", type=int, default=32, help="of a passage")
+    parser.add_argument("--labels", type=int, default=6, help="to choose from, at most")
+    parser.add_argument("--results", type=Path, default=HERE / "results/12x96")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--shared", action="store_true", help="other runs use the GPU too: no time is recorded")
+    args = parser.parse_args(flags)
     torch.set_num_threads(1)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in pretrain.py
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; nothing on a CPU
     logging.set_verbosity_error()
 
-    encoder = QuestionEncoder(AutoTokenizer.from_pretrained(args.base), MAX_LENGTH)
-    learned, tested = make_questions(args.data, args.domain, args.seed, args.questions)
+    encoder = load_encoder(args.base)
+    learned, tested = make_questions(args, encoder)
     model, cost = train(args, learned, encoder)
     right = [encoder.example(question, question.right) for question in tested]
     frequent = Counter(question.answer for question in tested).most_common(1)[0][1]
@@ -219,15 +246,17 @@ def main() -> None:
         "kept_layers": list(LayerMap.from_config(model.config).kept_layers),
         "trained_questions": cost["steps"] * args.batch_size,
         "learning_rate": args.learning_rate,
+        "words": args.words,
         "base": json.loads((args.base / "base.json").read_text())["tokens_seen"],
-        "machine": platform.machine(),
+        "machine": platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    file = file_of(args, args.method)
+    file = file_of(args, args.method, args.seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(told, indent=2) + "\n")
-    print(f"{file.stem}: accuracy {told['accuracy']:.3f}, loss {told['answer_loss']:.3f}, {told['cpu_seconds']:.0f} CPU s")
+    took = "" if args.shared else f", {told['seconds']:.0f} s"
+    print(f"{file.stem}: accuracy {told['accuracy']:.3f}, loss {told['answer_loss']:.3f}{took}", flush=True)
 
 
 if __name__ == "__main__":
