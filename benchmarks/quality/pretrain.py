@@ -82,6 +82,28 @@ def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast, seed: int) -> tor
     return torch.tensor(ids[: len(ids) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
 
 
+def make_model(layers: int, width: int, vocabulary: int) -> LlamaForCausalLM:
+    """A Llama with random weights, whose end of text is token 0.
+
+    It is not told that this token pads as well, or its row would begin as zeros. A piece that begins with it would then be
+    zero in every block, where a norm multiplies the gradient by 1000: infinite after a few blocks.
+    """
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 32,
+            vocab_size=vocabulary,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=0,
+        )
+    )
+
+
 class StopAtNaN(TrainerCallback):
     """Ends a run whose gradient is no number: nothing comes of it."""
 
@@ -115,22 +137,8 @@ def main() -> None:
     held_out = pack([(args.data / "general_books" / HELD_OUT).read_text(encoding="utf-8")], tokenizer, args.seed)
 
     set_seed(args.seed)
-    config = LlamaConfig(
-        hidden_size=args.width,
-        intermediate_size=3 * args.width,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 32,
-        num_key_value_heads=args.width // 32,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    # Not before: the row of the padding token, which here is the end of text too, would begin as zeros. A piece that begins
-    # with it is then zero in every block, where a norm multiplies the gradient by 1000: infinite after a few blocks.
-    config.pad_token_id = tokenizer.pad_token_id
+    model = make_model(args.layers, args.width, len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id  # only now: see make_model
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=args.steps,

@@ -168,7 +168,7 @@ def train(args: argparse.Namespace, train: list[Question], encoder: QuestionEnco
         model.config.num_hidden_layers = args.layers
         model = LlamaForCausalLM(model.config)
     arguments = TrainingArguments(
-        output_dir=str(args.results.parent / "run"),
+        output_dir=str(args.results),  # nothing is saved
         max_steps=steps,
         train_sampling_strategy="group_by_length",
         per_device_train_batch_size=args.batch_size,
@@ -224,7 +224,7 @@ def main(flags: list[str] | None = None) -> None:
     parser.add_argument("--shared", action="store_true", help="other runs use the GPU too: no time is recorded")
     args = parser.parse_args(flags)
     torch.set_num_threads(1)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as in pretrain.py
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on a Hopper GPU its gradients can be NaN: pytorch/pytorch#196678
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU; nothing on a CPU
     logging.set_verbosity_error()
 
