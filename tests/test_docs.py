@@ -128,7 +128,10 @@ README: list[tuple[str, int, Callable[[Given], None], Callable[[Given], bool]]] 
 
 @pytest.mark.parametrize(
     "number",
-    [pytest.param(n, id=name, marks=[pytest.mark.slow] * (name == "publish")) for n, (name, *_) in enumerate(README)],
+    [
+        pytest.param(n, id=name, marks=[pytest.mark.slow] * (name in ("adapters", "publish")))
+        for n, (name, *_) in enumerate(README)
+    ],
 )
 def test_a_block_of_the_readme_runs(number: int, folder: Path) -> None:
     _, layers, prepare, holds = README[number]

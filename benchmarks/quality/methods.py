@@ -52,6 +52,7 @@ METHODS: dict[str, Method] = {
     "trimllm-quarter": Method(
         "TrimLLM with blocks, a quarter of them trains", {"trainable_ratio": 0.25, **PUBLISHED}, evenly=True, by_choices=True
     ),
+    "scan-early": Method("scan, drops from 5% to 10%", {"healing_ratio": 0.9}),
     "scan-spread": Method("scan, drops from 5% to 70%", {"healing_ratio": 0.3}),
     "scan-late": Method("scan, drops from 50% to 90%", {"healing_ratio": 0.1}, warm_up=0.5),
     "scan-once": Method("scan, all before the first step", {"warm_up_importance": "none", **ONCE}),
