@@ -48,7 +48,8 @@ class TrimConfig:
             "help": "The score by which the least important layer is chosen: 'sensitivity' (leave-one-out loss on the "
             "calibration set), 'perplexity', 'activation_norm', 'block_influence', 'layer_redundancy', 'angular', "
             "'relative_magnitude', 'taylor', 'last', 'deepest_except_last', 'first', 'random', or a name given to "
-            "`register_importance`."
+            "`register_importance`. By benchmarks/README.md, quality, 'block_influence' is as good on whole answers and "
+            "cheaper, and a little less accurate on labels."
         },
     )
     scan_metric: str = field(
@@ -87,7 +88,8 @@ class TrimConfig:
         metadata={
             "help": "'auto' (after a warm-up of a twentieth of the steps, spread up to a quarter of training, so that "
             "the rest heals), 'once' (everything before the first step), 'epoch', or a number of optimizer steps. 'auto' is "
-            "the default by the evidence of benchmarks/README.md, quality: at half depth as accurate as full depth."
+            "the default by the evidence of benchmarks/README.md, quality: of whole answers, early drops to half depth "
+            "cost 0.09 of the loss per token, drops over seven tenths of the run 0.13, late ones 0.21; chosen labels cost nothing."
         },
     )
     healing_ratio: float | None = field(
