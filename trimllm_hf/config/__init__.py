@@ -89,7 +89,7 @@ class TrimConfig:
             "help": "'auto' (after a warm-up of a twentieth of the steps, spread up to a quarter of training, so that "
             "the rest heals), 'once' (everything before the first step), 'epoch', or a number of optimizer steps. 'auto' is "
             "the default by the evidence of benchmarks/README.md, quality: of whole answers, early drops to half depth "
-            "cost 0.09 of the loss per token, drops over seven tenths of the run 0.13, late ones 0.21; chosen labels cost nothing."
+            "cost 0.09 of the loss per token, drops over seven tenths of the run 0.13, late ones 0.21; of labels, nothing."
         },
     )
     healing_ratio: float | None = field(
