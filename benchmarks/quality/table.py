@@ -13,6 +13,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,10 @@ def accuracy(runs: dict[int, Result]) -> tuple[float, float]:
     return statistics.mean(values), max(by_questions, standard_error(values))
 
 
-def loss(runs: dict[int, Result]) -> tuple[float, float]:
-    """Mean loss of the right answers' tokens, and its standard error over the seeds."""
-    values = [run["answer_loss"] for run in runs.values()]
-    return statistics.mean(values), standard_error(values)
+def loss_above(runs: dict[int, Result], full: dict[int, Result]) -> tuple[float, float]:
+    """Loss of the right answers' tokens above that of the full-depth runs of the same seeds, and its standard error."""
+    differences = [run["answer_loss"] - full[seed]["answer_loss"] for seed, run in runs.items() if seed in full]
+    return statistics.mean(differences), standard_error(differences)
 
 
 def mean(runs: dict[int, Result], key: str) -> str:
@@ -104,7 +105,7 @@ def tables(found: Runs) -> str:
             "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
         rows = [(layers, method, runs) for (of, method, layers), runs in found.items() if of == domain]
-        for layers, method, runs in sorted(rows, key=lambda row: (-row[0], loss(row[2]))):
+        for layers, method, runs in sorted(rows, key=lambda row: (-row[0], mean(row[2], "answer_loss"))):
             value, error = accuracy(runs)
             lines.append(
                 f"| {layers} of {depth} | {METHODS[method].says} | {value:.3f} ± {error:.3f} | "
@@ -148,13 +149,14 @@ def lines_of(found: Runs, domain: str, value: Any) -> dict[str, list[tuple[int, 
 
 
 def picture(found: Runs, speed: dict[str, Any] | None, file: Path) -> None:
-    """Accuracy (loss, where it is at chance), and speed against depth: a line for each method run at several depths."""
+    """Accuracy (where it is at chance, loss), and speed against depth: a line for each method run at several depths."""
     panels: list[tuple[str, str, dict[str, list[tuple[int, float, float]]], float | None]] = []
     for domain in domains_of(found):
         _, full = full_depth(found, domain)
         constant = statistics.mean(run["always_the_same_answer"] for run in full.values())
         at_chance = accuracy(full)[0] - constant < accuracy(full)[1]
-        kind, value = ("loss of the answer", loss) if at_chance else ("accuracy", accuracy)
+        kind = "loss above full depth" if at_chance else "accuracy"
+        value: Any = partial(loss_above, full=full) if at_chance else accuracy
         if lines := lines_of(found, domain, value):
             panels.append((domain, kind, lines, None if at_chance else constant))
     if speed is not None:
@@ -175,7 +177,7 @@ def draw(panels: Iterable[tuple[str, str, dict[str, list[tuple[int, float, float
         if constant is not None:
             axis.axhline(constant, color="grey", linestyle=":", linewidth=1, label="always the same answer")
             axis.set_ylim(0, 1)
-        elif title == "decoding":
+        else:
             axis.set_ylim(0, None)
         axis.set(title=title, xlabel="blocks", ylabel=label)
         axis.legend(fontsize=7)
