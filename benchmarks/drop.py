@@ -48,7 +48,7 @@ from accelerate.utils import DistributedType  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from trimllm_hf import drop_prepared_layers  # noqa: E402
-from trimllm_hf.surgery import plan_drop  # noqa: E402
+from trimllm_hf.surgery.drop import plan_drop  # noqa: E402
 
 
 def make_accelerator() -> Accelerator:

@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 
 from trimllm_hf import drop_layers
-from trimllm_hf.stack import find_stack
-from trimllm_hf.sublayers import attentions_that_stay
+from trimllm_hf.surgery.blocks import find_stack
+from trimllm_hf.surgery.sublayers import attentions_that_stay
 
 VOCABULARY = 61
 COMMON: dict[str, Any] = {

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from trimllm_hf import score_layers  # noqa: E402
 from trimllm_hf.engines.ddp import DDPEngine  # noqa: E402
 from trimllm_hf.engines.fsdp import FSDPEngine  # noqa: E402
-from trimllm_hf.stack import find_stack  # noqa: E402
+from trimllm_hf.surgery.blocks import find_stack  # noqa: E402
 
 MEMORY = {0: 1.0, 1: 8e-5}  # GB: the second process runs fewer candidates at a time than the first
 

@@ -12,9 +12,9 @@ from tiny import tiny_model, tiny_texts
 from transformers import Trainer, TrainingArguments
 
 from trimllm_hf import LayerMap, TrimCallback, TrimConfig, TrimTrainer, drop_layers, measure_latency
-from trimllm_hf.budget import Budget, Footprint, depth_within
 from trimllm_hf.engines.local import LocalEngine
 from trimllm_hf.latency.sizes import sizes_of
+from trimllm_hf.training.budget import Budget, Footprint, depth_within
 
 STEPS = 12
 
@@ -60,7 +60,7 @@ def clock(monkeypatch: pytest.MonkeyPatch):
             asked.append(depth)
             return [table[depth], table[depth] / 10]
 
-        monkeypatch.setattr("trimllm_hf.budget._measure", measure)
+        monkeypatch.setattr("trimllm_hf.training.budget._measure", measure)
         return asked
 
     return of
@@ -218,7 +218,7 @@ def test_a_resumed_run_goes_by_what_was_measured(clock, tmp_path: Path) -> None:
 def test_a_metric_may_stop_a_run_before_its_budget_is_met(clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock({6: 12, 5: 10, 4: 8, 3: 6, 2: 4})
     said: list[str] = []
-    monkeypatch.setattr("trimllm_hf.budget.logger.warning", said.append)  # the logger of the whole package
+    monkeypatch.setattr("trimllm_hf.training.budget.logger.warning", said.append)  # the logger of the whole package
     model = tiny_model()
     trainer = TrimTrainer(
         model,

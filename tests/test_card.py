@@ -23,8 +23,8 @@ from trimllm_hf.publish.card import CARD, REPORT, merged, render
 from trimllm_hf.publish.card_check import check_card
 from trimllm_hf.publish.card_data import DataUse, Quality, Score
 from trimllm_hf.publish.contents import contents_of
-from trimllm_hf.publish.run import command, shared_examples
 from trimllm_hf.publish.usage import run_example
+from trimllm_hf.training.run_summary import command, shared_examples
 
 TEST = Quality("accuracy", Score.of_share(0.75, 480), "invented questions", "test", 480, base=Score.of_share(0.25, 480))
 FAST = {"prompt_tokens": 4, "new_tokens": 3, "repeats": 2, "warmup": 0}

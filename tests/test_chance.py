@@ -12,9 +12,9 @@ from tiny import VOCABULARY, tiny_model
 from transformers import Trainer, TrainingArguments
 
 from trimllm_hf import TrimCallback, TrimConfig
-from trimllm_hf.engines.agreement import Alone
+from trimllm_hf.engines.process_group import Alone
 from trimllm_hf.importance import measure
-from trimllm_hf.importance.chance import frequency_loss, loss_at_chance
+from trimllm_hf.importance.unigram_baseline import frequency_loss, loss_at_chance
 
 
 def counting(size: int = 64, length: int = 12, seed: int = 1) -> list[dict[str, torch.Tensor]]:
@@ -139,7 +139,7 @@ def test_all_processes_say_the_same() -> None:
 
 def test_a_run_scans_only_when_its_loss_has_left_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("trimllm_hf.choice.logger.warning", said.append)
+    monkeypatch.setattr("trimllm_hf.training.selection.logger.warning", said.append)
     args = TrainingArguments(
         str(tmp_path),
         max_steps=71,

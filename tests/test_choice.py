@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer
-from trimllm_hf.choice.rehearsal import least_important, rehearse
-from trimllm_hf.stack import find_stack
-from trimllm_hf.surgery import plan_drop
+from trimllm_hf.surgery.blocks import find_stack
+from trimllm_hf.surgery.drop import plan_drop
+from trimllm_hf.training.dry_run import least_important, rehearse
 
 
 def hybrid() -> PreTrainedModel:

@@ -9,7 +9,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from trimllm_hf import TrimConfig
-from trimllm_hf.schedule import layers_due, plan_drops
+from trimllm_hf.training.schedule import layers_due, plan_drops
 
 
 def test_json_and_flags_round_trip(tmp_path: Path) -> None:

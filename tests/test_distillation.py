@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from trimllm_hf import TrimCallback, TrimConfig, TrimTrainer
-from trimllm_hf.distillation import Teacher, half_precision, kl_divergence, labelled_positions
+from trimllm_hf.training.distillation import Teacher, half_precision, kl_divergence, labelled_positions
 
 STEPS, RATE = 8, 0.05
 
@@ -244,7 +244,7 @@ def test_half_precision_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch)
     assert half_precision(torch.device("cuda")) == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     assert half_precision(torch.device("cuda")) == torch.float16
-    monkeypatch.setattr("trimllm_hf.distillation.half_precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr("trimllm_hf.training.distillation.half_precision", lambda device: torch.bfloat16)
     model = tiny_model(tie_word_embeddings=True)
     teacher = Teacher(model).model
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}

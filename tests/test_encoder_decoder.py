@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers, load_kept_layers, score_layers, trim_like
 from trimllm_hf.cli import app
-from trimllm_hf.stack import find_stack
+from trimllm_hf.surgery.blocks import find_stack
 
 SOURCE = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(0))
 TARGET = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(1))

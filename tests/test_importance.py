@@ -10,7 +10,7 @@ from tiny import tiny_model, tiny_texts
 from torch import nn
 
 from trimllm_hf import register_importance, score_layers
-from trimllm_hf.importance import _REGISTRY
+from trimllm_hf.importance.scores import _REGISTRY
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
@@ -62,7 +62,7 @@ def test_scoring_leaves_each_module_in_its_mode() -> None:
 
 
 def test_a_score_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trimllm_hf.importance._REGISTRY", dict(_REGISTRY))
+    monkeypatch.setattr("trimllm_hf.importance.scores._REGISTRY", dict(_REGISTRY))
 
     def by_norm(model: nn.Module, batches: Sequence, unit: str) -> tuple[torch.Tensor, float]:
         blocks = model.model.layers

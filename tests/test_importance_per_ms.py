@@ -17,10 +17,11 @@ from toy import toy_model
 from transformers import TrainingArguments
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers, score_layers
-from trimllm_hf.choice.rehearsal import droppable
-from trimllm_hf.choice.times import measure_layers, ms_of_layers
-from trimllm_hf.engines.agreement import Alone
+from trimllm_hf.engines.process_group import Alone
 from trimllm_hf.importance import from_compute_metrics, known, measure, per_ms, refuse_not_per_ms
+from trimllm_hf.latency.layer_times import measure_layers
+from trimllm_hf.training.dry_run import droppable
+from trimllm_hf.training.layer_times import ms_of_layers
 
 WHOLE = by_hand_loss(2, 1)  # of the toy with all its blocks: a turn, the identity, a doubling, a turn
 WITHOUT = [by_hand_loss(2, 0), WHOLE, by_hand_loss(1, 1), by_hand_loss(2, 0)]
@@ -105,7 +106,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], list[int]
             sublayers = LayerMap.from_config(twin.config).sublayers
             return [attention if half == "attention" else mlp for _, half in sublayers]
 
-        monkeypatch.setattr("trimllm_hf.callback.ms_of_layers", lambda *given: ms_of_layers(*given, measure=fake))
+        monkeypatch.setattr("trimllm_hf.training.callback.ms_of_layers", lambda *given: ms_of_layers(*given, measure=fake))
         return asked
 
     return of
@@ -204,7 +205,7 @@ def test_layers_that_are_built_alike_get_one_time(monkeypatch: pytest.MonkeyPatc
         return forward(self, hidden)
 
     monkeypatch.setattr(nn.Linear, "forward", counted)
-    monkeypatch.setattr("trimllm_hf.choice.times.timer", lambda: clock[0])
+    monkeypatch.setattr("trimllm_hf.latency.layer_times.timer", lambda: clock[0])
     model = tiny_model(hidden_size=64, intermediate_size=64 * 64, num_hidden_layers=4).train()
     drop_layers(model, [3], "sublayer")
     before, state = [dict(vars(module)) for module in model.modules()], torch.get_rng_state()

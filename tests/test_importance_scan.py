@@ -10,7 +10,7 @@ from importance_models import ARCHITECTURES, by_dropping, loss_per_token, make_b
 from transformers.utils import logging
 
 from trimllm_hf import TrimConfig, score_layers
-from trimllm_hf.importance.units import list_units, without
+from trimllm_hf.surgery.units import list_units, without
 
 END = "<|endoftext|>"
 

@@ -17,39 +17,18 @@ PACKAGE = "trimllm_hf"
 
 # The floor of each room, a room being a file or a folder of the package.
 FLOORS = {
-    "config": 0,
-    "layer_map": 0,
-    "calibration": 0,
-    "engines": 0,
-    "choice_accuracy": 0,
-    "adapters": 1,
-    "stack": 1,
-    "packed_tensors": 1,
-    "schedule": 1,
-    "checkpoints": 1,
-    "stopping": 2,
-    "distillation": 2,
-    "depth_check": 2,
-    "depth_config": 2,
-    "places": 2,
-    "guard": 2,
-    "own_config": 2,
-    "sublayers": 2,
-    "importance": 3,
-    "latency": 3,
+    "engines": 1,
+    "utils": 1,
+    "layer_map": 2,
     "surgery": 3,
-    "sparse_update": 4,
-    "choice": 4,
-    "auto": 4,
-    "auto_config": 4,
-    "prepared": 4,
-    "budget": 4,
+    "importance": 4,
+    "latency": 4,
     "loading": 4,
-    "callback": 5,
     "publish": 5,
-    "trainer": 6,
-    "cli": 7,
-    "__init__": 8,
+    "training": 6,
+    "cli": 6,
+    "choice_accuracy": 1,
+    "__init__": 7,
 }
 
 ENGINE_NAMES = re.compile(r"deepspeed|DistributedDataParallel|fully_shard|FSDPModule")
@@ -140,17 +119,17 @@ def test_imports_without_the_optional_packages() -> None:
     [
         (
             floor_errors,
-            "surgery.py",
-            "import trimllm_hf.trainer",
-            r"surgery.py:1: surgery .* imports trainer \(floor 6\)",
+            "surgery/drop.py",
+            "import trimllm_hf.training.trainer",
+            r"drop.py:1: surgery .* imports training \(floor 6\)",
         ),
-        (floor_errors, "stack.py", "from .importance.scan import scan", "imports importance"),
-        (floor_errors, "surgery.py", "from trimllm_hf import TrimConfig", "imports __init__"),
+        (floor_errors, "surgery/blocks.py", "from ..importance.scan import scan", "imports importance"),
+        (floor_errors, "surgery/drop.py", "from trimllm_hf import TrimConfig", "imports __init__"),
         (floor_errors, "engines/ddp.py", "def f():\n    from .. import surgery", "ddp.py:2: engines .* surgery"),
         (floor_errors, "engines/ddp.py", "from ..layer_map import LayerMap", "imports layer_map"),
         (floor_errors, "attic/__init__.py", "", "no floor for 'attic'; give it one in FLOORS"),
-        (engine_errors, "callback.py", "if args.deepspeed: ...", "callback.py:1: names an engine"),
-        (length_errors, "callback.py", "\n" * 301, "callback.py: 301 lines"),
+        (engine_errors, "training/callback.py", "if args.deepspeed: ...", "callback.py:1: names an engine"),
+        (length_errors, "training/callback.py", "\n" * 301, "callback.py: 301 lines"),
     ],
 )
 def test_the_checks_see_what_is_wrong(tmp_path: Path, check, file: str, source: str, error: str) -> None:
@@ -166,8 +145,11 @@ def test_the_checks_see_what_is_wrong(tmp_path: Path, check, file: str, source: 
     ("file", "source"),
     [
         ("__init__.py", "from .cli import app\nfrom .engines.ddp import DDP"),
-        ("surgery.py", "import torch\nfrom .layer_map import LayerMap\nfrom trimllm_hf import stack"),
-        ("importance/scan.py", "from . import register\nfrom .rules import last\nfrom trimllm_hf.stack import blocks"),
+        ("surgery/drop.py", "import torch\nfrom ..layer_map import LayerMap\nfrom trimllm_hf import engines"),
+        (
+            "importance/scan.py",
+            "from . import register\nfrom .rules import last\nfrom trimllm_hf.surgery.blocks import find_stack",
+        ),
     ],
 )
 def test_the_floors_allow_what_is_right(tmp_path: Path, file: str, source: str) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3nForCausalLM, Gemma3nTextConfig, PreTrainedModel, TrainingArguments
 
 from trimllm_hf import TrimConfig, TrimTrainer, drop_layers, load_kept_layers, write_kept_layers
-from trimllm_hf.packed_tensors import cut
+from trimllm_hf.surgery.per_layer_tensors import cut
 
 KEPT = [0, 3, 4, 5, 6, 7]
 

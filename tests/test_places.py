@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from trimllm_hf import drop_layers
-from trimllm_hf.stack import find_stack
+from trimllm_hf.surgery.blocks import find_stack
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
 IMAGE = 90  # the token that stands for a patch

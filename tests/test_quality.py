@@ -30,7 +30,7 @@ def quality(monkeypatch: pytest.MonkeyPatch) -> Namespace:
 
 
 def test_every_method_has_a_plan_for_every_depth_of_the_table(quality: Any) -> None:
-    from trimllm_hf.schedule import plan_drops
+    from trimllm_hf.training.schedule import plan_drops
 
     for name, method in quality.methods.METHODS.items():
         if method.trim is not None:

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from trimllm_hf import TrimCallback, TrimConfig, TrimTrainer, score_layers
 from trimllm_hf.importance.order import choose
-from trimllm_hf.sparse_update import check_room, train_only
+from trimllm_hf.training.sparse_update import check_room, train_only
 
 
 def trainer_of(folder: Path, model: Any = None, trim: TrimConfig | None = None, **changes: Any) -> TrimTrainer:

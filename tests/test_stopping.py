@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_texts
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from trimllm_hf import LayerMap, TrimCallback, TrimConfig, TrimTrainer
-from trimllm_hf.stopping import MetricRule, watched_metric
+from trimllm_hf.training.stop_rules import MetricRule, watched_metric
 
 STEPS = 12
 BY_DEPTH = {6: 0.80, 5: 0.79, 4: 0.50, 3: 0.79}  # passes at 5 layers, fails at 4, and would pass at 3
@@ -190,7 +190,7 @@ def test_with_a_given_reference_the_first_drop_waits(tmp_path: Path) -> None:
 
 def test_a_reference_that_is_never_reached_drops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("trimllm_hf.stopping.logger.warning", said.append)
+    monkeypatch.setattr("trimllm_hf.training.stop_rules.logger.warning", said.append)
     trainer = make(tmp_path, trim=config(reference_metric=0.95))
     trainer.train()
     assert depths(trainer) == [] and trainer.model.config.num_hidden_layers == 6

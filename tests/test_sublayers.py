@@ -43,7 +43,7 @@ from trimllm_hf import (
     trim_like,
     write_remote_code,
 )
-from trimllm_hf.sublayers import StandIn, find_halves
+from trimllm_hf.surgery.sublayers import StandIn, find_halves
 
 # What each architecture calls its halves, the norms that only they need, and the norms behind the sum.
 LLAMA = {"attention": ["self_attn", "input_layernorm"], "mlp": ["mlp", "post_attention_layernorm"]}

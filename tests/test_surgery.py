@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trimllm_hf import LayerMap, drop_layers
-from trimllm_hf.stack import find_stack
+from trimllm_hf.surgery.blocks import find_stack
 
 DROPPED, KEPT = [1, 3], (0, 2, 4, 5)
 

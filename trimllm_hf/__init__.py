@@ -7,47 +7,47 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .auto import trim_like
-    from .callback import TrimCallback
-    from .config import TrimConfig
-    from .importance import register_importance, score_layers
+    from .importance.scores import register_importance, score_layers
     from .latency.measure import measure_latency
     from .latency.report import LatencyReport
-    from .layer_map import LayerMap
-    from .loading import load_kept_layers, write_kept_layers
-    from .prepared import drop_prepared_layers
+    from .layer_map.layer_map import LayerMap
+    from .loading.kept_layers import load_kept_layers, write_kept_layers
+    from .loading.trim_like import trim_like
     from .publish.card import write_card
     from .publish.card_data import TrimCardData
     from .publish.hub import push_to_hub
-    from .sublayers.remote_code import write_remote_code
-    from .surgery import drop_layers
-    from .trainer import TrimTrainer, TrimTrainerMixin
+    from .surgery.drop import drop_layers
+    from .surgery.sublayers.remote_code import write_remote_code
+    from .training.callback import TrimCallback
+    from .training.config import TrimConfig
+    from .training.prepared_loop import drop_prepared_layers
+    from .training.trainer import TrimTrainer, TrimTrainerMixin
 
 # models that lack halves become known to the Auto classes
-import_module(".auto_config", __name__).register_when_imported()
+import_module(".loading.auto_config", __name__).register_when_imported()
 
 __version__ = "0.1.0.dev0"
 
 # The file of each public name; a test compares it with the imports above.
 _FILES = {
     "LatencyReport": "latency.report",
-    "LayerMap": "layer_map",
-    "TrimCallback": "callback",
+    "LayerMap": "layer_map.layer_map",
+    "TrimCallback": "training.callback",
     "TrimCardData": "publish.card_data",
-    "TrimConfig": "config",
-    "TrimTrainer": "trainer",
-    "TrimTrainerMixin": "trainer",
-    "drop_layers": "surgery",
-    "drop_prepared_layers": "prepared",
-    "load_kept_layers": "loading",
+    "TrimConfig": "training.config",
+    "TrimTrainer": "training.trainer",
+    "TrimTrainerMixin": "training.trainer",
+    "drop_layers": "surgery.drop",
+    "drop_prepared_layers": "training.prepared_loop",
+    "load_kept_layers": "loading.kept_layers",
     "measure_latency": "latency.measure",
     "push_to_hub": "publish.hub",
-    "register_importance": "importance",
-    "score_layers": "importance",
-    "trim_like": "auto",
+    "register_importance": "importance.scores",
+    "score_layers": "importance.scores",
+    "trim_like": "loading.trim_like",
     "write_card": "publish.card",
-    "write_kept_layers": "loading",
-    "write_remote_code": "sublayers.remote_code",
+    "write_kept_layers": "loading.kept_layers",
+    "write_remote_code": "surgery.sublayers.remote_code",
 }
 
 __all__ = [

@@ -44,8 +44,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers, schedule
+from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers
 from trimllm_hf.choice_accuracy import Question, QuestionEncoder, score_questions
+from trimllm_hf.training import schedule
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1] / "recipes"))

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import ClassLabel, load_dataset
 
-from trimllm_hf.publish.run import source_of
+from trimllm_hf.training.run_summary import source_of
 
 from .settings import DomainArguments, HubData
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from zoo_models import tiny_model
 
 from trimllm_hf import drop_layers
-from trimllm_hf.stack import find_stack
+from trimllm_hf.surgery.blocks import find_stack
 
 NEW_TOKENS = 5
 NOT_OF_LAYERS = ("architectures", "dtype", "transformers_version", "trim")

@@ -17,7 +17,7 @@ from zoo_models import tiny_model
 
 import trimllm_hf
 from trimllm_hf import LayerMap, drop_layers
-from trimllm_hf.stack import find_stack, find_sublayers
+from trimllm_hf.surgery.blocks import find_stack, find_sublayers
 
 assert trimllm_hf  # its import is what makes the Auto classes load what is saved here
 

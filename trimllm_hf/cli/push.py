@@ -39,8 +39,8 @@ def push(
     **Example:** `trimllm push runs/medical user/llama-16of32-medical --private`
     """
     from ..publish import hub
-    from ..publish.contents import format_bytes
     from ..publish.target import PushError
+    from ..utils import format_bytes
 
     try:
         done = hub.push(

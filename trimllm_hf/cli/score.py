@@ -57,8 +57,8 @@ def score(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..choice.times import measure_layers
     from ..importance import score_layers
+    from ..latency.layer_times import measure_layers
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=_dtype(dtype))
     loaded.to(device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"))

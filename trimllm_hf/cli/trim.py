@@ -32,7 +32,7 @@ def trim(
     from transformers import AutoConfig
 
     from ..layer_map import num_hidden_layers
-    from ..loading import write_kept_layers
+    from ..loading.kept_layers import write_kept_layers
     from ..publish.figures import text_strip
     from ..publish.folder import describe_weights
 

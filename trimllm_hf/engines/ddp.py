@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .agreement import Processes
 from .local import Leaving, forget, refuse_hidden_parameters
+from .process_group import Processes
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .agreement import Processes
 from .local import Leaving
+from .process_group import Processes
 from .sharded_state import LocalState, SpreadState
 
 T = TypeVar("T")

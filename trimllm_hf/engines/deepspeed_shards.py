@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from .agreement import Processes
+from .process_group import Processes
 
 
 class Shards(Processes):

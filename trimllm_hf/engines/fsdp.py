@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from .agreement import Processes
 from .local import Leaving, forget, refuse_hidden_parameters
+from .process_group import Processes
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .agreement import Alone
+from .process_group import Alone
 
 T = TypeVar("T")
 Leaving = Callable[[], list[nn.Parameter]]

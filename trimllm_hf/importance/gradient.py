@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..calibration import Batch, model_inputs
-from ..engines.agreement import Together
-from ..stack import find_stack
+from ..engines import Together
+from ..surgery.blocks import find_stack
+from ..surgery.units import Unit, list_units
+from .calibration import Batch, model_inputs
 from .finite import refuse_not_finite
 from .metrics import num_label_tokens
-from .units import Unit, list_units
 
 
 def taylor(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: str, together: Together) -> torch.Tensor:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..adapters import base_of
-from ..calibration import Batch
+from ..surgery.adapters import base_of
+from .calibration import Batch
 from .metrics import is_causal
 
 CUT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")  # one entry a token

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat
 
-from ..adapters import base_of
-from ..calibration import CHOICE_COLUMNS, Batch
+from ..surgery.adapters import base_of
+from .calibration import CHOICE_COLUMNS, Batch
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..calibration import Batch
-from .units import list_units
+from ..surgery.units import list_units
+from .calibration import Batch
 
 
 def last(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:

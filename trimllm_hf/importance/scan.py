@@ -15,15 +15,15 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
-from ..adapters import base_of
-from ..calibration import Batch, model_inputs, num_tokens
-from ..engines.agreement import Together
-from ..stack import find_stack
+from ..engines import Together
+from ..surgery.adapters import base_of
+from ..surgery.blocks import find_stack
+from ..surgery.units import list_units, without
+from .calibration import Batch, model_inputs, num_tokens
 from .finite import refuse_not_finite
 from .labelled import Labelled, labelled
 from .metrics import LOSS, Metric, exponential
 from .sweep import Sweep, can_sweep, free_bytes
-from .units import list_units, without
 
 logger = logging.get_logger("transformers.trimllm_hf")
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration import Batch, model_inputs
-from ..stack import find_stack
+from ..surgery.blocks import find_stack
+from ..surgery.units import Unit, block_input, block_output, list_units, without
+from .calibration import Batch, model_inputs
 from .sweep import Forward, replaced_forwards
-from .units import Unit, block_input, block_output, list_units, without
 
 See = Callable[[int, torch.Tensor, torch.Tensor], None]  # number, x and y of shape (rows, tokens, width)
 

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..calibration import Batch, num_rows
-from ..engines.agreement import Hold
+from ..engines import Hold
+from ..surgery.units import Unit, block_input, block_output, without
+from .calibration import Batch, num_rows
 from .labelled import headless
-from .units import Unit, block_input, block_output, without
 
 Forward = Callable[..., Any]
 # What a block may be called with besides tensors. Anything else (a cache, a block mask) may hide one entry per row.

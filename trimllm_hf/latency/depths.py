@@ -10,8 +10,8 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..layer_map import LayerMap
-from ..stack import find_stack
-from ..sublayers import class_of
+from ..surgery.blocks import find_stack
+from ..surgery.sublayers import class_of
 from .sizes import sizes_of
 
 

@@ -16,7 +16,7 @@ import transformers
 from torch.utils.benchmark.utils.timer import timer  # waits for the accelerator before it reads the clock
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from ..stack import find_stack
+from ..surgery.blocks import find_stack
 from .report import LatencyReport, Run, Speedup, Spread, median_interval
 from .sizes import byte_bound, evaluating, sizes_of
 

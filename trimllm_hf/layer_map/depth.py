@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .plain import is_count, shown
+from ..utils import is_count, shown
 
 PARTS = ("decoder", "encoder")
 _FLAT = {  # where one config describes both stacks

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .plain import is_count, is_list_of, shown
+from ..utils import is_count, is_list_of, shown
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..layer_map import LayerMap
+from ..utils import checksum
 from .card import REPORT
-from .contents import CARD, Contents, checksum, read_json
+from .contents import CARD, Contents, read_json
 from .folder import is_repo_id
 
 RELATIONS = ("adapter", "merge", "quantized", "finetune")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..utils import format_bytes
 from .credentials import refuse_credentials
 
 CARD = "README.md"
@@ -160,27 +159,3 @@ def read_json(file: Path) -> object:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"Expected JSON in {file}, got: {error}. A save was not finished: save the model again.") from None
-
-
-def checksum(path: Path, large: bool) -> str:
-    """A file's checksum as the Hub tells it: git's of a small file, sha256 of a large one. Once per state of the file."""
-    status = path.stat()
-    return _checksum(path, large, status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _checksum(path: Path, large: bool, size: int, changed: int) -> str:
-    digest = hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % size)
-    with path.open("rb") as opened:
-        while piece := opened.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def format_bytes(size: float) -> str:
-    """A size as people read it, in powers of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB" if size < 1000 else f"{size / 1000:.3g} TB"

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from ..calibration import own_randomness
 from ..latency.depths import with_random_weights
 from ..latency.measure import measure_latency
 from ..latency.report import LatencyReport
+from ..utils import own_randomness
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
 

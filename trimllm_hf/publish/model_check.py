@@ -15,9 +15,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
-from ..checkpoints import unfinished
 from ..layer_map import MODEL_TYPE, LayerMap
-from ..sublayers import class_of
+from ..loading.checkpoints import unfinished
+from ..surgery.sublayers import class_of
 from .contents import Contents, read_json
 
 logger = logging.get_logger("transformers.trimllm_hf")

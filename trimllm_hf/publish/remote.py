@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from transformers.utils import logging
 
-from .contents import checksum
+from ..utils import checksum
 
 logger = logging.get_logger("transformers.trimllm_hf")
 

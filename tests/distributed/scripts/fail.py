@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tiny import tiny_model, tiny_texts
 
-import trimllm_hf.choice
+import trimllm_hf.training.selection
 from trimllm_hf import TrimCallback, TrimConfig, register_importance
 
 folder, where = sys.argv[1:]
@@ -35,7 +35,7 @@ if where == "guard" and rank == 1:
     def refuse(*args, **kwargs):
         raise ValueError("the second process refuses")
 
-    trimllm_hf.choice.plan_drop = refuse  # the rehearsal when training begins has its own
+    trimllm_hf.training.selection.plan_drop = refuse  # the rehearsal when training begins has its own
 importance = "fails_on_one" if where == "score" else "last"
 trim = TrimConfig(target_layers=4, drop_every="2", importance=importance, calibration_size=8, warm_up_importance="none")
 model = tiny_model()

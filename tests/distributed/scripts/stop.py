@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tiny import tiny_model, tiny_texts
 
-import trimllm_hf.budget
+import trimllm_hf.training.budget
 from trimllm_hf import TrimCallback, TrimConfig
 
 folder, reason = Path(sys.argv[1]), sys.argv[2]
@@ -42,7 +42,7 @@ def by_depth(model, config, args, without) -> list[float]:
     return [2.0 * depth, 0.1]
 
 
-trimllm_hf.budget._measure = by_depth
+trimllm_hf.training.budget._measure = by_depth
 model = tiny_model()
 settings = {"drop_every": "2", "importance": "sensitivity", "warm_up_importance": "none"}
 if reason == "metric":

@@ -55,8 +55,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tiny import tiny_model, tiny_texts  # noqa: E402
 
 from trimllm_hf import TrimCallback, TrimConfig, TrimTrainer  # noqa: E402
-from trimllm_hf.checkpoints import unfinished  # noqa: E402
-from trimllm_hf.surgery import PlannedDrop  # noqa: E402
+from trimllm_hf.loading.checkpoints import unfinished  # noqa: E402
+from trimllm_hf.surgery.drop import PlannedDrop  # noqa: E402
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 

@@ -1,0 +1,135 @@
+"""The calibration set: training examples by which layers are scored, set aside from training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, Subset
+
+Batch = dict[str, Any]
+CHOICE_COLUMNS = ("question", "right", "per_token")  # of rows that are a question with one of its choices
+
+
+def set_aside(dataset: Any, size: int, seed: int) -> tuple[list[Any], Any]:
+    """Split a training set into calibration examples and the rest.
+
+    A map-style data set gives `size` examples drawn with `seed`; of a streaming one the first `size` are taken.
+
+    Args:
+        dataset: A `datasets.Dataset`, a `datasets.IterableDataset`, or a torch data set of either kind.
+        size: Number of examples to set aside.
+        seed: Seed of the draw; torch's global generator is not touched.
+
+    Returns:
+        The examples, and a data set of the same kind without them.
+
+    Raises:
+        ValueError: If there is no data set, or fewer than `size` + 1 examples in it.
+    """
+    if dataset is None:
+        raise ValueError("Expected a training set to draw the calibration examples from, got None.")
+    if not hasattr(dataset, "__len__"):
+        examples = list(islice(iter(dataset), size))
+        _enough(len(examples), size, size)
+        # `datasets` has its own way, which keeps columns, state and sharding
+        return examples, dataset.skip(size) if hasattr(dataset, "skip") else _WithoutFirst(dataset, size)
+    total = len(dataset)
+    _enough(total, size, size + 1)
+    chosen = draw(total, size, seed)
+    rest = sorted(set(range(total)) - set(chosen))
+    examples = [dataset[i] for i in chosen]
+    return examples, dataset.select(rest) if hasattr(dataset, "select") else Subset(dataset, rest)
+
+
+def draw(total: int, size: int, seed: int) -> list[int]:
+    """`size` of the numbers below `total`, by a generator of its own."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return order[:size].tolist()
+
+
+def calibration_batches(
+    examples: Sequence[Any],
+    collate: Callable[[list[Any]], Batch],
+    batch_size: int,
+    columns: Sequence[str] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[Batch]:
+    """This process's share of the examples, collated.
+
+    Args:
+        examples: All calibration examples, in the same order on each process.
+        collate: The training run's collator.
+        batch_size: Examples a batch.
+        columns: Keep only these fields of an example, as the training data loader does.
+        rank: This process's number.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If there is no example at all, or they have none of the columns.
+    """
+    if not examples:
+        raise ValueError("Expected at least one calibration example, got none. Give a calibration set with examples.")
+    share = list(examples[rank::world_size])
+    if columns is not None:
+        kept = (*columns, *CHOICE_COLUMNS)
+        if not set(kept) & set(examples[0]):
+            raise ValueError(
+                f"Expected calibration examples processed like the training set, with its columns {list(columns)}, got "
+                f"{list(examples[0])}. Tokenize them as the training set is, or leave calibration_dataset out."
+            )
+        share = [{name: example[name] for name in kept if name in example} for example in share]
+    return [_collated(share[start : start + batch_size], collate) for start in range(0, len(share), batch_size)]
+
+
+def _collated(rows: list[Any], collate: Callable[[list[Any]], Batch]) -> Batch:
+    """A batch of rows; what only a scan by choices looks at goes past the collator, which may not know it."""
+    names = [name for name in CHOICE_COLUMNS if isinstance(rows[0], dict) and name in rows[0]]
+    apart = {name: torch.tensor([int(row[name]) for row in rows]) for name in names}
+    if not apart:
+        return collate(rows)
+    return {**collate([{name: value for name, value in row.items() if name not in names} for row in rows]), **apart}
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """What of a batch a model is called with."""
+    return {name: value for name, value in batch.items() if name not in CHOICE_COLUMNS}
+
+
+def num_rows(batch: Batch) -> int:
+    """Number of examples in a batch."""
+    return len(_inputs(batch))
+
+
+def num_tokens(batch: Batch) -> int:
+    """Number of tokens in a batch, padding included."""
+    return _inputs(batch).shape[:2].numel()
+
+
+def _inputs(batch: Batch) -> torch.Tensor:
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(batch.get(name), torch.Tensor):
+            return batch[name]
+    raise ValueError(f"Expected calibration batches with input_ids or inputs_embeds, got only {sorted(batch)}.")
+
+
+class _WithoutFirst(IterableDataset[Any]):
+    """A streaming torch data set without its first examples."""
+
+    def __init__(self, dataset: Dataset[Any], size: int) -> None:
+        self.dataset = dataset
+        self.size = size
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.dataset), self.size, None)
+
+
+def _enough(total: int, size: int, needed: int) -> None:
+    if total < needed:
+        raise ValueError(
+            f"Expected at least {needed} training examples, to set {size} of them aside for calibration, got {total}. "
+            "Lower calibration_size, give a calibration_dataset, or train on more data."
+        )

@@ -1,0 +1,286 @@
+"""Importance: a number for each layer, higher = keep. A registry of plain functions, by name.
+
+A score is a mean over tokens (or examples). A function of `statistics.py` or `rules.py`, or one of the user's own, returns
+its *totals* over the batches that it was given and the number of tokens, so that processes with shares of different size
+agree on the mean over all of them. One of `scan.py` says what is measured of the model without a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+
+from ..engines import Alone, Together
+from ..surgery.units import list_units
+from ..utils import own_randomness
+from .calibration import Batch, model_inputs
+from .evaluation import to_be_scored
+from .finite import refuse_not_finite
+from .gradient import taylor
+from .metrics import CHOICE_ACCURACY, LOSS, Metric, from_compute_metrics
+from .per_ms import per_ms, refuse_without_zero
+from .rules import deepest_except_last, first, last, random
+from .scan import ScanSettings, perplexity, scan, sensitivity
+from .statistics import activation_norm, angular, block_influence, layer_redundancy, relative_magnitude
+
+Importance = Callable[[nn.Module, Sequence[Batch], str], tuple[torch.Tensor, float]]
+
+__all__ = [
+    "METRICS",
+    "Importance",
+    "Metric",
+    "from_compute_metrics",
+    "get_metric",
+    "goes_by_loss",
+    "is_joint",
+    "known",
+    "measure",
+    "needs_data",
+    "per_ms",
+    "refuse_not_per_ms",
+    "register_importance",
+    "score_layers",
+]
+
+METRICS = {metric.name: metric for metric in (LOSS, CHOICE_ACCURACY)}
+_SCANS: dict[str, Callable[[Metric], Metric]] = {"sensitivity": sensitivity, "perplexity": perplexity}
+_GRADIENTS = {"taylor": taylor}
+_FROM_ZERO = {*_SCANS, *_GRADIENTS, "block_influence", "relative_magnitude"}  # 0, or the model as it is: free to drop
+_RULES: dict[str, Importance] = {
+    "last": last,
+    "deepest_except_last": deepest_except_last,
+    "first": first,
+    "random": random,
+}
+_REGISTRY: dict[str, Importance] = {
+    "activation_norm": activation_norm,
+    "angular": angular,
+    "block_influence": block_influence,
+    "layer_redundancy": layer_redundancy,
+    "relative_magnitude": relative_magnitude,
+    **_RULES,
+}
+
+
+def register_importance(name: str, function: Importance) -> None:
+    """Make a score of your own usable as `TrimConfig(importance=name)`.
+
+    Args:
+        name: The name; one that is taken is refused.
+        function: Takes the model (in evaluation mode, no gradients), the batches (dicts of tensors on the model's
+            device) and the unit; returns the totals, a tensor of shape (layers,), and the count by which to divide the
+            sum of the totals of all processes. Higher = more important.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    if name in known():
+        raise ValueError(f"Expected a new name for an importance, got {name!r}, which exists. Choose another.")
+    _REGISTRY[name] = function
+
+
+def known() -> list[str]:
+    """The names of all scores."""
+    return sorted([*_REGISTRY, *_SCANS, *_GRADIENTS])
+
+
+def needs_data(name: str) -> bool:
+    """Whether the score looks at calibration examples at all.
+
+    Raises:
+        ValueError: If there is no score of that name; lists those that there are.
+    """
+    if name not in known():
+        raise ValueError(f"Expected an importance among {known()}, got {name!r}. Add it: register_importance.")
+    return name not in _RULES
+
+
+def goes_by_loss(name: str) -> bool:
+    """Whether the score says what a layer does for the loss (or another measure of the labels)."""
+    return name in _SCANS or name in _GRADIENTS
+
+
+def refuse_not_per_ms(*names: str) -> None:
+    """Refuse scores that cannot be had per millisecond.
+
+    Raises:
+        ValueError: Naming those that can.
+    """
+    for name in names:
+        refuse_without_zero(name, _FROM_ZERO)
+
+
+def is_joint(name: str) -> bool:
+    """Whether the score is of layers that go together, successive ones, and not of each by itself."""
+    return name == "angular"
+
+
+def get_metric(metric: str | Metric) -> Metric:
+    """The metric of that name.
+
+    Raises:
+        ValueError: If it is none of those that need no function of the user's.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if metric not in METRICS:
+        raise ValueError(
+            f"Expected a metric among {sorted(METRICS)}, got {metric!r}. For a key of what your compute_metrics returns "
+            "give the function as well: to the Trainer, or as from_compute_metrics(key, compute_metrics)."
+        )
+    return METRICS[metric]
+
+
+def score_layers(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    importance: str = "sensitivity",
+    unit: str = "block",
+    *,
+    metric: str | Metric = "loss",
+    window: int = 1,
+    seed: int = 0,
+    memory_gb: float | None = None,
+    unit_ms: Sequence[float] | None = None,
+    progress: bool = False,
+    part: str | None = None,
+    together: Together | None = None,
+    stand_in: Batch | None = None,
+) -> torch.Tensor:
+    """Score every layer of a model on calibration batches.
+
+    Args:
+        model: A transformers model, unwrapped.
+        batches: Dicts of model inputs, moved to the model's device here; with labels, where the score needs a loss.
+        importance: Name of the score.
+        unit: "block"; or "sublayer": a score for each attention and each MLP, in the order of `LayerMap.sublayers`
+            (attention, then MLP of each block; 2n for a base of n blocks).
+        metric: For a scan: what is measured of the model without a layer. "loss", "choice_accuracy" (rows as
+            `QuestionEncoder.rows` makes them), or one made by `from_compute_metrics`.
+        window: For `angular`: how many successive layers go together.
+        seed: For scores that draw. Global random state is left as it was.
+        memory_gb: For a scan: memory for its candidates, in 10^9 bytes, beside that of a forward pass. None: half of
+            what is free.
+        unit_ms: The time that each layer takes. Scores are then what the model loses without a layer, for each ms that
+            this saves: of a scan, by how much the metric is worse than that of the model as it is (one more pass over the
+            batches), of `block_influence`, `relative_magnitude` and `taylor` the score itself. A layer without which the
+            model is better has its gain times its ms, as a negative score. Other scores are refused.
+        progress: For a scan: whether to show a bar with the candidates scored.
+        part: Of an encoder-decoder, whose layers to score: "decoder" or "encoder"; see `drop_layers`.
+        together: The processes of the run, for example an engine; None in one process.
+        stand_in: A batch for the forward passes of a process whose share is empty; it does not count.
+
+    Returns:
+        Scores of shape (layers,), or by sublayers (sublayers,), float64 on the CPU, the same on every process. Higher =
+        more important. For `angular` of shape (layers - window + 1,): of each window, by its first layer.
+
+    Raises:
+        ValueError: If the name is unknown, there is nothing to score on, or a score is not a number.
+    """
+    with_data = needs_data(importance)
+    batches = list(batches)
+    if unit_ms is not None:
+        refuse_not_per_ms(importance)
+        processes: dict[str, Any] = {"part": part, "together": together, "stand_in": stand_in}
+        how: dict[str, Any] = {"metric": metric, "seed": seed, "memory_gb": memory_gb, "progress": progress}
+        scores = score_layers(model, batches, importance, unit, **how, **processes)
+        return per_ms(scores, _of_none(importance, model, batches, metric, processes), unit_ms)
+    together = together or Alone()
+    padded = _padded(model, batches, importance, together, stand_in) if with_data else []
+    with own_randomness(seed), to_be_scored(model, part):
+        if importance in _SCANS:
+            settings = ScanSettings(_SCANS[importance](get_metric(metric)), memory_gb, together, progress)
+            return scan(model, padded, len(batches), unit, settings)
+        if importance in _GRADIENTS:
+            return _GRADIENTS[importance](model, padded, len(batches), unit, together)
+        function = _REGISTRY[importance]
+        if is_joint(importance):
+            function = partial(angular, window=window)
+        return _mean(importance, function, model, padded, len(batches), unit, together)
+
+
+def _of_none(importance: str, model: nn.Module, batches: Sequence[Batch], metric: str | Metric, processes: Any) -> float:
+    """The score of a layer whose absence changes nothing."""
+    if importance not in _SCANS:
+        return 0.0
+    of_scan = _SCANS[importance](get_metric(metric))
+    return of_scan.importance(measure(model, batches, of_scan, **processes))
+
+
+def measure(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    metric: str | Metric = "loss",
+    *,
+    part: str | None = None,
+    together: Together | None = None,
+    stand_in: Batch | None = None,
+) -> float:
+    """A metric of the model as it is, on calibration batches; see `score_layers` for the arguments.
+
+    Raises:
+        ValueError: If there is nothing to measure on.
+    """
+    together, found = together or Alone(), get_metric(metric)
+    batches = list(batches)
+    padded = _padded(model, batches, found.name, together, stand_in)
+    with own_randomness(0), to_be_scored(model, part):
+        for batch in padded:
+            found.check(model, batch)
+        parts = [found.collect(model, model(**model_inputs(batch)), batch) for batch in padded]
+    return found.finish([part for process in together.gather(parts[: len(batches)]) for part in process])
+
+
+def _padded(model: nn.Module, batches: list[Batch], what: str, together: Together, stand_in: Batch | None) -> list[Batch]:
+    """The batches on the model's device, as many on every process.
+
+    A process with a smaller share goes through its last batch again, for nothing: forward passes of a sharded model are a
+    matter of all processes.
+    """
+    shares = together.gather((len(batches), stand_in is not None))
+    passes = max(share for share, _ in shares)
+    if passes == 0 or not all(share or stands_in for share, stands_in in shares):
+        raise ValueError(
+            f"Expected calibration batches on every process to score by {what!r}, got none on at least one. Give more "
+            "calibration examples, or a stand_in."
+        )
+    spare = [batches[-1] if batches else stand_in] * (passes - len(batches))
+    return [send_to_device(batch, next(model.parameters()).device) for batch in batches + spare]
+
+
+def _mean(
+    name: str,
+    function: Importance,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    num_counted: int,
+    unit: str,
+    together: Together,
+) -> torch.Tensor:
+    """The mean of a function's totals over the batches of all processes; what is behind `num_counted` does not count."""
+    sums: torch.Tensor | None = None
+    wrong: list[tuple[list[int], int]] = []
+    for number, batch in enumerate([[batch] for batch in batches] or [[]]):
+        totals, count = function(model, batch, unit)
+        both = torch.cat([totals.double().cpu(), torch.tensor([count], dtype=torch.float64)])
+        if batch and number >= num_counted:
+            both = torch.zeros_like(both)  # a pass for the others' sake
+        sums = both if sums is None else sums + both
+        if bad := (~torch.isfinite(both[:-1])).nonzero().flatten().tolist():
+            wrong.append((bad, number))
+    assert sums is not None  # there is one pass at least
+    sums = together.agree(sums)
+    if sums[-1] <= 0:
+        raise ValueError(
+            f"Expected calibration batches with tokens to score by {name!r}, got {num_counted} batches without any."
+        )
+    scores = sums[:-1] / sums[-1]
+    if unit == "sublayer" and len(scores) != len(list_units(model, unit)):
+        raise ValueError(f"Expected unit='block' for the importance {name!r}, got {unit!r}. Use a scan or a rule.")
+    refuse_not_finite(name, scores, together.gather(wrong))
+    return scores

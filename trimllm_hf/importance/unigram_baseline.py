@@ -1,0 +1,88 @@
+"""Whether a model has learned anything of the labels yet: a scan of one that has not ranks noise.
+
+The bar is the loss of a model that knows only how frequent each label is, and was told so by other examples. For a
+classifier the labels are the classes, for a language model the tokens (a unigram model). A loss above 95% of that bar is
+at chance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..engines import Alone, Together
+from ..surgery.adapters import base_of
+from .calibration import Batch
+from .metrics import labels_of
+from .scores import measure
+
+LEFT_CHANCE = 0.95  # share of the bar below which a model has learned something
+
+
+def loss_at_chance(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    part: str | None = None,
+    together: Together | None = None,
+    stand_in: Batch | None = None,
+) -> tuple[float, float] | None:
+    """The model's loss and the bar, if the loss is at chance; None if it is not, or if that cannot be told.
+
+    It can be told of labels that are classes or tokens, and of regression (where the bar is the labels' variance).
+
+    Args:
+        model: The unwrapped model.
+        batches: This process's calibration batches.
+        part: Of an encoder-decoder, the one whose layers are dropped.
+        together: The processes of the run; None in one process. All get the same answer.
+        stand_in: A batch for the forward passes of a process whose share is empty.
+    """
+    together = together or Alone()
+    base = base_of(model)
+    labels = [labels_of(base, batch).cpu() if batch.get("labels") is not None else None for batch in batches]
+    everyones = together.gather([None if found is None else (found.is_floating_point(), found.tolist()) for found in labels])
+    parts = [part for process in everyones for part in process]
+    if not parts or None in parts or not any(values for _, values in parts):
+        return None
+    bar = _bar(base, any(floats for floats, _ in parts), [value for _, values in parts for value in values])
+    if bar is None:
+        return None
+    loss = measure(model, batches, part=part, together=together, stand_in=stand_in)
+    return (loss, bar) if loss > LEFT_CHANCE * bar else None
+
+
+def frequency_loss(labels: Sequence[Any], classes: int) -> float:
+    """The mean loss of a model that knows only how frequent each label is, as the other labels tell.
+
+    Each label is predicted by its share of the others; the labels that occur once tell how likely an unseen one is
+    (Good, Biometrika 1953), and that share is spread evenly over all classes.
+
+    Args:
+        labels: Classes or tokens, one at least.
+        classes: How many there are.
+    """
+    counts, total = Counter(labels), len(labels)
+    unseen = sum(count == 1 for count in counts.values()) / total
+    loss = 0.0
+    for count in counts.values():
+        among_others = (1 - unseen) * (count - 1) / (total - 1) if count > 1 else 0.0
+        loss -= count / total * math.log(among_others + unseen / classes)
+    return min(loss, math.log(classes))
+
+
+def _bar(base: Any, floats: bool, labels: list[Any]) -> float | None:
+    kind = type(base).__name__
+    if floats:
+        single = kind.endswith("ForSequenceClassification") and base.config.num_labels == 1
+        return torch.tensor(labels, dtype=torch.float64).var(correction=0).item() if single else None
+    if kind.endswith("Classification"):
+        return frequency_loss(labels, base.config.num_labels)
+    if kind.endswith(("LM", "LMHeadModel", "ForConditionalGeneration")):
+        return frequency_loss(labels, base.config.get_text_config(decoder=True).vocab_size)
+    return None

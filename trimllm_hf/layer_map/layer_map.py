@@ -1,0 +1,299 @@
+"""`LayerMap`: which layers of which base model a trimmed model keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..utils import is_count, json_at, shown
+from .depth import PARTS, depth_name, num_hidden_layers, part_config, resolve_part
+from .record import DropRecord, check_halves, check_layers, check_positions
+
+__all__ = ["DropRecord", "LayerMap", "depth_name", "num_hidden_layers", "part_config", "resolve_part"]
+
+VERSION = 1
+MODEL_TYPE = "trimllm"  # in config.json, of a model that lacks halves
+UNITS = ("block", "sublayer")
+HALVES = ("attention", "mlp")  # of a block, in the order in which sublayers are numbered
+MOST_LAYERS = 100_000  # a map from a hostile file must not fill the memory
+TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME, which takes seconds to import
+ADAPTER_MAP = "trim_map.json"  # beside an adapter, which has no config.json
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The layers that a model keeps of its base, always in the *base model's* numbering.
+
+    It stands as a plain dict in `config.trim` (hence in config.json) and in trainer_state.json.
+
+    Attributes:
+        base_num_layers: Depth of the base model.
+        kept_layers: Kept layers (blocks), ascending; position in this tuple is the layer's number in the trimmed model.
+        unit: What was dropped: "block", or "sublayer" once an attention or an MLP alone was.
+        part: Of an encoder-decoder, the stack that these layers are of: "decoder" or "encoder". The other is whole.
+        base_model: Hub id or path of the base model, if known.
+        base_revision: Commit of the base model, if known.
+        history: The drops, oldest first.
+        kept_attention: Of a sublayer map: the kept layers that have their attention. None in a block map: all have.
+        kept_mlp: Likewise their MLP. Each kept layer has at least one of the two.
+
+    Raises:
+        ValueError: On construction, if the fields contradict each other or have the wrong types.
+    """
+
+    base_num_layers: int
+    kept_layers: tuple[int, ...]
+    unit: str = "block"
+    base_model: str | None = None
+    base_revision: str | None = None
+    part: str | None = None
+    history: tuple[DropRecord, ...] = ()
+    kept_attention: tuple[int, ...] | None = None
+    kept_mlp: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not is_count(self.base_num_layers) or self.base_num_layers < 1:
+            raise ValueError(f"Expected base_num_layers of at least 1, got {shown(self.base_num_layers)}.")
+        if self.base_num_layers > MOST_LAYERS:
+            raise ValueError(f"Expected base_num_layers of at most {MOST_LAYERS}, got {shown(self.base_num_layers)}.")
+        check_layers("kept_layers", self.kept_layers, self.base_num_layers)
+        if self.unit not in UNITS:
+            raise ValueError(
+                f"Expected unit 'block' or 'sublayer', got {shown(self.unit)}. Install a newer trimllm_hf to read this map."
+            )
+        if self.unit == "sublayer":
+            check_halves(self.kept_layers, self.kept_attention, self.kept_mlp, self.base_num_layers)
+        elif self.kept_attention is not None or self.kept_mlp is not None:
+            raise ValueError("Expected kept_attention and kept_mlp in a map of unit 'sublayer' only, got unit 'block'.")
+        if self.part is not None and self.part not in PARTS:
+            raise ValueError(f"Expected part 'decoder', 'encoder' or null, got {shown(self.part)}.")
+        for name in ("base_model", "base_revision"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"Expected {name} to be text or null, got {shown(getattr(self, name))}.")
+
+    def __str__(self) -> str:
+        """The kept layers, and what they lack: `[0, 2, 3], without the mlp of 2`."""
+        lacking = [f"the {half} of {self.kept_layers[position]}" for position, half in self.missing_halves]
+        return f"{list(self.kept_layers)}{', without ' if lacking else ''}{' and '.join(lacking)}"
+
+    @property
+    def num_layers(self) -> int:
+        """Depth of the trimmed model."""
+        return len(self.kept_layers)
+
+    @property
+    def dropped_layers(self) -> tuple[int, ...]:
+        """The base's layers that are gone, ascending."""
+        kept = set(self.kept_layers)
+        return tuple(layer for layer in range(self.base_num_layers) if layer not in kept)
+
+    @property
+    def sublayers(self) -> tuple[tuple[int, str], ...]:
+        """The sublayers that the model has, each as its layer (base numbering) and "attention" or "mlp".
+
+        The order is that of scores and of `drop_layers(unit="sublayer")`: the layers from the first to the last, in each of
+        them the attention, then the MLP; those that are gone are left out. A base of n layers has 2n.
+        """
+        kept = {"attention": self.kept_attention, "mlp": self.kept_mlp}
+        of_half = {half: set(self.kept_layers if layers is None else layers) for half, layers in kept.items()}
+        return tuple((layer, half) for layer in self.kept_layers for half in HALVES if layer in of_half[half])
+
+    @property
+    def whole(self) -> bool:
+        """Whether each kept layer has both its halves: then stock transformers can load the model."""
+        return len(self.sublayers) == 2 * self.num_layers
+
+    @property
+    def missing_halves(self) -> tuple[tuple[int, str], ...]:
+        """What kept layers lack: the layer's position in the model as it is now, and "attention" or "mlp"."""
+        halves = [(i, layer, half) for i, layer in enumerate(self.kept_layers) for half in HALVES]
+        there = set(self.sublayers)
+        return tuple((position, half) for position, layer, half in halves if (layer, half) not in there)
+
+    def num_units(self, unit: str) -> int:
+        """How many layers the model has, counted in a unit: blocks, or sublayers."""
+        return self.num_layers if unit == "block" else len(self.sublayers)
+
+    def keeps_the_same(self, other: LayerMap) -> bool:
+        """Whether two maps are of the same layers, and of the same halves of them."""
+        return (self.base_num_layers, self.sublayers) == (other.base_num_layers, other.sublayers)
+
+    def drop(
+        self,
+        layers: Sequence[int],
+        step: int | None = None,
+        importance: str | None = None,
+        scores: Sequence[float] | None = None,
+        unit: str = "block",
+    ) -> LayerMap:
+        """The map after `layers` are dropped, given as positions in the model *as it is now*.
+
+        Args:
+            layers: Positions among the blocks, or, by sublayers, in `sublayers`; negative ones are refused.
+            step: Optimizer step of the drop, for the history.
+            importance: Name of the score that chose the layers, for the history.
+            scores: Their scores, in the order of `layers`, for the history.
+            unit: "block" or "sublayer". A layer whose halves are both gone is gone.
+
+        Raises:
+            ValueError: If a layer is out of range or named twice, or if none or all would be dropped.
+        """
+        if unit not in UNITS:
+            raise ValueError(f"Expected unit 'block' or 'sublayer', got {unit!r}.")
+        layers = list(layers)
+        check_positions(layers, self.num_units(unit))
+        order = sorted(range(len(layers)), key=lambda i: layers[i])
+        positions = [layers[i] for i in order]
+        if unit == "sublayer":
+            lost = [self.sublayers[position] for position in positions]
+        else:
+            lost = [(self.kept_layers[position], half) for position in positions for half in HALVES]
+        record = DropRecord(
+            dropped=tuple(layer for layer, half in lost if unit == "sublayer" or half == HALVES[0]),
+            step=step,
+            importance=importance,
+            scores=None if scores is None else tuple(float(scores[i]) for i in order),
+            halves=tuple(half for _, half in lost) if unit == "sublayer" else None,
+        )
+        history = (*self.history, record)
+        if unit == self.unit == "block":
+            gone = set(record.dropped)
+            return replace(self, kept_layers=tuple(x for x in self.kept_layers if x not in gone), history=history)
+        attention, mlp = (
+            tuple(layer for layer, kept in self.sublayers if kept == half and (layer, half) not in lost) for half in HALVES
+        )
+        kept = tuple(sorted({*attention, *mlp}))
+        return replace(self, unit="sublayer", kept_layers=kept, kept_attention=attention, kept_mlp=mlp, history=history)
+
+    def positions_to_drop(self, other: LayerMap) -> list[int]:
+        """Which positions a model with this map has to drop to keep what `other` keeps, counted in `common_unit`.
+
+        Raises:
+            ValueError: If `other` is of another base depth or keeps layers that this model no longer has.
+        """
+        if other.part != self.part:
+            raise ValueError(
+                f"Expected a model whose map is of the part {other.part!r}, got one of the part {self.part!r}. Load the "
+                "full-depth base model instead."
+            )
+        if other.base_num_layers != self.base_num_layers:
+            raise ValueError(
+                f"Expected a base model of {other.base_num_layers} layers, got one of {self.base_num_layers}. Load the "
+                f"base model that was trimmed{f' ({other.base_model})' if other.base_model else ''}."
+            )
+        missing = sorted(set(other.sublayers) - set(self.sublayers))
+        if missing:
+            layers = sorted({layer for layer, _ in missing})
+            raise ValueError(
+                f"Expected a model that still has the base's layers {layers}, got one that keeps "
+                f"{list(self.kept_layers)}{'' if self.whole else ' without some halves'}. Load the full-depth base model "
+                "instead."
+            )
+        if self.common_unit(other) == "block":
+            kept = set(other.kept_layers)
+            return [position for position, layer in enumerate(self.kept_layers) if layer not in kept]
+        stay = set(other.sublayers)
+        return [position for position, sublayer in enumerate(self.sublayers) if sublayer not in stay]
+
+    def common_unit(self, other: LayerMap) -> str:
+        """The unit in which one of two maps can be reached from the other."""
+        return "sublayer" if "sublayer" in (self.unit, other.unit) else "block"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        plain["history"] = [record.to_dict() for record in self.history]
+        if self.unit == "block":
+            del plain["kept_attention"], plain["kept_mlp"]
+        return {"version": VERSION, **plain}
+
+    @classmethod
+    def from_dict(cls, plain: Any) -> LayerMap:
+        """Read a map that `to_dict` wrote; nothing in it is trusted.
+
+        Raises:
+            ValueError: If it is damaged, contradicts itself, or was written by a newer version.
+        """
+        if not isinstance(plain, dict):
+            raise ValueError(f"Expected a kept-layer map (a dict), got {shown(plain)}.")
+        fields = dict(plain)
+        version = fields.pop("version", None)
+        if version != VERSION or isinstance(version, bool):
+            raise ValueError(
+                f"Expected a kept-layer map of version {VERSION}, got {shown(version)}. Install a newer trimllm_hf."
+            )
+        history = fields.pop("history", [])
+        known = {field.name for field in dataclass_fields(cls)} - {"history"}
+        if not set(fields) <= known or "base_num_layers" not in fields:
+            raise ValueError(f"Expected the keys {sorted(known)}, got {shown(sorted(map(str, fields)))}.")
+        for name in ("kept_layers", "kept_attention", "kept_mlp"):
+            layers = fields.get(name)
+            if isinstance(layers, list | tuple):
+                fields[name] = tuple(layers)
+            elif name == "kept_layers" or layers is not None:
+                raise ValueError(f"Expected {name} to be a list, got {shown(layers)}.")
+        if not isinstance(history, list | tuple):
+            raise ValueError(f"Expected history to be a list, got {shown(history)}.")
+        return cls(history=tuple(DropRecord.from_dict(record) for record in history), **fields)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, part: str | None = None) -> LayerMap:
+        """The map of a model by its config; an untrimmed model keeps all its layers.
+
+        Args:
+            config: The model's config.
+            part: Of an encoder-decoder, the stack: by default the one that was trimmed, else the decoder.
+
+        Raises:
+            ValueError: If `config.trim` is damaged, does not fit the config's depth, or is of the other part.
+        """
+        part = resolve_part(config, part)
+        depth = num_hidden_layers(config, part)
+        plain = getattr(config, "trim", None)
+        if plain is None:
+            name = getattr(config, "_name_or_path", "") or None
+            revision = getattr(config, "_commit_hash", None)
+            return cls(depth, tuple(range(depth)), base_model=name, base_revision=revision, part=part)
+        layer_map = cls.from_dict(plain)
+        if layer_map.part != part:
+            raise ValueError(
+                f"Expected the part {layer_map.part!r}, of which config.trim is, got {part!r}. A map is of one stack: of "
+                "an encoder-decoder either the decoder or the encoder is trimmed."
+            )
+        if layer_map.num_layers != depth:
+            raise ValueError(
+                f"Expected config.trim to keep as many layers as the config's depth of {depth}, got "
+                f"{layer_map.num_layers}. The config was changed by hand or is damaged."
+            )
+        return layer_map
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path) -> LayerMap | None:
+        """The map of a Trainer's checkpoint folder, or None where the folder says nothing of it.
+
+        trainer_state.json is asked first: a sharded checkpoint has no config.json. An adapter has a file of ours instead.
+
+        Raises:
+            ValueError: If the folder does not exist, or what it says is damaged or contradicts itself.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ValueError(f"Expected a checkpoint folder, got {str(folder)!r}, which is not a folder.")
+        in_state = json_at(folder / TRAINER_STATE, "stateful_callbacks", "TrimCallback", "attributes", "layer_map")
+        name = "config.json" if (folder / "config.json").is_file() else ADAPTER_MAP
+        in_config = json_at(folder / name, *(["trim"] if name == "config.json" else []))
+        of_state, of_config = (None if plain is None else cls.from_dict(plain) for plain in (in_state, in_config))
+        if of_state is None or not (folder / name).is_file():
+            return of_state or of_config
+        of_config = of_config or cls(of_state.base_num_layers, tuple(range(of_state.base_num_layers)))
+        if not of_config.keeps_the_same(of_state):
+            raise ValueError(
+                f"Expected {folder} to agree with itself, got kept layers {of_config} by {name} and {of_state} by "
+                f"{TRAINER_STATE}. Use an earlier checkpoint."
+            )
+        return of_state

@@ -1,0 +1,82 @@
+"""Which checkpoint folders are complete: a killed save leaves half of one behind."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from ..layer_map import TRAINER_STATE
+
+logger = logging.get_logger("transformers.trimllm_hf")
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str:
+    """The newest checkpoint folder whose save was finished; unfinished ones are named in the log.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    numbered = [
+        (int(number), folder)
+        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (number := folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal()
+    ]
+    for _, folder in sorted(numbered, reverse=True):
+        reason = unfinished(folder)
+        if reason is None:
+            return str(folder)
+        logger.warning(f"Passing over {folder}, which a save left unfinished: {reason}.")
+    raise ValueError(
+        f"Expected a complete checkpoint in {str(output_dir)!r}, got {len(numbered)} unfinished ones. Train from the start "
+        "(resume_from_checkpoint=False) or name a checkpoint elsewhere."
+    )
+
+
+def callback_attributes(folder: str | Path) -> dict[str, Any]:
+    """What TrimCallback noted in a checkpoint; empty where the run had none.
+
+    Raises:
+        ValueError: If the checkpoint's state cannot be read.
+    """
+    try:
+        state = json.loads((Path(folder) / TRAINER_STATE).read_text(encoding="utf-8"))
+        saved = state.get("stateful_callbacks", {}).get("TrimCallback") or {}
+        attributes: dict[str, Any] = saved.get("attributes", {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"Expected a complete {TRAINER_STATE} in {folder}, got: {error}. Use another checkpoint.") from None
+    return attributes
+
+
+def unfinished(folder: Path) -> str | None:
+    """Why a checkpoint of a trimmed run is not complete; None if it is.
+
+    The main process writes trainer_state.json last, when it has written everything else. The other processes' last file is
+    that of their random state, for which it does not wait.
+    """
+    try:
+        state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{TRAINER_STATE}: {error}"
+    processes = _processes(state) or 1
+    if processes > 1 and any(folder.glob("rng_state_*.pth")):  # none at all: only the model was to be saved
+        for rank in range(processes):
+            if not zipfile.is_zipfile(folder / f"rng_state_{rank}.pth"):
+                return f"process {rank} had not saved its random state"
+    return None
+
+
+def processes_of(folder: str | Path) -> int | None:
+    """How many processes made a checkpoint; None if it does not say."""
+    path = Path(folder) / TRAINER_STATE
+    return _processes(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def _processes(state: dict[str, Any]) -> int | None:
+    saved = state.get("stateful_callbacks", {}).get("TrimCallback") or {}
+    processes: int | None = saved.get("attributes", {}).get("num_processes")
+    return processes

@@ -1,0 +1,103 @@
+"""Weights of another depth are refused, where a Trainer would load them by index with a warning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from accelerate.utils import is_compiled_module
+from torch import nn
+
+from ..layer_map import LayerMap
+from ..surgery.adapters import adapters_of, base_of
+from ..surgery.blocks import find_stack
+
+
+def refuse_other_depths(model: nn.Module, part: str | None = None) -> None:
+    """Make `model.load_state_dict` raise on weights with another number of blocks than the model has.
+
+    A Trainer loads checkpoints with strict=False: by index, with a warning, layers would end up in the wrong places. So
+    does PEFT with an adapter.
+
+    Raises:
+        ValueError: If the model is in the wrapper that `torch.compile(model)` returns.
+    """
+    if is_compiled_module(model):
+        raise ValueError(
+            "Expected a model that is compiled by TrainingArguments(torch_compile=True), or in place (model.compile()), got "
+            "torch.compile(model): a Trainer would save its weights under other names. Nothing was changed."
+        )
+    model = base_of(model)
+    stack = find_stack(model, part)
+
+    def check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        start = f"{prefix}{stack.name}."
+        found = [
+            name.removeprefix(start).partition(".")
+            for name, tensor in state_dict.items()
+            if name.startswith(start) and getattr(tensor, "shape", None) != (0,)  # the stop in an adapter's file
+        ]
+        numbers = sorted({int(number) for number, _, _ in found})
+        if not numbers:
+            return
+        depth = len(stack.blocks)
+        if adapters_of(module):  # an adapter may be on some of the layers only
+            has = {(str(number), rest) for number, block in enumerate(stack.blocks) for rest, _ in block.named_parameters()}
+            rests = {rest for _, _, rest in found}
+            if {(number, rest) for number, _, rest in found} ^ {pair for pair in has if pair[1] in rests}:
+                raise ValueError(wrong_depth(range(depth), numbers))
+            return
+        rest = {f"{prefix}{name}" for name, _ in module.named_parameters() if not name.startswith(f"{stack.name}.")}
+        # one file of a sharded checkpoint holds a part of the blocks: only a number beyond the depth is wrong in it
+        whole = rest <= state_dict.keys()
+        if numbers[-1] >= depth or (whole and len(numbers) < depth):
+            raise ValueError(wrong_depth(range(depth), numbers))
+        there = {(int(number), rest.partition(".")[0]) for number, _, rest in found if "." in rest}
+        parts = [(n, *part) for n, block in enumerate(stack.blocks) for part in block.named_children()]
+        here = {(n, name) for n, name, part in parts if _holds(part)}
+        wrong = (there - here) | (here - there if whole else set())
+        if wrong:
+            names = sorted(f"{stack.name}.{number}.{name}" for number, name in wrong)
+            raise ValueError(
+                f"Expected a checkpoint of the sublayers that the model has, got one of others: they differ in {names}. Use "
+                "TrimTrainer, or call trim_like(model, checkpoint) on the full-depth model before the Trainer is made."
+            )
+
+    model.register_load_state_dict_pre_hook(check)
+
+
+def _holds(module: nn.Module) -> bool:
+    """Whether a module has something in a state dict."""
+    return any(True for _ in module.parameters())
+
+
+def wrong_depth(of_model: Sequence[int] | LayerMap, of_checkpoint: Sequence[int] | LayerMap) -> str:
+    """What to say when a checkpoint keeps other layers than the model."""
+    (number, layers), (other_number, others) = (
+        (each.num_layers, str(each)) if isinstance(each, LayerMap) else (len(each), str(list(each)))
+        for each in (of_model, of_checkpoint)
+    )
+    return (
+        f"Expected a checkpoint of the model's {number} layers {layers}, got one with {other_number}: {others}. Use "
+        "TrimTrainer, which gives the model the checkpoint's layers on resume, or call trim_like(model, checkpoint) on the "
+        "full-depth model before the Trainer is made."
+    )
+
+
+def refuse_deeper_best(load_best_model_at_end: bool, plan: Mapping[int, int], regrows: bool) -> None:
+    """Refuse what would fail at the very end of a run: the best checkpoint may be deeper than the model by then.
+
+    Args:
+        load_best_model_at_end: The Trainer's setting.
+        plan: How many layers go after which step.
+        regrows: Whether the engine can give a model layers back.
+
+    Raises:
+        ValueError: If it cannot, and layers go while the run trains.
+    """
+    if load_best_model_at_end and max(plan) > 0 and not regrows:
+        raise ValueError(
+            "Expected load_best_model_at_end=False, got True: where the engine cuts parameters into shards, a best "
+            "checkpoint from before a drop could not be loaded into the smaller model. Drop everything at the start "
+            "(drop_every='once'), or set it to False and choose among the checkpoints: each is a complete model."
+        )

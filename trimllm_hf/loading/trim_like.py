@@ -1,0 +1,77 @@
+"""Loading: the base trimmed like a checkpoint, and a trained model at a checkpoint's depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..layer_map import LayerMap
+from ..surgery.adapters import base_of
+from ..surgery.blocks import find_stack
+from ..surgery.drop import drop_layers
+from ..surgery.sublayers import class_of, update_classes
+
+
+def trim_like(model: nn.Module, checkpoint: str | Path) -> LayerMap:
+    """Drop from a model what a checkpoint's kept-layer map says, in place.
+
+    What a script calls before its Trainer is made, to resume a trimmed run with a plain `Trainer` and `TrimCallback`:
+    the weights of the layers that stay are the model's own until the Trainer loads the checkpoint's.
+
+    Args:
+        model: The full-depth base model, or one that still has all layers that the checkpoint keeps; not yet wrapped. It
+            may have adapters already.
+        checkpoint: A checkpoint folder of a run that trimmed, or the folder of a trimmed model or of an adapter for one:
+            with the base trimmed so, `PeftModel.from_pretrained(model, checkpoint)` is the model that was trained.
+
+    Returns:
+        The model's map after the drop. A checkpoint from before the first drop leaves the model as it is.
+
+    Raises:
+        ValueError: If the folder does not exist or contradicts itself, or if the model lacks layers that the checkpoint
+            keeps. Nothing has changed then.
+    """
+    config = base_of(model).config
+    of_checkpoint = LayerMap.from_checkpoint(checkpoint)
+    if of_checkpoint is None:
+        return LayerMap.from_config(config)
+    of_model = LayerMap.from_config(config, of_checkpoint.part)
+    positions = of_model.positions_to_drop(of_checkpoint)
+    if positions:
+        drop_layers(model, positions, of_model.common_unit(of_checkpoint), part=of_checkpoint.part)
+        base_of(model).config.trim = of_checkpoint.to_dict()  # its config is a copy now, if it was shared
+    return of_checkpoint
+
+
+def regrow_like(model: PreTrainedModel, checkpoint: str | Path, layer_map: LayerMap | None = None) -> LayerMap:
+    """Give a trimmed model the blocks of a deeper checkpoint of the same run, in place, weights included.
+
+    The model and its container of blocks stay the same objects; the blocks are the checkpoint's. Its map is `layer_map`, or
+    what its config says.
+
+    Raises:
+        OSError: If the folder holds no model.
+    """
+    of_checkpoint = LayerMap.from_checkpoint(checkpoint)
+    donor_class = class_of(type(model), of_checkpoint is None or of_checkpoint.whole)
+    donor = donor_class.from_pretrained(checkpoint, dtype=model.dtype)
+    own = find_stack(model)
+    other = find_stack(donor, own.part)
+    device = next(model.parameters()).device
+    blocks = [block.to(device).train(model.training) for block in other.blocks]
+    del own.blocks[:]
+    own.blocks.extend(blocks)
+    donors = dict(donor.named_modules())
+    for path, module in model.named_modules():  # some modules hold a config of their own
+        theirs = getattr(donors[path], "config", None)
+        if isinstance(theirs, PreTrainedConfig):
+            for name, value in vars(theirs).items():
+                if not name.startswith("_") and not isinstance(value, PreTrainedConfig):
+                    setattr(module.config, name, value)
+    layer_map = layer_map or LayerMap.from_config(donor.config, own.part)
+    model.config.trim = layer_map.to_dict()
+    update_classes(model, layer_map.whole)
+    model.load_state_dict(donor.state_dict())
+    return layer_map

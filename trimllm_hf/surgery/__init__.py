@@ -1,0 +1,1 @@
+"""Surgery: takes layers out of a model and their traces out of its config, verified before anything changes."""

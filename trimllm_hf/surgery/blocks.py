@@ -1,0 +1,134 @@
+"""Finds a model's stack of blocks, and a block's attention and MLP, without a table of model names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..layer_map import depth_name, num_hidden_layers, part_config, resolve_part
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A model's blocks and the config that describes them.
+
+    Attributes:
+        name: Dotted path of the `ModuleList` in the model, e.g. "model.layers".
+        blocks: The `ModuleList` itself.
+        config: The config that holds the depth: the model's own, or its text part.
+        depth_name: The config's field that counts the blocks, "num_hidden_layers" in most.
+        part: Of an encoder-decoder, "decoder" or "encoder"; None in a model with one stack.
+    """
+
+    name: str
+    blocks: nn.ModuleList
+    config: PreTrainedConfig
+    depth_name: str = "num_hidden_layers"
+    part: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+
+def find_stack(model: nn.Module, part: str | None = None) -> Stack:
+    """The stack of blocks that a model's config counts.
+
+    It is the `ModuleList` of that length whose items are `GradientCheckpointingLayer`s or are named in the model's
+    `_no_split_modules`: the two marks by which transformers itself knows a block. A few old architectures bear neither:
+    there it is the only list of that length whose items are of one class. Of a multimodal model's lists it is the one in
+    the module that holds the text part's config, and of an encoder-decoder's the one below a module named after the part.
+
+    Args:
+        model: A transformers model, unwrapped.
+        part: Of an encoder-decoder, "decoder" or "encoder": by default the one that was trimmed, else the decoder.
+
+    Raises:
+        ValueError: If the model is no transformers model, or has no such list, or more than one.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(
+            f"Expected a transformers model (with a config), got {type(model).__name__}. Unwrap it first, or use "
+            "drop_prepared_layers for a model that an Accelerator has prepared."
+        )
+    part = resolve_part(config, part)
+    text_config = part_config(config, part)
+    depth = num_hidden_layers(config, part)
+    no_split = set(getattr(model, "_no_split_modules", None) or ())
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and part in (None, _part_of(name))
+    ]
+    found = [
+        (name, module)
+        for name, module in lists
+        if all(isinstance(b, GradientCheckpointingLayer) or type(b).__name__ in no_split for b in module)
+    ] or [(name, module) for name, module in lists if len({type(block) for block in module}) == 1]
+    if len(found) > 1:
+        found = [(name, module) for name, module in found if _owner_config(model, name) is type(text_config)]
+    if len(found) != 1:
+        all_lists = [f"{n} ({len(m)})" for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+        raise ValueError(
+            f"Expected one list of {depth} blocks in {type(model).__name__} (its config's depth), got "
+            f"{[name for name, _ in found] or 'none'} among the module lists {all_lists}. This architecture cannot be "
+            "trimmed, or its config does not describe it."
+        )
+    name, blocks = found[0]
+    return Stack(name, blocks, text_config, depth_name(config, part), part)
+
+
+def _part_of(name: str) -> str | None:
+    """Of which part of an encoder-decoder a module is, by the first word in its path that says so."""
+    words = (re.fullmatch(r"(?:\w+_)?(encoder|decoder)", word) for word in name.split("."))
+    return next((word[1] for word in words if word), None)
+
+
+def _owner_config(model: nn.Module, name: str) -> type:
+    """The class of the config of the nearest module around `name` that has one."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+        if config is not None:
+            return type(config)
+    return type(None)
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """The two halves of a block. Each is one module, or several that work together (OPT's `fc1` and `fc2`).
+
+    Attributes:
+        attention: What mixes tokens (attention, or a state-space or convolution layer in its place), by its name in the
+            block; in the order in which the block defines them.
+        mlp: What works on each token alone (an MLP or a mixture of experts), by its name in the block.
+    """
+
+    attention: dict[str, nn.Module]
+    mlp: dict[str, nn.Module]
+
+
+# By the names of a block's own children: transformers' architectures agree on these, not on class names.
+_ATTENTION = re.compile(r"(self_|linear_)?(attn|attention)|mamba|temporal_block|conv|mlstm_layer")
+_MLP = re.compile(r"(shared_)?(mlp|moe|ffn|feed_forward)|block_sparse_moe|mlp_block|intermediate|output|fc[12]")
+
+
+def find_sublayers(block: nn.Module) -> Sublayers:
+    """A block's attention and its MLP, without a table of model names.
+
+    Raises:
+        ValueError: If the block is not made of an attention and an MLP.
+    """
+    children = [(name, child) for name, child in block.named_children() if any(True for _ in child.parameters())]
+    attention = {name: child for name, child in children if _ATTENTION.fullmatch(name)}
+    mlp = {name: child for name, child in children if _MLP.fullmatch(name)}
+    if not attention or not mlp:
+        raise ValueError(
+            f"Expected a block made of an attention and an MLP, got {type(block).__name__} with the parts "
+            f"{[name for name, _ in children]}. Use unit='block' for this architecture."
+        )
+    return Sublayers(attention, mlp)

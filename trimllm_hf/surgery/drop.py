@@ -1,0 +1,212 @@
+"""`drop_layers`: takes layers out of a model, and their traces out of its config; refuses what would not come out right.
+
+A drop is planned on copies first: each reading of the config's values (`depth_config.py`) is tried by the guard
+(`guard.py`) before anything changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..layer_map import HALVES, LayerMap
+from .adapters import adapter_readings, adapters_of, base_of, mark
+from .blocks import Stack, find_stack
+from .candidate_configs import readings
+from .per_layer_tensors import cut
+from .position_constraints import keep_places
+from .sublayers import Gives, StandIn, find_halves, keep_attentions, refuse_unloadable, stored, update_classes
+from .sublayers.attentions import WITHOUT_CACHE
+from .unshare_config import give_own_config
+from .verify import Renumbering, compare, rebuild
+
+
+@dataclass(frozen=True)
+class PlannedDrop:
+    """A drop that has passed the guard. `apply` cannot fail halfway: it only deletes and assigns.
+
+    Attributes:
+        model: The unwrapped model, without PEFT's wrapper.
+        layer_map: The map after the drop.
+    """
+
+    model: PreTrainedModel
+    layer_map: LayerMap
+    stack: Stack
+    positions: frozenset[int]
+    config_values: dict[str, Any]
+    renumbering: Renumbering
+    stand_ins: dict[str, Gives]  # by the name in the model of what they stand for
+    adapters: dict[str, Any]  # the configs of its adapters as they will be
+
+    @property
+    def leaving(self) -> list[nn.Parameter]:
+        """The parameters that no module but the dropped ones holds."""
+        dropped = [self.stack.blocks[position] for position in sorted(self.positions)]
+        dropped += [self.model.get_submodule(name) for name in self.stand_ins]
+        inside = {module for block in dropped for module in block.modules()}
+        staying = {
+            id(parameter)
+            for module in self.model.modules()
+            if module not in inside
+            for parameter in module.parameters(recurse=False)
+        }
+        leaving = {id(p): p for module in dropped for p in module.parameters() if id(p) not in staying}
+        return list(leaving.values())
+
+    def apply(self) -> LayerMap:
+        """Drop the layers, in place. The model and its container of blocks stay the same objects.
+
+        So do its configs, unless another model holds one of them too: then this model gets copies.
+        """
+        kept = [position for position in range(len(self.stack)) if position not in self.positions]
+        for (name, key), dimension in self.renumbering.packed.items():
+            parameter = self.model.get_submodule(name).get_parameter(key)
+            parameter.data = cut(parameter.data, dimension, len(self.stack), kept)
+            parameter.grad = None  # of another shape
+        give_own_config(self.model)
+        config = find_stack(self.model, self.stack.part).config
+        for name, gives in self.stand_ins.items():
+            self.model.set_submodule(name, StandIn(gives))
+        for position in sorted(self.positions, reverse=True):
+            del self.stack.blocks[position]
+        modules = dict(self.model.named_modules())
+        changed = [modules[name].config for name, _ in self.renumbering.configs if name in modules]  # some are copies
+        for each in {id(held): held for held in [config, *changed]}.values():
+            if type(each) is type(config):
+                _set_values(each, self.config_values)
+        for (name, field), (before, after) in self.renumbering.configs.items():
+            if name in modules and getattr(modules[name].config, field, None) == before:
+                setattr(modules[name].config, field, after)
+        for (name, attribute), (before, after) in self.renumbering.attributes.items():
+            now = getattr(modules.get(name), attribute, None)  # a half that is gone has no number
+            if (list(now) if isinstance(now, tuple) else now) == before:  # a value that the user changed stays
+                setattr(modules[name], attribute, after)
+        self.model.config.trim = self.layer_map.to_dict()
+        for name, config in adapters_of(self.model).items():
+            vars(config).update(vars(self.adapters[name]))
+        mark(self.model, self.stack.name, self.layer_map)
+        update_classes(self.model, self.layer_map.whole)
+        return self.layer_map
+
+
+def plan_drop(
+    model: nn.Module,
+    layers: Sequence[int],
+    unit: str = "block",
+    step: int | None = None,
+    importance: str | None = None,
+    scores: Sequence[float] | None = None,
+    part: str | None = None,
+) -> PlannedDrop:
+    """Check a drop without changing anything; see `drop_layers`. `step`, `importance`, `scores` go into the history.
+
+    Raises:
+        ValueError: As `drop_layers`.
+    """
+    base: PreTrainedModel = base_of(model)
+    stack = find_stack(base, part)
+    adapters = adapters_of(base)
+    before = LayerMap.from_config(base.config, part)
+    after = before.drop(layers, step=step, importance=importance, scores=scores, unit=unit)
+    kept = [position for position, layer in enumerate(before.kept_layers) if layer in set(after.kept_layers)]
+    gone = frozenset(range(len(stack))) - set(kept)
+    _keep_an_attention(stack, kept)
+    keep_places(base, stack, kept, after.whole)
+    full = rebuild(base, {}, stack.part, adapters)
+    inner_name = find_stack(full, stack.part).name
+    stand_ins = {} if after.whole else _stand_ins(base, stack, before, after, full)
+    refusal: ValueError | None = None
+    for values in readings(stack.config, stack.depth_name, kept, stack.part) if gone else [{}]:
+        for configs in adapter_readings(adapters, full, inner_name, kept):
+            try:
+                renumbering = compare(base, stack, kept, values, full, configs) if gone else Renumbering({}, {})
+            except ValueError as error:
+                refusal = refusal or error  # of the likeliest reading
+                continue
+            if not after.whole:
+                refuse_unloadable(base, values, after)
+            return PlannedDrop(base, after, stack, gone, values, renumbering, stand_ins, configs)
+    assert refusal is not None
+    raise refusal
+
+
+def refuse_packed(drop: PlannedDrop) -> None:
+    """Refuse a drop that an optimizer could not follow.
+
+    Raises:
+        ValueError: If it cuts parameters outside the layers.
+    """
+    if drop.renumbering.packed:
+        names = [".".join(key) for key in drop.renumbering.packed]
+        raise ValueError(
+            f"Expected a model whose other parameters keep their shape while it trains, got {type(drop.model).__name__}, "
+            f"which holds a part for each layer in {names}. Drop its layers before training, by drop_layers. Nothing was "
+            "changed."
+        )
+
+
+def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block", part: str | None = None) -> LayerMap:
+    """Drop layers of an unwrapped model, in place.
+
+    Args:
+        model: A transformers model, or one with adapters (PeftModel), that no engine has wrapped; for one that is, use
+            `drop_prepared_layers`.
+        layers: Positions in the model as it is now, from 0.
+        unit: "block", a whole layer; or "sublayer", an attention or an MLP with its residual. Then `layers` are positions
+            in the model's sublayers: attention and MLP of the first block, of the second, and so on, without those that
+            are gone (`LayerMap.sublayers`). A block goes when both are gone.
+        part: Of an encoder-decoder (T5, BART), the stack to drop from: "decoder" or "encoder". By default the one that
+            was trimmed before, else the decoder.
+
+    Returns:
+        The kept-layer map, in the numbering of the base model. It also stands in `model.config.trim`.
+
+    Raises:
+        ValueError: If a layer is out of range, repeated, or all are named; if the architecture has no single stack of
+            blocks, or its blocks are no attention and MLP; if its other part was trimmed before; or if the trimmed config
+            would describe another model than the trimmed one. Nothing has changed then.
+    """
+    return plan_drop(model, layers, unit, part=part).apply()
+
+
+def _stand_ins(model: PreTrainedModel, stack: Stack, before: LayerMap, after: LayerMap, full: nn.Module) -> dict[str, Gives]:
+    """What stands where the halves were that go while their block stays."""
+    if stack.part is not None:
+        raise ValueError(
+            f"Expected a model with one stack of layers for unit='sublayer', got the encoder-decoder "
+            f"{type(model).__name__}. Use unit='block'. Nothing was changed."
+        )
+    stored(model.config.to_dict(), model.config)  # raises where the config cannot say it
+    keep_attentions(stack, after, [before.kept_layers.index(layer) for layer in after.kept_layers])
+    blocks = find_stack(full).blocks
+    lost = set(before.sublayers) - set(after.sublayers)
+    found: dict[str, Gives] = {}
+    for position, layer in enumerate(before.kept_layers):
+        for half in HALVES:
+            if layer in after.kept_layers and (layer, half) in lost:
+                halves = find_halves(blocks[position], stack.config.hidden_size)
+                found |= {f"{stack.name}.{position}.{name}": gives for name, gives in halves.of(half).items()}
+    return found
+
+
+def _keep_an_attention(stack: Stack, kept: Sequence[int]) -> None:
+    """A hybrid model reads the length of its cache from its attention layers: without any it cannot generate."""
+    types = getattr(stack.config, "layer_types", None)
+    if not isinstance(types, list | tuple) or len(types) != len(stack):
+        return
+    with_cache = [position for position in range(len(stack)) if types[position] not in WITHOUT_CACHE]
+    if with_cache and not set(with_cache) & set(kept):
+        raise ValueError(
+            f"Expected at least one of the attention layers {with_cache} to stay, got all of them to drop. The model could "
+            "not generate with a cache without one. Nothing was changed."
+        )
+
+
+def _set_values(config: PreTrainedConfig, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(config, name, value)

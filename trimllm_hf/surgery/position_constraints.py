@@ -1,0 +1,81 @@
+"""Places to which a model's own `forward` ties something: no module shows them, so the guard cannot see that they move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .blocks import Stack
+
+
+def keep_places(model: PreTrainedModel, stack: Stack, kept: Sequence[int], whole: bool = True) -> None:
+    """Refuse a drop after which the model's `forward` would do something at another place than now.
+
+    Args:
+        model: The model that is to be trimmed.
+        stack: Its blocks.
+        kept: Positions that stay.
+        whole: Whether they keep their attention and their MLP.
+
+    Raises:
+        ValueError: Naming the layers that have to stay.
+    """
+    owner = model.get_submodule(stack.name.rpartition(".")[0])
+    if hasattr(owner, "layers_are_rescaled"):  # RWKV
+        _keep_scales(model, stack, len(kept) < len(stack), whole)
+    for why, layers in _tied(model, owner, stack, kept):
+        if gone := sorted(set(layers) - set(kept)):
+            raise ValueError(
+                f"Expected the layers {sorted(layers)} of {type(model).__name__} to stay, got {gone} to drop: {why}. Drop "
+                "other layers. Nothing was changed."
+            )
+
+
+def _keep_scales(model: PreTrainedModel, stack: Stack, fewer: bool, whole: bool) -> None:
+    every = stack.config.rescale_every
+    if not whole:
+        raise ValueError(
+            f"Expected an attention and an MLP that hand on nothing but hidden states, got those of {type(model).__name__}, "
+            "which hand on their state. Use unit='block'. Nothing was changed."
+        )
+    if fewer and 0 < every < len(stack):
+        raise ValueError(
+            f"Expected rescale_every=0 in the config of {type(model).__name__}, got {every}: in evaluation it scales the "
+            "weights of each layer by its number. Set it before the model first runs in evaluation. Nothing was changed."
+        )
+
+
+def _tied(
+    model: PreTrainedModel, owner: nn.Module, stack: Stack, kept: Sequence[int]
+) -> Iterator[tuple[str, Sequence[int]]]:
+    if isinstance(getattr(owner, "conv", None), nn.Module):  # DeBERTa v2
+        yield "a convolution stands behind the first", [0]
+    yield "all later ones read what comes out of them", _marked(stack, "is_block_boundary")  # Inkling 2
+    if set(_marked(stack, "is_kv_shared_layer")) & set(kept):  # Gemma 3n and 4
+        yield "later ones read their keys and values", _marked(stack, "store_full_length_kv")
+    if stack.config is not model.config:
+        fed = max((_fed(config) for config in _configs(model.config)), default=0)
+        yield "what is seen in an image is added at them by their number", list(range(min(fed, len(stack))))
+
+
+def _marked(stack: Stack, flag: str) -> list[int]:
+    """Layers that have a flag set, on the block or within."""
+    return [i for i, block in enumerate(stack.blocks) if any(getattr(each, flag, False) for each in block.modules())]
+
+
+def _fed(config: PreTrainedConfig) -> int:
+    """To how many of the first text layers a vision part hands features (Qwen 3 VL: "deepstack")."""
+    of_vision = getattr(config, "deepstack_visual_indexes", None) or ()
+    pairs: Any = getattr(config, "deepstack_layer_map", None) or ()  # Granite 4: (vision layer, text layer)
+    return max(len(of_vision), *(layer + 1 for _, layer in pairs), 0)
+
+
+def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            yield from _configs(part)

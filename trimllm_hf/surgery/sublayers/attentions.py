@@ -1,0 +1,58 @@
+"""Which attentions have to stay: a cache is asked how long it is at the first attention of each type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...layer_map import LayerMap
+from ..blocks import Stack
+
+# Layer types that keep no keys and values.
+WITHOUT_CACHE = {"linear_attention", "conv", "moe", "recurrent", "mamba"}
+
+
+def layer_types(stack: Stack) -> list[str]:
+    """The type of each layer, as far as the config says it: like "full_attention" and "sliding_attention"."""
+    types = getattr(stack.config, "layer_types", None) or getattr(stack.config, "layers_block_type", None)
+    return list(types) if isinstance(types, list | tuple) and len(types) == len(stack) else ["attention"] * len(stack)
+
+
+def attentions_that_stay(stack: Stack, layers: Sequence[int], positions: Sequence[int]) -> list[int]:
+    """Of some layers, those whose attention has to stay.
+
+    These are the first of each layer type. Of types with a state in place of keys and values, transformers asks the last.
+
+    Args:
+        stack: The model's blocks.
+        layers: The layers, by any names.
+        positions: Their positions in the model as it is now.
+    """
+    types = layer_types(stack)
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for layer, position in zip(layers, positions, strict=True):
+        first.setdefault(types[position], layer)
+        last[types[position]] = layer
+    return sorted({*first.values(), *(layer for kind, layer in last.items() if kind in WITHOUT_CACHE)})
+
+
+def keep_attentions(stack: Stack, after: LayerMap, positions: Sequence[int]) -> None:
+    """Refuse a drop after which an attention would be gone that has to stay.
+
+    Args:
+        stack: The model's blocks as they are now.
+        after: The map after the drop.
+        positions: Where each of its layers is now.
+
+    Raises:
+        ValueError: Naming the layers.
+    """
+    there = set(after.sublayers)
+    missing = [
+        layer for layer in attentions_that_stay(stack, after.kept_layers, positions) if (layer, "attention") not in there
+    ]
+    if missing:
+        raise ValueError(
+            f"Expected the attention of the base's layers {missing} to stay: the first of its type, from which the cache "
+            "reads its length, so that the model could not generate without it. Drop other layers. Nothing was changed."
+        )

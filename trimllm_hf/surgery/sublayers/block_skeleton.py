@@ -1,0 +1,80 @@
+"""A block's glue: a copy without its weights, run on random numbers with probes in the places of its halves."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .pass_through import Gives
+
+MAX_GLUE = 2**24  # a larger parameter of the glue stays without memory; a block that needs it is refused
+
+
+class Probe(nn.Module):
+    """A small function in a half's place, with one parameter, by which it is known what depends on it."""
+
+    def __init__(self, gives: Gives, phase: float, detached: bool) -> None:
+        super().__init__()
+        self.gives, self.phase, self.detached = gives, phase, detached
+        self.weight = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+        self.input: torch.Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.input = Gives(argument=0).hidden(args, kwargs)
+        seen = self.input.detach() if self.detached else self.input
+        result = self.gives.hidden(args, kwargs) + torch.sin(seen.roll(1, -1) * self.weight + self.phase)
+        return result if self.gives.rest is None else (result, *[None] * self.gives.rest)
+
+
+def hollow(block: nn.Module, inside: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of a block with random parameters, in which others stand for some of its modules."""
+    instead: dict[int, Any] = {id(block.get_submodule(name)): module for name, module in inside.items()}
+    for module in block.modules():
+        if hasattr(module, "config"):
+            instead[id(module.config)] = module.config
+    for path, module in block.named_modules():
+        if within(path, inside):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            instead[id(parameter)] = nn.Parameter(_random(f"{path}.{name}", parameter))
+        for name, buffer in module.named_buffers(recurse=False):
+            instead[id(buffer)] = _random(f"{path}.{name}", buffer)
+    return copy.deepcopy(block, instead).eval()
+
+
+def within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module is one of these, or a part of one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+
+
+def _random(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    shape = shape_of(tensor)
+    return torch.empty(shape, device="meta") if shape.numel() > MAX_GLUE else numbers(name, shape)
+
+
+def numbers(name: str, shape: torch.Size) -> torch.Tensor:
+    """Random numbers that are the same for a name in each run."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def shape_of(tensor: torch.Tensor) -> torch.Size:
+    """A parameter's shape; one that ZeRO-3 has cut says it elsewhere."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def depends(tensor: torch.Tensor, parameters: list[nn.Parameter]) -> bool:
+    """Whether a tensor was made from one of these."""
+    if not tensor.requires_grad or not parameters:
+        return False
+    return any(g is not None for g in torch.autograd.grad(tensor.sum(), parameters, retain_graph=True, allow_unused=True))
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are equal but for rounding."""
+    return torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-5)

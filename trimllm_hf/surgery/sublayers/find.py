@@ -1,0 +1,256 @@
+"""What stands where a block's attention, or its MLP, was: learned from the block's own code, and proved on it.
+
+To drop a half with its residual means that the hidden states pass it unchanged. What that takes depends on the block: in
+one with norms in front, zeros in place of the attention's result; in one like Gemma's or OLMo 2's the norm behind the
+attention, before the sum, goes as well; in one with norms behind the sum, like BERT's, so does that norm. There is no
+table of architectures. The block's *glue*, what is left when attention and MLP are taken out (norms, sums, scales), is
+run on random numbers, with other small functions in the halves' places, and:
+
+- with both halves dropped it must hand on its input;
+- the block must be one half after the other, or the sum of both (parallel blocks): then each half alone is what stays
+  when the other is dropped.
+
+A block for which this does not hold is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..blocks import find_sublayers
+from .block_skeleton import Probe, depends, hollow, numbers, same, shape_of, within
+from .pass_through import Gives, StandIn
+
+Paths = Mapping[str, Gives]
+ROWS, TOKENS = 3, 2  # of the random hidden states; not 2 rows: a tuple of two must not be taken for them
+MAX_WIDTH = 1_000_000
+MAX_TRIES = 1000
+
+
+@dataclass(frozen=True)
+class Halves:
+    """What stands for which modules of a block, by their names in it, when its attention or its MLP is dropped."""
+
+    attention: dict[str, Gives]
+    mlp: dict[str, Gives]
+
+    def of(self, half: str) -> dict[str, Gives]:
+        """The stand-ins for "attention" or "mlp"."""
+        return self.attention if half == "attention" else self.mlp
+
+
+def find_halves(block: nn.Module, width: int) -> Halves:
+    """What has to stand where when one half of a block goes.
+
+    Args:
+        block: A block with both halves; the values of its parameters are not looked at, so it may be on the meta device.
+        width: Size of the hidden states.
+
+    Raises:
+        ValueError: If the block is not made of an attention and an MLP that can go alone.
+    """
+    if not 0 < width <= MAX_WIDTH:
+        raise ValueError(f"Expected hidden states of at most {MAX_WIDTH} numbers, got {width}.")
+    sublayers = find_sublayers(block)
+    glue = _Glue(block, width, tuple(sublayers.attention), tuple(sublayers.mlp))
+    try:
+        with torch.device("cpu"), torch.enable_grad():
+            return glue.halves()
+    except Exception as error:  # what cannot be run on its own shows it in as many ways as there are blocks
+        raise ValueError(
+            f"Expected {type(block).__name__} to be an attention and an MLP, each with a residual of its own, got one "
+            f"{_why(error)}. Use unit='block' for this architecture. Nothing was changed."
+        ) from error
+
+
+def _why(error: Exception) -> str:
+    return str(error) if isinstance(error, _NotSeparable) else f"that fails: {type(error).__name__}: {error}"
+
+
+class _NotSeparable(Exception):
+    """Why a block cannot lose a half."""
+
+
+@dataclass
+class _Run:
+    """One run of the glue: what came out, of what went in, and what each norm got."""
+
+    output: torch.Tensor
+    input: torch.Tensor
+    weights: dict[str, list[nn.Parameter]]  # of each half's probes
+    fed: dict[str, torch.Tensor | None]  # what each half's first module got
+    norms: dict[str, list[nn.Parameter]]
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # of the norms that were called
+
+    def reached(self) -> set[str]:
+        """The norms on which the output depends."""
+        return {name for name, parameters in self.norms.items() if depends(self.output, parameters)}
+
+
+class _Glue:
+    """A block without its attention and MLP."""
+
+    def __init__(self, block: nn.Module, width: int, attention: tuple[str, ...], mlp: tuple[str, ...]) -> None:
+        self.block, self.width = block, width
+        self.names = {"attention": attention, "mlp": mlp}
+        inside = (*attention, *mlp)
+        self.norms = [
+            name
+            for name, module in block.named_modules()
+            if name and any(True for _ in module.parameters(recurse=False)) and not within(name, inside)
+        ]
+        called = inspect.signature(block.forward).parameters.values()
+        self.needed = {
+            parameter.name: None
+            for parameter in list(called)[1:]
+            if parameter.default is parameter.empty and parameter.kind in (0, 1, 3)  # with a name, and no default
+        }
+        self.gives: dict[str, Gives] = {}  # of each half's modules
+
+    def halves(self) -> Halves:
+        """The stand-ins for each half, proved."""
+        self.gives = self._find_gives()
+        base = self.run()
+        detached = self.run(detached=True)
+        order = self._order(detached)
+        closing: dict[str, list[str]] = {"attention": [], "mlp": [], "both": []}
+        for norm in detached.reached():
+            closing[self._owner(detached, norm, order)].append(norm)
+        found: dict[str, dict[str, Gives]] = {}
+        for half, names in self.names.items():
+            stand_ins = {name: self.gives[name] for name in names} | dict.fromkeys(closing[half], Gives(argument=0))
+            dead = base.reached() - self.run(stand_ins).reached()
+            found[half] = stand_ins | dict.fromkeys(self._whole(dead, base), Gives(argument=0))
+        if closing["both"]:
+            raise _NotSeparable(f"with {closing['both']} around the sum of both")
+        self._prove(found["attention"], found["mlp"], order)
+        return Halves(found["attention"], found["mlp"])
+
+    def _find_gives(self) -> dict[str, Gives]:
+        """How each half's modules have to answer so that, without any norm, the block hands on its input."""
+        names = [*self.names["attention"], *self.names["mlp"]]
+        norms = dict.fromkeys((name for name in self.norms if self._is_norm(name)), Gives(argument=0))
+        why, ran = "", False
+        for passed in ({}, norms):  # type: dict[str, Gives]
+            for tried in _answers(len(names))[:MAX_TRIES]:
+                answers = dict(zip(names, tried, strict=True))
+                if any(gives.argument == 0 and not self._adds_its_input(name) for name, gives in answers.items()):
+                    continue
+                try:
+                    run = self.run({**passed, **answers})
+                    if same(run.output, run.input) and self._keeps_rows_apart(answers):
+                        return answers
+                    why, ran = "that changes the hidden states when both are gone", True
+                except Exception as failure:  # a wrong form of answer shows in as many ways as there are blocks
+                    why = why if ran else f"that does not run without them ({type(failure).__name__}: {failure})"
+        raise _NotSeparable(why)
+
+    def _adds_its_input(self, name: str) -> bool:
+        """Whether a module may be a half with its residual inside: as in BERT, the norm is inside then, too."""
+        return any("norm" in type(module).__name__.lower() for module in self.block.get_submodule(name).modules())
+
+    def _whole(self, dead: set[str], run: _Run) -> list[str]:
+        """The same norms, or in place of some the part of the block that consists of them."""
+        tops = {name.partition(".")[0] for name in dead} & run.inputs.keys()
+        whole = {top for top in tops if {name for name in self.norms if f"{name}.".startswith(f"{top}.")} <= dead}
+        return sorted(whole | {name for name in dead if name.partition(".")[0] not in whole})
+
+    def _keeps_rows_apart(self, answers: Paths) -> bool:
+        """Whether no row sees another: `attention(…)[0]` of a bare tensor would give the first row to all."""
+        self.gives = dict(answers)
+        run = self.run()
+        (seen,) = torch.autograd.grad(run.output[1].sum(), [run.input])
+        return not seen[0].any() and not seen[2].any()
+
+    def _is_norm(self, name: str) -> bool:
+        return all(len(shape_of(p)) <= 1 for p in self.block.get_submodule(name).parameters(recurse=False))
+
+    def _order(self, run: _Run) -> tuple[str, ...]:
+        """The halves in the order in which the one feeds the other; () if neither does."""
+        for first, second in (("attention", "mlp"), ("mlp", "attention")):
+            fed = run.fed[second]
+            if fed is not None and depends(fed, run.weights[first]):
+                return first, second
+        return ()
+
+    def _owner(self, run: _Run, norm: str, order: tuple[str, ...]) -> str:
+        """The half to which a norm belongs, of the norms through which the hidden states go when no half is asked.
+
+        As in BERT each stands behind a half, or as in MiniMax each in front of one: then one stands before both.
+        """
+        behind = {name: self._behind(run, name) for name in run.reached()}
+        if not order:
+            return behind[norm][0] if len(behind[norm]) == 1 else "both"
+        if all(behind.values()):
+            return order[len(behind[norm]) - 1] if len(behind[norm]) > 1 else behind[norm][0]
+        if len(behind[norm]) > 1:
+            return "both"
+        return order[1] if behind[norm] else order[0]
+
+    def _behind(self, run: _Run, norm: str) -> list[str]:
+        got = run.inputs.get(norm)
+        return [half for half in self.names if got is not None and depends(got, run.weights[half])]
+
+    def _prove(self, attention: Paths, mlp: Paths, order: tuple[str, ...]) -> None:
+        none = self.run({**attention, **mlp})
+        if not same(none.output, none.input):
+            raise _NotSeparable("that changes the hidden states when both are gone")
+        whole, only = self.run(), {"attention": self.run(mlp), "mlp": self.run(attention)}
+        if order:
+            rest = mlp if order[1] == "attention" else attention
+            together = self.run(rest, hidden=only[order[0]].output.detach()).output
+        else:
+            together = sum((run.output - run.input for run in only.values()), whole.input)
+        if not same(whole.output, together):
+            raise _NotSeparable("that is neither one after the other nor the sum of both")
+
+    def run(self, stand_ins: Paths | None = None, detached: bool = False, hidden: torch.Tensor | None = None) -> _Run:
+        """Run the glue, with stand-ins for the modules named and probes for the rest of the halves."""
+        inside: dict[str, nn.Module] = {name: StandIn(gives) for name, gives in (stand_ins or {}).items()}
+        probes = {
+            half: {name: Probe(self.gives[name], phase, detached) for name in names if name not in inside}
+            for (half, names), phase in zip(self.names.items(), (0.3, 0.7), strict=True)
+        }
+        for made in probes.values():
+            inside.update(made)
+        glue = hollow(self.block, inside)
+        if hidden is None:
+            hidden = numbers("", torch.Size((ROWS, TOKENS, self.width)))
+        hidden = hidden.clone().requires_grad_()
+        norms = {name: glue.get_submodule(name) for name in self.norms if not within(name, inside)}
+        inputs: dict[str, torch.Tensor] = {}
+
+        def note(name: str) -> Any:
+            def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+                inputs.setdefault(name, Gives(argument=0).hidden(args, kwargs))
+
+            return hook
+
+        for name in {*norms, *(name.partition(".")[0] for name in norms)}:
+            glue.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
+        output = glue.forward(hidden, **self.needed)
+        output = output[0] if isinstance(output, tuple | list) else output
+        if not isinstance(output, torch.Tensor) or output.shape != hidden.shape:
+            raise _NotSeparable("that does not return hidden states")
+        return _Run(
+            output,
+            hidden,
+            {half: [probe.weight for probe in made.values()] for half, made in probes.items() if made},
+            {half: next(iter(made.values())).input for half, made in probes.items() if made},
+            {name: list(module.parameters(recurse=False)) for name, module in norms.items()},
+            inputs,
+        )
+
+
+def _answers(number: int) -> list[tuple[Gives, ...]]:
+    """Forms of answers for so many modules, the likeliest first: zeros, bare."""
+    forms = product(product((None, 0, 1), (None, 1, 2)), repeat=number)
+    found = [tuple(Gives(argument, rest) for argument, rest in form) for form in forms]
+    return sorted(found, key=lambda form: [sum(g.argument is not None for g in form), sum(g.rest is not None for g in form)])

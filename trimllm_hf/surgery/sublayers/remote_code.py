@@ -1,0 +1,91 @@
+"""Modelling code beside the weights, so that `trust_remote_code=True` loads a model that lacks halves without trimllm_hf."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ...layer_map import MODEL_TYPE
+from ...utils import json_at
+from .classes import cast, class_of
+from .pass_through import StandIn
+from .saved_config import GONE, PREFIX, restored
+
+MODULE = "modeling_trimllm"
+TEMPLATE = "modeling_trimllm.py.txt"
+_AUTO = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "AutoModel": "MODEL_MAPPING",
+}
+
+
+def write_remote_code(folder: str | Path) -> Path:
+    """Write modelling code into the folder of a saved model that lacks sublayers, and name it in its config.json.
+
+    `from_pretrained(folder, trust_remote_code=True)` then loads the model where trimllm_hf is not installed.
+
+    Args:
+        folder: Where `save_pretrained` has written the model.
+
+    Returns:
+        The file of the code.
+
+    Raises:
+        ValueError: If the folder holds no such model: one that lost whole blocks only needs no code.
+    """
+    folder = Path(folder)
+    plain = json_at(folder / "config.json")
+    if not isinstance(plain, dict) or plain.get("model_type") != MODEL_TYPE:
+        raise ValueError(
+            f"Expected the folder of a saved model that lacks sublayers, got {str(folder)!r}, whose config.json is not of "
+            f"the type {MODEL_TYPE!r}. A model that lost whole blocks loads as it is."
+        )
+    stock = restored(plain)
+    (name,) = stock["architectures"]
+    model_class, config_class = getattr(transformers, name), transformers.CONFIG_MAPPING[stock["model_type"]]
+    with torch.device("meta"):
+        model = class_of(model_class, whole=False)(cast(config_class.from_dict(dict(stock))))
+    found = {path: module.gives for path, module in model.named_modules() if isinstance(module, StandIn)}
+    lines = [f'    "{path}": ({gives.argument}, {gives.rest}),' for path, gives in found.items()]
+    values = {
+        "GONE": GONE,
+        "CONFIG": config_class.__name__,
+        "MODEL": name,
+        "BASE_TYPE": config_class.model_type,
+        "DEPTH": repr(tuple(_path_to(GONE, plain))),
+        "STAND_INS": "\n".join(lines),
+    }
+    text = files(__package__).joinpath("templates", TEMPLATE).read_text(encoding="utf-8")
+    for key, value in values.items():
+        text = text.replace(f"<{key}>", value)
+    file = folder / f"{MODULE}.py"
+    file.write_text(text, encoding="utf-8")
+    autos = [
+        auto
+        for auto, mapping in _AUTO.items()
+        if getattr(transformers, mapping).get(config_class, None) in (model_class, (model_class,))
+    ]
+    auto_map = {"AutoConfig": f"{MODULE}.{PREFIX}{config_class.__name__}"}
+    auto_map |= {auto: f"{MODULE}.{PREFIX}{name}" for auto in autos}
+    text = json.dumps({**plain, "auto_map": auto_map}, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    return file
+
+
+def _path_to(value: Any, plain: dict[str, Any]) -> list[str]:
+    for name, found in plain.items():
+        if found == value:
+            return [name]
+        if isinstance(found, dict) and (rest := _path_to(value, found)):
+            return [name, *rest]
+    return []

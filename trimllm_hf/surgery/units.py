@@ -1,0 +1,100 @@
+"""What a scan leaves out: a block, or an attention or an MLP of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layer_map import UNITS, LayerMap
+from .adapters import base_of
+from .blocks import find_stack
+from .sublayers import Gives, find_halves
+from .verify import rebuild
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A candidate for a drop.
+
+    Attributes:
+        position: Position of its block.
+        parts: The modules inside the block that would go. None at all: the whole block.
+        gives: What would stand for each of them.
+    """
+
+    position: int
+    parts: tuple[nn.Module, ...] = ()
+    gives: tuple[Gives, ...] = ()
+
+
+def list_units(model: nn.Module, unit: str) -> list[Unit]:
+    """The candidates of a model, in the order of their scores: the blocks, or `LayerMap.sublayers`.
+
+    Raises:
+        ValueError: If there is no unit of that name, or the blocks are not made of an attention and an MLP.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"Expected unit='block' or 'sublayer', got {unit!r}.")
+    base = base_of(model)
+    stack, layer_map = find_stack(base), LayerMap.from_config(base.config)
+    if unit == "block":
+        return [Unit(position) for position in range(len(stack))]
+    if stack.part is not None:
+        raise ValueError("Expected a model with one stack of layers for unit='sublayer', got an encoder-decoder.")
+    whole = find_stack(rebuild(base, {})).blocks  # without weights, and with the halves that are gone
+    found = []
+    for layer, half in layer_map.sublayers:
+        position = layer_map.kept_layers.index(layer)
+        gives = find_halves(whole[position], stack.config.hidden_size).of(half)
+        parts = tuple(stack.blocks[position].get_submodule(name) for name in gives)
+        found.append(Unit(position, parts, tuple(gives.values())))
+    return found
+
+
+@contextmanager
+def without(unit: Unit, blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Run a model as if the unit were not there.
+
+    A block hands its input on; it still runs, so that its output's form is right everywhere. A part does not run: what
+    would stand for it answers.
+    """
+    with ExitStack() as stack:
+        for part, gives in zip(unit.parts, unit.gives, strict=True):
+            stack.enter_context(_answering(part, gives))
+        if not unit.parts:
+            stack.callback(blocks[unit.position].register_forward_hook(_input, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def _answering(part: nn.Module, gives: Gives) -> Iterator[None]:
+    had = vars(part).get("forward")  # a wrapper's own, if there is one
+    part.forward = lambda *args, **kwargs: gives(args, kwargs)
+    try:
+        yield
+    finally:
+        if had is not None:
+            part.forward = had
+        else:
+            vars(part).pop("forward", None)
+
+
+def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states that a block was called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def block_output(output: Any) -> torch.Tensor:
+    """The hidden states that a block returned."""
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    hidden = block_input(args, kwargs)
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

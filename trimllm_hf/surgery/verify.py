@@ -1,0 +1,287 @@
+"""The guard: whether a model's trimmed config describes exactly the layers that stay.
+
+It builds, on the meta device (no memory), the model that the config describes now and the one that the trimmed config
+would describe, and compares them block by block. So it learns, without a table of names, which attributes number a layer
+(they are renumbered) and refuses a model in which anything else would change.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import re
+import textwrap
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isclose
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..layer_map import num_hidden_layers, part_config
+from .adapters import inject
+from .blocks import Stack, find_stack
+from .per_layer_tensors import is_packed, packed_dimensions
+
+WARNING = 30  # logging.WARNING
+Scalar = int | float | bool | str | None
+Changes = dict[tuple[str, str], tuple[Any, Any]]  # (module, attribute) -> (value now, value after)
+
+
+@dataclass(frozen=True)
+class Renumbering:
+    """What else changes when layers go.
+
+    Attributes:
+        attributes: The attributes of modules that number or count layers.
+        configs: The fields of modules' configs: some modules hold a config of their own, made from the model's.
+        packed: By the name of a module's parameter, the dimension along which it holds a part for each layer.
+    """
+
+    attributes: Changes
+    configs: Changes
+    packed: dict[tuple[str, str], int] = field(default_factory=dict)
+
+
+def compare(
+    model: PreTrainedModel,
+    stack: Stack,
+    kept: Sequence[int],
+    values: dict[str, Any],
+    full: nn.Module,
+    adapters: Mapping[str, Any] = MappingProxyType({}),
+) -> Renumbering:
+    """Compare the model that the config describes with the one that the trimmed config would describe.
+
+    Args:
+        model: The model that is to be trimmed.
+        stack: Its blocks.
+        kept: Positions that stay.
+        values: What changes in the config.
+        full: The model that the config describes now, by `rebuild(model, {})`.
+        adapters: The configs of its adapters as they would be, by name.
+
+    Returns:
+        What numbers or counts layers, each with its value now and after.
+
+    Raises:
+        ValueError: If anything else would differ between a layer that stays and the one that would be loaded for it.
+    """
+    try:
+        trimmed = rebuild(model, values, stack.part, adapters)
+    except Exception as error:  # a config that cannot be built shows it in as many ways as there are architectures
+        raise ValueError(
+            f"Expected {type(model).__name__} to be built from its trimmed config, got {type(error).__name__}: {error}. "
+            "This architecture cannot say in its config that these layers are gone. Nothing was changed."
+        ) from error
+    inner_name = find_stack(full, stack.part).name
+    attributes: Changes = {}
+    configs: Changes = {}
+    packed: dict[tuple[str, str], int] = {}
+    seen: set[int] = set()
+    for name, (of_full, of_trimmed) in _pairs(full, trimmed, inner_name, kept).items():
+        block = _block_number(name, inner_name)
+        if of_full is None or of_trimmed is None or type(of_full) is not type(of_trimmed):
+            _refuse(model, name, "another kind of module", _kind(of_full), _kind(of_trimmed))
+        cuts = {} if block is not None else packed_dimensions(name, of_full, of_trimmed, len(stack), len(kept))
+        packed |= {(name, parameter): dimension for parameter, dimension in cuts.items()}
+        shapes = [_shapes(module, cuts) for module in (of_full, of_trimmed)]
+        if shapes[0] != shapes[1]:
+            _refuse(model, name, "other parameters", *_different(*shapes))
+        real_name = name.replace(inner_name, stack.name, 1) if block is not None else name
+        configs |= {(real_name, key): change for key, change in _config_changes(of_full, of_trimmed, seen).items()}
+        before, after = _scalars(of_full), _scalars(of_trimmed)
+        for attribute in sorted(before.keys() | after.keys()):
+            old, new = before.get(attribute), after.get(attribute)
+            if old == new or (isinstance(old, float) and isinstance(new, float) and isclose(old, new, rel_tol=1e-12)):
+                continue
+            if cuts and isinstance(old, int) and isinstance(new, int) and is_packed(old, new, len(stack), len(kept)):
+                pass  # the size of what is cut
+            elif isinstance(old, bool) or not _is_place(attribute, old, new, block, kept, len(stack), of_full):
+                _refuse(model, f"{name}.{attribute}" if name else attribute, "another value", old, new)
+            attributes[(real_name, attribute)] = (old, new)
+    attributes |= _numbers_in_exchanged(stack, find_stack(full, stack.part).blocks, kept)
+    _keep_room_in_the_cache(model, full, trimmed, stack.part)
+    return Renumbering(attributes, configs, packed)
+
+
+def _keep_room_in_the_cache(model: PreTrainedModel, full: nn.Module, trimmed: nn.Module, part: str | None) -> None:
+    """T5's decoder keeps its keys and values in a cache that `generate` makes as long as the *encoder* is deep."""
+    if part != "encoder" or not model.can_generate():
+        return
+    depth = num_hidden_layers(model.config, "decoder")
+    configs: list[Any] = [full.config, trimmed.config]
+    before, after = (getattr(c.get_text_config(decoder=True), "num_hidden_layers", depth) for c in configs)
+    if after < depth <= before:
+        raise ValueError(
+            f"Expected at least {depth} encoder layers to stay in {type(model).__name__}, as many as its decoder has, got "
+            f"{after}: transformers makes its decoder's cache as long as its encoder is deep, so it could not generate. "
+            "Drop layers of the decoder (part='decoder') instead. Nothing was changed."
+        )
+
+
+def _is_place(
+    attribute: str, old: Any, new: Any, block: int | None, kept: Sequence[int], depth: int, module: nn.Module
+) -> bool:
+    """Whether an attribute says where layers are, and changes as their places do."""
+    if isinstance(old, list):
+        one_per_layer = len(old) == depth and new == [old[position] for position in kept]
+        return one_per_layer or (bool(_INDICES.fullmatch(attribute)) and new == [kept.index(i) for i in old if i in kept])
+    if attribute.endswith("tied_weights_keys"):  # transformers' own tables, by the names of the layers
+        return True
+    if isinstance(old, dict):  # Zamba 2: the number of a layer -> its number among the layers with attention
+        stay = [layer for layer in old if layer in kept]
+        return new == {kept.index(layer): number for number, layer in enumerate(stay)}
+    if block is not None and (old, new) == (kept[block], block):
+        return True
+    if isinstance(old, int) and isinstance(new, int) and _NUMBER.fullmatch(attribute):
+        two_a_block = block is not None and old - new == 2 * (kept[block] - block)  # LongCat has two attentions a block
+        return new == bisect_left(kept, old) or two_a_block
+    return (old, new) == (depth, len(kept)) and (block is None or not _in_forward(module, attribute))
+
+
+_INDICES = re.compile(r".*layer.*")
+_NUMBER = re.compile(r".*layer.*(idx|index|id|number)")
+
+
+def _numbers_in_exchanged(stack: Stack, built: nn.ModuleList, kept: Sequence[int]) -> Changes:
+    """Layer numbers in modules that are not what the config builds: BigBird exchanges its attention for short inputs."""
+    found: Changes = {}
+    for new, old in enumerate(kept):
+        as_built = {path: type(module) for path, module in built[old].named_modules()}
+        for path, module in stack.blocks[old].named_modules(prefix=f"{stack.name}.{new}"):
+            if type(module) is not as_built.get(path.removeprefix(f"{stack.name}.{new}").removeprefix(".")):
+                numbers = [name for name, value in vars(module).items() if _NUMBER.fullmatch(name) and value == old]
+                found |= {(path, name): (old, new) for name in numbers}
+    return found
+
+
+def _in_forward(module: nn.Module, attribute: str) -> bool:
+    """Whether a module's forward, or a method that it calls, may read an attribute.
+
+    What only `__init__` reads has become a weight or a buffer, which stays what it was.
+    """
+    methods = {}
+    for base in reversed(type(module).__mro__):
+        if base.__module__.startswith("torch.nn") or base is object:
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        methods.update({node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)})
+    to_read, read = ["forward"], set()
+    while to_read:
+        name = to_read.pop()
+        if name in read or name not in methods:
+            continue
+        read.add(name)
+        used = {node.attr for node in ast.walk(methods[name]) if isinstance(node, ast.Attribute)}
+        if attribute in used:
+            return True
+        to_read += used
+    return False
+
+
+def rebuild(
+    model: PreTrainedModel,
+    values: dict[str, Any],
+    part: str | None = None,
+    adapters: Mapping[str, Any] = MappingProxyType({}),
+    device: str | torch.device = "meta",
+) -> nn.Module:
+    """The model and its adapters once `values` are set where the config holds the depth; weights are new, or none."""
+    config = copy.deepcopy(model.config)
+    for name, value in values.items():
+        setattr(part_config(config, part), name, value)
+    # Through a dict and back, as a load from config.json would: derived values are derived again.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(max(verbosity, WARNING))  # building a model tells its whole config at INFO
+    try:
+        attention = {"": model.config._attn_implementation}
+        for name in config.sub_configs:
+            attention[name] = getattr(getattr(config, name), "_attn_implementation", None)
+        # classes that build a model without some halves have the architecture's own, which builds all
+        config_class = getattr(type(config), "stock_class", type(config))
+        config = config_class.from_dict(config.to_dict(), attn_implementation=attention)
+        with torch.device(device):
+            found: nn.Module = getattr(type(model), "stock_class", type(model))(config)
+            return inject(found, adapters)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _pairs(
+    full: nn.Module, trimmed: nn.Module, stack_name: str, kept: Sequence[int]
+) -> dict[str, tuple[nn.Module | None, nn.Module | None]]:
+    """Modules that must be alike, by their name in the trimmed model."""
+    position = {str(old): str(new) for new, old in enumerate(kept)}
+    prefix = f"{stack_name}."
+    by_name: dict[str, nn.Module] = {}
+    for name, module in full.named_modules():
+        if name.startswith(prefix):
+            number, dot, rest = name.removeprefix(prefix).partition(".")
+            if number not in position:
+                continue  # dropped
+            name = f"{prefix}{position[number]}{dot}{rest}"
+        by_name[name] = module
+    other = dict(trimmed.named_modules())
+    return {name: (by_name.get(name), other.get(name)) for name in sorted(by_name.keys() | other.keys())}
+
+
+def _block_number(name: str, stack_name: str) -> int | None:
+    prefix = f"{stack_name}."
+    return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
+
+
+def _shapes(module: nn.Module, packed: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return {name: tuple(tensor.shape) for name, tensor in tensors if name not in packed}
+
+
+def _different(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two dicts without what they have in common."""
+    return [{k: v for k, v in a.items() if k not in b or b[k] != v} for a, b in ((one, other), (other, one))]
+
+
+def _scalars(module: nn.Module) -> dict[str, Any]:
+    """A module's own plain attributes: numbers, texts, flags, lists of them, and functions by their names."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if isinstance(value, Scalar):
+            found[name] = value
+        elif isinstance(value, list | tuple) and all(isinstance(item, Scalar) for item in value):
+            found[name] = list(value)
+        elif isinstance(value, dict) and all(isinstance(item, Scalar) for item in (*value, *value.values())):
+            found[name] = dict(value)
+        elif callable(value) and hasattr(value, "__qualname__"):
+            found[name] = value.__qualname__
+    return found
+
+
+def _config_changes(of_full: nn.Module, of_trimmed: nn.Module, seen: set[int]) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two modules' configs differ; of a config that many modules hold, told once."""
+    before, after = getattr(of_full, "config", None), getattr(of_trimmed, "config", None)
+    if not isinstance(before, PreTrainedConfig) or not isinstance(after, PreTrainedConfig) or id(before) in seen:
+        return {}
+    seen.add(id(before))
+    return {
+        key: (old, vars(after)[key])
+        for key, old in vars(before).items()
+        if not key.startswith("_") and not isinstance(old, PreTrainedConfig) and vars(after).get(key, old) != old
+    }
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "none" if module is None else type(module).__name__
+
+
+def _refuse(model: nn.Module, where: str, what: str, old: object, new: object) -> NoReturn:
+    raise ValueError(
+        f"Expected the layers that stay in {type(model).__name__} to be the same under the trimmed config, got {what} "
+        f"at {where or 'the model'}: {old} now, {new} after. Drop other layers; this architecture ties that to a "
+        "layer's place. Nothing was changed."
+    )

@@ -1,0 +1,1 @@
+"""Training: the settings, `TrimCallback`, `TrimTrainer`, and what decides when and which layers go."""

@@ -1,0 +1,175 @@
+"""A budget as the target: layers are dropped until measured latency, or memory, is under it.
+
+What is measured is a model as it will be used: built from the trimmed config, in the dtype that the run computes in, alone
+on the main process's device. So a measurement means the same under every engine, and touches nothing of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import logging
+
+from ..engines import Engine
+from ..latency.measure import measure_latency
+from ..latency.proxy_model import twin_of
+from ..layer_map import LayerMap
+from ..surgery.adapters import base_of
+from ..surgery.drop import drop_layers
+from ..utils import own_randomness
+from .config import TrimConfig
+
+logger = logging.get_logger("transformers.trimllm_hf")
+
+NEW_TOKENS, REPEATS, WARM_UP = 16, 7, 2  # of a measurement
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What running a model takes.
+
+    Attributes:
+        num_layers: Its depth.
+        latency_ms: Median time of a generated token, or of a forward pass of a model that does not generate.
+        memory_gb: Peak memory of running it, weights included, in 10^9 bytes.
+    """
+
+    num_layers: int
+    latency_ms: float
+    memory_gb: float
+
+    def within(self, config: TrimConfig) -> bool:
+        """Whether it is under the budget."""
+        return all(value <= limit for _, value, limit in self._against(config))
+
+    def compared(self, config: TrimConfig) -> str:
+        """In words, what was measured against what the budget is."""
+        return " and ".join(f"{value:.4g} {name} (budget {limit:.4g})" for name, value, limit in self._against(config))
+
+    def _against(self, config: TrimConfig) -> list[tuple[str, float, float]]:
+        limits = [("ms", self.latency_ms, config.max_latency_ms), ("GB", self.memory_gb, config.max_memory_gb)]
+        return [(name, value, limit) for name, value, limit in limits if limit is not None]
+
+
+class Budget:
+    """`max_latency_ms` and `max_memory_gb` in a run.
+
+    Args:
+        config: The settings; also at which batch size and prompt length to measure.
+        engine: How the processes agree.
+        args: Say the dtype, by bf16 and fp16; else it is the model's own.
+        saved: What a resumed run's checkpoint says: the depth planned for, and what was measured at which depth.
+    """
+
+    def __init__(self, config: TrimConfig, engine: Engine, args: TrainingArguments, saved: dict[str, Any]) -> None:
+        self.config, self.engine, self.args = config, engine, args
+        self.planned: int | None = saved.get("planned")
+        self.measured = {int(depth): Footprint(int(depth), *found) for depth, found in saved.get("measured", {}).items()}
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for trainer_state.json: measured again, they would not be the same."""
+        measured = {str(depth): [found.latency_ms, found.memory_gb] for depth, found in self.measured.items()}
+        return {"planned": self.planned, "measured": measured}
+
+    def target(self, model: PreTrainedModel, least: int, candidates: Sequence[int]) -> int:
+        """The depth to plan for; the model's own depth, if it is under the budget as it is.
+
+        Args:
+            model: The unwrapped model.
+            least: How many layers have to stay.
+            candidates: The positions from which layers may go.
+
+        Raises:
+            ValueError: If not even a model of `least` layers is under the budget.
+        """
+        if self.planned is None:
+            now = self.measure(model)
+            if now.within(self.config):
+                logger.warning(f"No layer will be dropped: the model is under the budget: {now.compared(self.config)}.")
+                self.planned = now.num_layers
+            else:
+                without = candidates[: now.num_layers - least]
+                self.planned = depth_within(now, self.measure(model, without), self.config)
+                logger.info(f"Dropping towards {self.planned} layers; now: {now.compared(self.config)}.")
+        return self.planned
+
+    def met(self, model: PreTrainedModel) -> bool:
+        """Whether the model as it is now is under the budget."""
+        return self.measure(model).within(self.config)
+
+    def report(self, model: PreTrainedModel) -> None:
+        """Say what the run has ended with."""
+        now = self.measure(model)
+        words = f"The run ends with {now.num_layers} layers: {now.compared(self.config)}."
+        if now.within(self.config):
+            logger.info(words)
+        else:
+            logger.warning(f"The budget is not met. {words}")
+
+    def measure(self, model: PreTrainedModel, without: Sequence[int] = ()) -> Footprint:
+        """Measure a model of this architecture, once for each depth, on the main process; all get the same answer.
+
+        Args:
+            model: The unwrapped model; only its config is looked at.
+            without: Positions of layers, or sublayers, that the measured model does not have.
+
+        Raises:
+            ValueError: If it cannot be measured with these settings.
+            torch.OutOfMemoryError: If there is no room for it on the device.
+        """
+        depth = LayerMap.from_config(base_of(model).config, self.config.part).num_units(self.config.unit) - len(without)
+        if depth not in self.measured:
+            try:
+                found = [0.0, 0.0] if self.engine.rank else _measure(model, self.config, self.args, without)
+            except Exception as error:  # the other processes wait for the figures
+                self.engine.fail(error)
+                raise
+            agreed = self.engine.agree(torch.tensor(found, dtype=torch.float64))
+            self.measured[depth] = Footprint(depth, *agreed.tolist())
+        return self.measured[depth]
+
+
+def depth_within(now: Footprint, least: Footprint, config: TrimConfig) -> int:
+    """The depth at which the budget should be met, by a straight line between two measured depths.
+
+    Blocks may differ, and clocks are noisy: it is for the plan, and whether it is met is measured after each drop.
+
+    Raises:
+        ValueError: If not even the least depth is under the budget.
+    """
+    if not least.within(config):
+        raise ValueError(
+            f"Expected a budget that can be met, got {least.compared(config)} with the {least.num_layers} layers that have "
+            f"to stay, and {now.compared(config)} with all {now.num_layers}. Raise max_latency_ms or max_memory_gb, or let "
+            "more layers go (target_layers, target_ratio, protect_first, protect_last)."
+        )
+    depth = now.num_layers - 1
+    for (_, high, limit), (_, low, _) in zip(now._against(config), least._against(config), strict=True):
+        if high > limit:
+            share = (limit - low) / (high - low)
+            depth = min(depth, least.num_layers + int(share * (now.num_layers - least.num_layers)))
+    return max(depth, least.num_layers)
+
+
+def _measure(model: PreTrainedModel, config: TrimConfig, args: TrainingArguments, without: Sequence[int]) -> list[float]:
+    with own_randomness(0):
+        twin = twin_of(model, config.part, args)
+        if without:
+            drop_layers(twin, without, config.unit, config.part)
+        generates = twin.can_generate()
+        report = measure_latency(
+            twin,
+            batch_sizes=[config.latency_batch_size],
+            prompt_tokens=config.latency_prompt_tokens,
+            new_tokens=NEW_TOKENS,
+            repeats=REPEATS,
+            warmup=WARM_UP,
+        )
+    (run,) = report.runs
+    spread = run.decode_ms_per_token if generates else run.forward_ms
+    assert spread is not None
+    return [spread.p50, run.peak_memory_bytes / 1e9]

@@ -1,0 +1,289 @@
+"""`TrimConfig`: how far to trim a model, by which score, and when."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config_checks import at_least, check_distillation, check_stop_rules
+
+
+@dataclass
+class TrimConfig:
+    """How far to trim, which layers, and when. Ready for `HfArgumentParser`; `to_json`/`from_json` round-trip.
+
+    Give exactly one of `target_layers` and `target_ratio`; with a budget (`max_latency_ms`, `max_memory_gb`) at most one,
+    which then says how far trimming may go to meet it.
+
+    Raises:
+        ValueError: On values that no model can satisfy. What depends on the model (a target at or above its depth) or
+            on the run (too few steps) is checked when training starts, before anything is changed.
+    """
+
+    target_layers: int | None = field(
+        default=None,
+        metadata={"help": "How many layers the trimmed model keeps, e.g. 16 of 32. With a budget: how many at least."},
+    )
+    target_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Share of the base's layers to keep, between 0 and 1; with a budget, at least."},
+    )
+    unit: str = field(
+        default="block",
+        metadata={
+            "help": "What a layer is: 'block' (a whole layer of the model), or 'sublayer' (TrimLLM's: an attention or an "
+            "MLP with its residual, two a block). target_layers, target_ratio and layers_per_drop count them."
+        },
+    )
+    part: str | None = field(
+        default=None,
+        metadata={"help": "Of an encoder-decoder (T5, BART), what to trim: 'decoder' (the default there) or 'encoder'."},
+    )
+    importance: str = field(
+        default="sensitivity",
+        metadata={
+            "help": "The score by which the least important layer is chosen: 'sensitivity' (leave-one-out loss on the "
+            "calibration set), 'perplexity', 'activation_norm', 'block_influence', 'layer_redundancy', 'angular', "
+            "'relative_magnitude', 'taylor', 'last', 'deepest_except_last', 'first', 'random', or a name given to "
+            "`register_importance`. By benchmarks/README.md, quality, 'block_influence' is as good on whole answers and "
+            "cheaper, and a little less accurate on labels."
+        },
+    )
+    scan_metric: str = field(
+        default="loss",
+        metadata={
+            "help": "What 'sensitivity' measures of the model without a layer: 'loss' (per token of the labels), "
+            "'choice_accuracy', or a key of what the Trainer's compute_metrics returns."
+        },
+    )
+    scan_greater_is_better: bool | None = field(
+        default=None,
+        metadata={"help": "Whether such a key is better the greater it is. Default: unless it ends in 'loss'."},
+    )
+    tie_breaker: str | None = field(
+        default=None,
+        metadata={"help": "The score that chooses among layers of equal importance, e.g. 'activation_norm' (TrimLLM's)."},
+    )
+    importance_per_ms: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to divide what the model loses without a layer by the ms that the layer takes, measured once "
+            "when training begins: an attention and an MLP do not cost the same. With unit='block' and blocks that are all "
+            "alike the order stays what it is. For 'sensitivity', 'perplexity', 'block_influence', 'relative_magnitude', "
+            "'taylor'."
+        },
+    )
+    warm_up_importance: str = field(
+        default="block_influence",
+        metadata={
+            "help": "The score in place of one that goes by the loss, while the loss on the calibration set is no better "
+            "than that of a model which knows only how frequent each label is: such a scan would rank noise. 'none': never."
+        },
+    )
+    drop_every: str = field(
+        default="auto",
+        metadata={
+            "help": "'auto' (after a warm-up of a twentieth of the steps, spread up to a quarter of training, so that "
+            "the rest heals), 'once' (everything before the first step), 'epoch', or a number of optimizer steps. 'auto' is "
+            "the default by the evidence of benchmarks/README.md, quality: of whole answers, early drops to half depth "
+            "cost 0.09 of the loss per token, drops over seven tenths of the run 0.13, late ones 0.21; of labels, nothing."
+        },
+    )
+    healing_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the steps at the end in which nothing is dropped, from 0 up to below 1. Default: 0.75 for "
+            "'auto', one step for the other schedules."
+        },
+    )
+    layers_per_drop: int = field(default=1, metadata={"help": "Layers dropped at a time."})
+    rescore: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to score anew after each layer of a drop, or to drop the lowest of one ranking. 'angular' "
+            "always drops successive layers together."
+        },
+    )
+    protect_first: int = field(default=1, metadata={"help": "Blocks at the input side that lose nothing."})
+    protect_last: int = field(default=1, metadata={"help": "Blocks at the output side that lose nothing."})
+    trainable_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "TrimLLM's sparse update: the share of the layers that train, to the nearest whole number; the most "
+            "important ones, chosen once before the first step. The others are frozen, and dropped first. Needs TrimTrainer."
+        },
+    )
+    train_embeddings: bool = field(
+        default=False,
+        metadata={"help": "With trainable_ratio: whether the embeddings train, and a head that is tied to them."},
+    )
+    train_head: bool = field(
+        default=True,
+        metadata={"help": "With trainable_ratio: whether the head trains, with whatever else is outside of the layers."},
+    )
+    calibration_size: int = field(
+        default=64,
+        metadata={"help": "Training examples set aside to score layers by. Never taken from the evaluation data."},
+    )
+    calibration_seed: int = field(
+        default=0, metadata={"help": "Seed for drawing the calibration examples and for the score 'random'."}
+    )
+
+    scan_memory_gb: float | None = field(
+        default=None,
+        metadata={"help": "Memory for a scan beside a forward pass, in 10^9 bytes. Default: half of what is free."},
+    )
+
+    max_metric_drop: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop dropping once an evaluation is worse than the reference by more than this, and end with the last "
+            "model that was not. Evaluates before each drop and at the last step."
+        },
+    )
+    stop_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "The evaluation metric that max_metric_drop watches, e.g. 'accuracy'. Default: metric_for_best_model of "
+            "the TrainingArguments, else 'loss'. Higher is better, except for it as greater_is_better says, and for a loss."
+        },
+    )
+    reference_metric: float | None = field(
+        default=None,
+        metadata={
+            "help": "That metric after fine-tuning at full depth; dropping begins when the run has come as close to it as "
+            "max_metric_drop allows. Default: what the last evaluation before the first drop gives."
+        },
+    )
+    max_latency_ms: float | None = field(
+        default=None,
+        metadata={
+            "help": "Drop until a generated token takes at most so many ms (for a model that does not generate: a forward "
+            "pass), measured on this machine after each drop."
+        },
+    )
+    max_memory_gb: float | None = field(
+        default=None,
+        metadata={"help": "Drop until running the model takes at most so much memory, in 10^9 bytes, measured likewise."},
+    )
+    latency_batch_size: int = field(default=1, metadata={"help": "Sequences at a time in all measurements of time."})
+    latency_prompt_tokens: int = field(default=128, metadata={"help": "Tokens before the generated ones in them."})
+
+    distill_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the loss that is the KL divergence from what the full-depth model says as it was before "
+            "training, from 0 (off) to 1. Takes TrimTrainer, and the memory and the forward pass of that model."
+        },
+    )
+    distill_temperature: float = field(
+        default=1.0, metadata={"help": "What the logits of both models are divided by in that divergence."}
+    )
+
+    def __post_init__(self) -> None:
+        self.drop_every = str(self.drop_every)
+        targets = [value for value in (self.target_layers, self.target_ratio) if value is not None]
+        if len(targets) > 1 or (not targets and not self.has_budget):
+            raise ValueError(
+                "Expected exactly one of target_layers (a number of layers) and target_ratio (a share), or a budget "
+                f"(max_latency_ms, max_memory_gb), got target_layers={self.target_layers} and "
+                f"target_ratio={self.target_ratio}. Set one of them."
+            )
+        if self.target_ratio is not None and not 0 < self.target_ratio < 1:
+            raise ValueError(
+                f"Expected target_ratio above 0 and below 1, got {self.target_ratio}. It is the share of layers that "
+                "is kept: 0.5 keeps half of them."
+            )
+        if self.target_layers is not None:
+            at_least("target_layers", self.target_layers, 1)
+        if self.trainable_ratio is not None and not 0 < self.trainable_ratio <= 1:
+            raise ValueError(f"Expected trainable_ratio above 0 and up to 1, or None, got {self.trainable_ratio}.")
+        if self.unit not in ("block", "sublayer"):
+            raise ValueError(f"Expected unit='block' or 'sublayer', got {self.unit!r}.")
+        if self.unit == "sublayer" and self.trainable_ratio is not None:
+            raise ValueError("Expected unit='block' with trainable_ratio, the share of blocks that train, got 'sublayer'.")
+        if self.unit == "sublayer" and self.part is not None:
+            raise ValueError(f"Expected unit='block' for a part of an encoder-decoder ({self.part}), got unit='sublayer'.")
+        if self.part not in (None, "decoder", "encoder"):
+            raise ValueError(f"Expected part='decoder', 'encoder' or None, got {self.part!r}.")
+        if self.drop_every not in ("auto", "once", "epoch"):
+            if not self.drop_every.isdecimal() or int(self.drop_every) < 1:
+                raise ValueError(
+                    f"Expected drop_every to be 'auto', 'once', 'epoch' or a number of steps of at least 1, got "
+                    f"{self.drop_every!r}."
+                )
+        at_least("layers_per_drop", self.layers_per_drop, 1)
+        at_least("protect_first", self.protect_first, 0)
+        at_least("protect_last", self.protect_last, 0)
+        at_least("calibration_size", self.calibration_size, 1)
+        if self.scan_memory_gb is not None and not self.scan_memory_gb > 0:
+            raise ValueError(f"Expected scan_memory_gb above 0, or None, got {self.scan_memory_gb}.")
+        if self.scan_metric != "loss" and self.importance != "sensitivity":
+            raise ValueError(
+                f"Expected importance='sensitivity' for scan_metric={self.scan_metric!r}, got {self.importance!r}, which "
+                "does not measure it."
+            )
+        check_stop_rules(self)
+        check_distillation(self)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether measured latency or memory says how far to trim."""
+        return self.max_latency_ms is not None or self.max_memory_gb is not None
+
+    def resolve_target(self, base_num_layers: int, num_layers: int) -> int:
+        """The number of layers to end with, for a model that has `num_layers` now and had `base_num_layers` once.
+
+        All are counted in the unit. With a budget it is the number to end with at least: the target if there is one, else
+        the protected layers.
+
+        Raises:
+            ValueError: If the target is not below the depth, or would need a protected layer to go.
+        """
+        protected = (self.protect_first + self.protect_last) * (2 if self.unit == "sublayer" else 1)
+        if self.target_layers is not None:
+            target = self.target_layers
+            said = f"target_layers={target}"
+        elif self.target_ratio is None:
+            target = max(1, protected)
+            said = f"{protected} protected layers"
+        else:
+            target = max(1, math.floor(self.target_ratio * base_num_layers + 0.5))
+            said = f"target_ratio={self.target_ratio} of {base_num_layers} layers, that is {target},"
+        if target > num_layers or target >= base_num_layers:
+            raise ValueError(
+                f"Expected a target below the model's depth, got {said} for a model of {num_layers} layers. Choose a "
+                f"target from {max(1, protected)} to {num_layers - 1}."
+            )
+        if target < protected:
+            raise ValueError(
+                f"Expected a target of at least the {protected} protected layers (protect_first={self.protect_first}, "
+                f"protect_last={self.protect_last}), got {said}. Raise the target or protect fewer layers."
+            )
+        return target
+
+    def resolve_trainable(self, num_layers: int) -> int:
+        """How many of `num_layers` layers train: `trainable_ratio` of them, to the nearest number (.5 up), at least one."""
+        ratio = 1.0 if self.trainable_ratio is None else self.trainable_ratio
+        return max(1, math.floor(ratio * num_layers + 0.5))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return asdict(self)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the settings to a JSON file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> TrimConfig:
+        """Read the settings from a JSON file.
+
+        Raises:
+            TypeError: If the file names a setting that does not exist.
+            ValueError: If a value is out of range.
+        """
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))

@@ -1,0 +1,116 @@
+"""Which layers may go next, and a rehearsal of a whole plan.
+
+Most architectures allow any layer to go. Some tie a property to a layer's place (the only attention of a hybrid, the first
+block of T5), and some repeat a pattern that their config cannot write out: there only a whole period can go, at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..layer_map import LayerMap
+from ..surgery.adapters import adapters_of, base_of
+from ..surgery.blocks import find_stack
+from ..surgery.drop import PlannedDrop, plan_drop, refuse_packed
+from ..surgery.sublayers import attentions_that_stay
+from ..surgery.verify import rebuild
+from .config import TrimConfig
+
+Planner = Callable[[list[int]], PlannedDrop]  # plans a drop of some positions, or raises a ValueError
+
+
+def droppable(model: nn.Module, config: TrimConfig) -> list[int]:
+    """The positions from which a layer may be chosen: those outside the protected ends.
+
+    Of sublayers also without the attentions from which the cache reads its length.
+    """
+    base: PreTrainedModel = base_of(model)
+    layer_map = LayerMap.from_config(base.config, config.part)
+    layers = layer_map.kept_layers
+    inside = layers[config.protect_first : len(layers) - config.protect_last]
+    if config.unit == "block":
+        return [layers.index(layer) for layer in inside]
+    stay = attentions_that_stay(find_stack(base, config.part), layers, range(len(layers)))
+    return [
+        position
+        for position, (layer, half) in enumerate(layer_map.sublayers)
+        if layer in inside and not (half == "attention" and layer in stay)
+    ]
+
+
+def least_important(plan: Planner, scores: Mapping[int, float], most: int, usual: int = 1) -> PlannedDrop:
+    """Plan the drop of the least important layer that may go; where none may, of a few that lie next to one another.
+
+    Args:
+        plan: Plans a drop of some positions, or raises a ValueError.
+        scores: The scores of the positions that are not protected; of equal ones the deepest goes first.
+        most: How many layers may go at once.
+        usual: How many had to go at once before: tried first.
+
+    Raises:
+        ValueError: If nothing can be dropped; what was said of the least important layer.
+    """
+    refusal: ValueError | None = None
+    for size in sorted(range(1, most + 1), key=lambda size: (size != usual, size)):
+        runs = [[*range(first, first + size)] for first in scores]
+        possible = [run for run in runs if all(position in scores for position in run)]
+        for run in sorted(possible, key=lambda run: (sum(scores[position] for position in run), -run[0])):
+            try:
+                return plan(run)
+            except ValueError as error:
+                refusal = refusal or error
+    raise refusal or ValueError(f"Expected layers that may go, got only protected ones beside {sorted(scores)}.")
+
+
+def rehearse(model: nn.Module, config: TrimConfig, to_drop: int) -> dict[int, int]:
+    """Drop layers of a copy without memory, as many as a run has to drop.
+
+    Of sublayers only the first drop is tried: the guard refuses none of the later ones.
+
+    Args:
+        model: The model, which stays as it is.
+        config: The settings.
+        to_drop: How many layers have to go.
+
+    Returns:
+        For each depth on the way, how many blocks have to go at once.
+
+    Raises:
+        ValueError: If there is no way to drop so many; with the least depth that can be reached.
+    """
+    candidates = droppable(model, config)
+    if to_drop > len(candidates):
+        raise ValueError(
+            f"Expected a target that leaves at most {len(candidates)} layers to drop (the others are protected, and "
+            f"of sublayers the first attention of each type), got {to_drop}. Raise target_layers or target_ratio."
+        )
+    if to_drop <= 0:
+        return {}
+    if config.unit != "block":
+        plan_drop(model, candidates[:1], config.unit, part=config.part)
+        return {}
+    base = base_of(model)
+    copy: Any = rebuild(base, {}, config.part, adapters_of(base))
+    sizes: dict[int, int] = {}
+    depth = len(find_stack(copy, config.part))
+    target, size = depth - to_drop, 1
+    while depth > target:
+        deepest_first = {position: -float(position) for position in droppable(copy, config)}
+        try:
+            drop = least_important(
+                lambda layers: plan_drop(copy, layers, part=config.part), deepest_first, depth - target, size
+            )
+        except ValueError as error:
+            reached = f"It can be trimmed to {depth}; then: " if sizes else ""
+            raise ValueError(
+                f"Expected a target that {type(base).__name__} can be trimmed to, got {target} layers. {reached}{error}"
+            ) from error
+        refuse_packed(drop)
+        size = sizes[depth] = len(drop.positions)
+        drop.apply()
+        depth -= size
+    return sizes

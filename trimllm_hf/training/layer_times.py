@@ -1,0 +1,73 @@
+"""How long each layer of a run's model takes, by its name in the base's numbering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..engines import Together
+from ..latency.layer_times import measure_layers
+from ..latency.proxy_model import twin_of
+from ..layer_map import LayerMap
+from ..surgery.adapters import base_of
+from ..utils import own_randomness
+from .config import TrimConfig
+
+
+def ms_of_layers(
+    model: PreTrainedModel,
+    config: TrimConfig,
+    together: Together,
+    args: TrainingArguments,
+    measure: Callable[..., list[float]] = measure_layers,
+) -> dict[str, float]:
+    """The ms that each layer takes, by its name in the base's numbering; nothing, where no score goes by it.
+
+    Measured on the main process, on a model of the same shapes: so it means the same under every engine.
+
+    Args:
+        model: The unwrapped model; only its config is looked at.
+        config: The settings; also at which batch size and prompt length to measure.
+        together: The processes of the run.
+        args: Say the device, and the dtype.
+        measure: What measures.
+
+    Raises:
+        ValueError: If it cannot be measured with these settings.
+        torch.OutOfMemoryError: If there is no room for that model on the device.
+    """
+    if not config.importance_per_ms:
+        return {}
+    names = layer_names(model, config)
+    found = [0.0] * len(names)
+    try:
+        if together.rank == 0:
+            with own_randomness(0):
+                found = measure(
+                    twin_of(model, config.part, args),
+                    config.unit,
+                    part=config.part,
+                    batch_size=config.latency_batch_size,
+                    prompt_tokens=config.latency_prompt_tokens,
+                )
+    except Exception as error:  # the other processes wait for the figures
+        together.fail(error)
+        raise
+    agreed = together.agree(torch.tensor(found, dtype=torch.float64))
+    return dict(zip(names, agreed.tolist(), strict=True))
+
+
+def names_of(model: nn.Module, config: TrimConfig) -> tuple[Any, ...]:
+    """The model's layers in the base's numbering, in the order of their scores: blocks, or sublayers."""
+    layer_map = LayerMap.from_config(base_of(model).config, config.part)
+    return layer_map.kept_layers if config.unit == "block" else layer_map.sublayers
+
+
+def layer_names(model: nn.Module, config: TrimConfig) -> list[str]:
+    """The same as texts: "3", or "attention 3"."""
+    names = names_of(model, config)
+    return [str(name) if config.unit == "block" else f"{name[1]} {name[0]}" for name in names]

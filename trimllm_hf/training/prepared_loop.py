@@ -1,0 +1,66 @@
+"""`drop_prepared_layers`: a drop in a hand-written Accelerate loop, under any engine."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..engines import Engine, attach
+from ..layer_map import LayerMap
+from ..surgery.drop import PlannedDrop, plan_drop, refuse_packed
+from ..utils import own_randomness
+
+
+def drop_prepared_layers(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    layers: Sequence[int],
+    unit: str = "block",
+    step: int | None = None,
+    part: str | None = None,
+) -> LayerMap:
+    """Drop layers of a model while it trains, in place: call it after `optimizer.step()`, on every process.
+
+    The model, the optimizer and the scheduler stay the same objects, and go on with the state that they had.
+
+    Args:
+        accelerator: The Accelerator that prepared them.
+        model: The model as `accelerator.prepare` returned it.
+        optimizer: The optimizer as `accelerator.prepare` returned it.
+        layers: Positions in the model as it is now, from 0; the same on every process.
+        unit: "block" or "sublayer", as for `drop_layers`.
+        step: Optimizer step, for the map's history.
+        part: As for `drop_layers`.
+
+    Returns:
+        The kept-layer map, which also stands in the unwrapped model's `config.trim`.
+
+    Raises:
+        ValueError: If the engine, the optimizer, the architecture or the layers do not allow it. Nothing has changed.
+    """
+    engine = attach(accelerator, model, optimizer)
+    return apply_drop(
+        engine, plan_drop(accelerator.unwrap_model(model, keep_torch_compile=False), layers, unit, step=step, part=part)
+    )
+
+
+def apply_drop(engine: Engine, drop: PlannedDrop) -> LayerMap:
+    """Carry out a planned drop under an engine; random state stays as it was, and what was dropped is freed.
+
+    Raises:
+        ValueError: If parameters outside the layers would change their shape. Nothing has changed.
+    """
+    refuse_packed(drop)
+    with own_randomness(0):  # an engine may draw when it is built anew
+        layer_map = engine.edit(drop.apply, lambda: drop.leaving)
+    if "torch._dynamo" in sys.modules:  # compiled graphs have the dropped layers in them
+        torch.compiler.reset()
+    gc.collect()  # FSDP2 and DeepSpeed hold parameters in cycles
+    return layer_map

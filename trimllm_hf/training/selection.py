@@ -1,0 +1,279 @@
+"""Which layer goes next: a run's calibration examples, and the scores by which it chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
+
+from ..engines import Together
+from ..importance import (
+    METRICS,
+    Metric,
+    from_compute_metrics,
+    get_metric,
+    goes_by_loss,
+    is_joint,
+    needs_data,
+    per_ms,
+    refuse_not_per_ms,
+    score_layers,
+)
+from ..importance.calibration import Batch, calibration_batches, draw
+from ..importance.gradient import refuse_frozen, refuse_no_gradient, weights_times_gradients
+from ..importance.order import Chosen, choose, choose_window
+from ..importance.unigram_baseline import loss_at_chance
+from ..layer_map import LayerMap
+from ..surgery.drop import PlannedDrop, plan_drop
+from ..utils import own_randomness
+from .config import TrimConfig
+from .drop_log import drop_log
+from .dry_run import Planner, droppable, least_important, rehearse
+from .layer_times import layer_names, ms_of_layers, names_of
+from .trainer_hooks import unwrapped
+
+__all__ = ["LayerChoice", "check_scores", "drop_log", "metric_of", "ms_of_layers", "names_of", "rehearse"]
+
+logger = logging.get_logger("transformers.trimllm_hf")
+
+
+class LayerChoice:
+    """Chooses the least important layers of the model as it is at that time.
+
+    Args:
+        config: The settings.
+        trainer: The Trainer.
+        engine: How the processes agree.
+        dataloader: The training run's: it tells how examples become batches.
+        dataset: The calibration examples; None: drawn from the training set.
+        spared: Layers that go last, in the base's numbering.
+        sizes: For each depth, how many layers have to go at once: what `rehearse` found.
+        unit_ms: What `ms_of_layers` found: scores are then per ms.
+
+    Raises:
+        ValueError: If there are no examples, there is no metric as the settings name it, or layers are frozen and the
+            score is of their gradients.
+    """
+
+    def __init__(
+        self,
+        config: TrimConfig,
+        trainer: Trainer,
+        engine: Together,
+        dataloader: Any,
+        dataset: Any = None,
+        spared: Collection[int] = (),
+        sizes: Mapping[int, int] = MappingProxyType({}),
+        unit_ms: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        self.config, self.engine, self.spared, self.sizes, self.unit_ms = config, engine, spared, sizes, unit_ms
+        if config.importance == "taylor":
+            refuse_no_gradient(engine)
+            refuse_frozen(unwrapped(trainer), config.unit)
+        self.metric = metric_of(config, trainer)
+        self.margin: float | None = None  # of the last drop: how much higher the score of the next candidate was
+        self._gradients: tuple[int, dict[Any, float]] | None = None  # step, and each layer's score by its gradients
+        self.batches: list[Batch] = []
+        self.stand_in: Batch | None = None  # for a process whose share of the calibration set is empty
+        if not needs_data(config.importance):
+            return
+        examples = _drawn(config, trainer.train_dataset) if dataset is None else list(dataset)
+        collate, columns = dataloader.collate_fn, getattr(dataloader.dataset, "column_names", None)
+        with own_randomness(config.calibration_seed):  # a collator may draw
+            (self.stand_in,) = calibration_batches(examples[:1], collate, 1, columns)
+            self.batches = calibration_batches(
+                examples, collate, trainer.args.per_device_train_batch_size, columns, engine.rank, engine.world_size
+            )
+
+    def most_important(self, model: PreTrainedModel, count: int, progress: bool = False) -> list[int]:
+        """Positions of the `count` layers of the highest scores, ascending; the same on every process, or an error on all.
+
+        Of equal ones, the shallower: the deeper is dropped first.
+        """
+        with self._or_none():
+            scores = self._score(model, self.config.importance, progress)
+        order = sorted(range(len(scores)), key=lambda position: (-scores[position].item(), position))
+        return sorted(order[:count])
+
+    def next_drop(self, model: PreTrainedModel, step: int, progress: bool = False, count: int = 1) -> PlannedDrop:
+        """Score the layers, and plan to drop the least important; the same on every process, or an error on all.
+
+        Where the guard refuses that, the least important of those that it lets go.
+
+        Args:
+            model: The unwrapped model.
+            step: Optimizer step, for the map's history.
+            progress: Whether to show a bar.
+            count: How many layers go by these scores; `at_once` says it.
+
+        Raises:
+            ValueError: If the layers cannot be scored, or the guard refuses. Nothing has changed.
+        """
+        config = self.config
+        with self._or_none():
+            importance = self._importance(model, step)
+            chosen, scores = self._choose(model, step, progress, count, importance)
+            margin = chosen.margin
+
+            def plan(positions: list[int]) -> PlannedDrop:
+                of_each = chosen.scores if positions == chosen.positions else scores[positions].tolist()
+                named = f"{importance} per ms" if self.unit_ms else importance
+                how: dict[str, Any] = {"step": step, "importance": named, "part": config.part}
+                return plan_drop(model, positions, config.unit, scores=of_each, **how)
+
+            try:
+                drop = plan(chosen.positions)
+            except ValueError:
+                if is_joint(importance):
+                    raise
+                margin = None
+                drop = self._allowed(model, plan, {p: scores[p].item() for p in droppable(model, config)}, count)
+        self.margin = margin
+        return drop
+
+    @contextmanager
+    def _or_none(self) -> Iterator[None]:
+        """All processes go on, or none: one must not drop, or wait, alone."""
+        try:
+            yield
+        except Exception as error:
+            self.engine.fail(error)
+            raise
+        self.engine.agree(torch.zeros(1))
+
+    def at_once(self, due: int, depth: int) -> int:
+        """How many layers to drop by one scoring: one, unless more are chosen together, or have to go together."""
+        together = 1 if self.config.rescore and not is_joint(self.config.importance) else due
+        return max(together, self.sizes.get(depth, 1))
+
+    def _allowed(self, model: PreTrainedModel, plan: Planner, scores: Mapping[int, float], count: int) -> PlannedDrop:
+        """The least important layers that the guard lets go one by one; if there are too few, those of a run."""
+        positions: list[int] = []
+        spared = set(self._spared(model))
+        refusal: ValueError | None = None
+        for position in sorted(scores, key=lambda position: (position in spared, scores[position], -position)):
+            try:
+                drop = plan(sorted([*positions, position]))
+            except ValueError as error:
+                refusal = refusal or error
+                continue
+            positions.append(position)
+            if len(positions) == count:
+                return drop
+        if count == 1 and refusal is not None:
+            raise refusal
+        return least_important(plan, scores, count, count)
+
+    def take_gradients(self, model: PreTrainedModel, step: int) -> None:
+        """Score by the gradients that the parameters hold now, for a drop after the optimizer step `step`."""
+        shares = weights_times_gradients(model, self.config.unit)
+        self._gradients = step, dict(zip(names_of(model, self.config), shares.tolist(), strict=True))
+
+    def _importance(self, model: PreTrainedModel, step: int) -> str:
+        """The score to choose by now: not one that goes by the loss while the loss is at chance."""
+        config, instead = self.config, self.config.warm_up_importance
+        if instead == "none" or not goes_by_loss(config.importance):
+            return config.importance
+        found = loss_at_chance(model, self.batches, part=config.part, together=self.engine, stand_in=self.stand_in)
+        if found is None:
+            return config.importance
+        logger.warning(
+            f"Step {step}: the loss on the calibration set, {found[0]:.4g}, is at chance: knowing only how frequent each "
+            f"label is gives {found[1]:.4g}. Choosing by {instead} instead of {config.importance}."
+        )
+        return instead
+
+    def _choose(
+        self, model: PreTrainedModel, step: int, progress: bool, count: int, importance: str
+    ) -> tuple[Chosen, torch.Tensor]:
+        config = self.config
+        ends = config.protect_first, config.protect_last
+        scores = self._scores_by_training(model, step) if importance == config.importance else None
+        times = [self.unit_ms[name] for name in layer_names(model, config)] if self.unit_ms else None
+        if scores is None:
+            scores = self._score(model, importance, progress, count, times)
+        elif times is not None:
+            scores = per_ms(scores, 0.0, times)
+        if is_joint(importance):
+            return choose_window(scores, count, *ends), scores
+        breaker = config.tie_breaker
+        tie_scores = None if breaker is None else lambda: self._score(model, breaker, progress)
+        candidates, spared = droppable(model, config), self._spared(model)
+        return choose(scores, count, tie_scores=tie_scores, candidates=candidates, spared=spared), scores
+
+    def _spared(self, model: PreTrainedModel) -> list[int]:
+        if not self.spared:
+            return []
+        kept = LayerMap.from_config(model.config, self.config.part).kept_layers
+        return [position for position, layer in enumerate(kept) if layer in self.spared]
+
+    def _score(
+        self, model: PreTrainedModel, importance: str, progress: bool, window: int = 1, unit_ms: list[float] | None = None
+    ) -> torch.Tensor:
+        return score_layers(
+            model,
+            self.batches,
+            importance,
+            self.config.unit,
+            metric=self.metric,
+            window=window,
+            seed=self.config.calibration_seed + len(names_of(model, self.config)),
+            memory_gb=self.config.scan_memory_gb,
+            unit_ms=unit_ms,
+            progress=progress,
+            part=self.config.part,
+            together=self.engine,
+            stand_in=self.stand_in,
+        )
+
+    def _scores_by_training(self, model: PreTrainedModel, step: int) -> torch.Tensor | None:
+        """The scores by the gradients of the step that was just made, if there are any that are numbers."""
+        if self._gradients is None or self._gradients[0] != step:
+            return None
+        shares = self._gradients[1]
+        names = names_of(model, self.config)
+        scores = self.engine.agree(torch.tensor([shares[name] for name in names], dtype=torch.float64))
+        # in half precision a step may overflow, and is skipped
+        return scores if torch.isfinite(scores).all() and scores.any() else None
+
+
+def check_scores(config: TrimConfig) -> None:
+    """Refuse names of scores that there are not, and scores that cannot be had per ms where that is asked for.
+
+    Raises:
+        ValueError: With those that there are.
+    """
+    chooses = {config.importance, config.warm_up_importance} - {"none"}
+    for name in chooses | {config.tie_breaker} - {None}:
+        needs_data(str(name))
+    if config.importance_per_ms:
+        refuse_not_per_ms(*chooses)
+
+
+def metric_of(config: TrimConfig, trainer: Trainer) -> str | Metric:
+    """What a run's scan measures: a metric by its name, or a key of what the Trainer's `compute_metrics` returns.
+
+    Raises:
+        ValueError: If the Trainer has no `compute_metrics` for a name that is not known.
+    """
+    name, compute_metrics = config.scan_metric, trainer.compute_metrics
+    if name in METRICS or compute_metrics is None:
+        return get_metric(name)
+    return from_compute_metrics(name, compute_metrics, trainer.preprocess_logits_for_metrics, config.scan_greater_is_better)
+
+
+def _drawn(config: TrimConfig, dataset: Any) -> list[Any]:
+    logger.warning(
+        f"TrimCallback scores layers on {config.calibration_size} examples of the training set, which are trained on as "
+        "well. Use TrimTrainer, which sets them aside, or pass calibration_dataset."
+    )
+    if hasattr(dataset, "__len__"):
+        size = min(config.calibration_size, len(dataset))
+        return [dataset[i] for i in draw(len(dataset), size, config.calibration_seed)]
+    return list(islice(iter(dataset), config.calibration_size))

@@ -1,0 +1,94 @@
+"""The sparse update: only a share of the blocks trains, the most important ones (TrimLLM, arXiv 2412.11242).
+
+They are chosen once, before the optimizer is made, so the optimizer holds state for them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from ..importance import is_joint
+from ..surgery.adapters import base_of
+from ..surgery.blocks import find_stack
+from .config import TrimConfig
+from .trainer_hooks import OptimizerHost
+
+
+def train_only(model: nn.Module, positions: Collection[int], config: TrimConfig) -> None:
+    """Freeze the blocks at other positions, and by the settings the embeddings and what else is outside of the blocks.
+
+    Nothing that was frozen before is set free: of a model with adapters, the adapters of the chosen blocks train.
+
+    Raises:
+        ValueError: If one of the blocks has nothing that trains. Nothing has changed then.
+    """
+    base = base_of(model)
+    blocks = find_stack(base, config.part).blocks
+    frozen = {id(p) for position, block in enumerate(blocks) if position not in positions for p in block.parameters()}
+    inside = {id(parameter) for parameter in blocks.parameters()}
+    tables = [module for module in base.modules() if isinstance(module, nn.Embedding)]
+    embeddings = {id(parameter) for table in tables for parameter in table.parameters()} - inside
+    if not config.train_embeddings:
+        frozen |= embeddings  # a head that is tied to them goes with them
+    if not config.train_head:
+        frozen |= {id(parameter) for parameter in model.parameters()} - inside - embeddings
+    idle = [position for position in positions if not any(p.requires_grad for p in blocks[position].parameters())]
+    if idle:
+        raise ValueError(
+            f"Expected each of the layers {sorted(positions)}, the most important ones, to have parameters that train, got "
+            f"none in {idle}. Free them (requires_grad), or put adapters on every layer."
+        )
+    for parameter in model.parameters():
+        if id(parameter) in frozen:
+            parameter.requires_grad_(False)
+
+
+def check_room(trained: Sequence[int], num_layers: int, target: int, config: TrimConfig) -> None:
+    """Refuse a plan by which all blocks that train would have to go, once there is no other that may.
+
+    Raises:
+        ValueError: With the arithmetic.
+    """
+    unprotected = set(range(config.protect_first, num_layers - config.protect_last))
+    others = unprotected - set(trained)
+    if num_layers - target - len(others) >= len(trained):
+        raise ValueError(
+            f"Expected a target that leaves a block that trains, got {target} of {num_layers} layers: besides the "
+            f"{len(trained)} that train (trainable_ratio={config.trainable_ratio}) only {len(others)} may be dropped "
+            f"(protect_first={config.protect_first}, protect_last={config.protect_last}). Raise trainable_ratio or the "
+            "target, or protect fewer layers."
+        )
+
+
+def refuse_bare_callback(config: TrimConfig, trainer: object) -> None:
+    """Refuse the setting where no TrimTrainer can freeze layers before the optimizer is made.
+
+    Raises:
+        ValueError: Saying what to use instead.
+    """
+    ratio = config.trainable_ratio
+    if ratio is not None and not isinstance(trainer, OptimizerHost):
+        raise ValueError(
+            f"Expected TrimTrainer (or TrimTrainerMixin) for trainable_ratio={ratio}, got a TrimCallback in another "
+            "Trainer: a callback comes too late, when the optimizer is made."
+        )
+    if ratio is not None and is_joint(config.importance):
+        raise ValueError(
+            f"Expected a score of single layers for trainable_ratio={ratio}, got {config.importance!r}, which scores "
+            "successive layers together. Use another importance, like 'block_influence'."
+        )
+
+
+def refuse_other_share(of_checkpoint: Sequence[int] | None, trained: Sequence[int] | None) -> None:
+    """Refuse to resume a run with a sparse update as one without.
+
+    Raises:
+        ValueError: Naming the layers that train in the checkpoint.
+    """
+    if of_checkpoint and trained is None:
+        raise ValueError(
+            f"Expected the trainable_ratio of the run that is resumed, in which the layers {list(of_checkpoint)} train, got "
+            "None. Set it as it was."
+        )

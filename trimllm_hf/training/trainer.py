@@ -1,0 +1,169 @@
+"""`TrimTrainer`: the Trainer that trims. Calibration set, resume, and the best model at its own depth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..engines import refuse_other_processes, unprepared
+from ..importance import needs_data
+from ..importance.calibration import set_aside
+from ..layer_map import LayerMap
+from ..loading.checkpoints import callback_attributes, last_complete_checkpoint, processes_of
+from ..loading.trim_like import regrow_like, trim_like
+from ..publish.card_data import TrimCardData
+from .callback import TrimCallback
+from .card_mixin import CardHost
+from .config import TrimConfig
+from .distillation import DistillHost
+from .push_mixin import PushHost
+from .selection import LayerChoice
+from .sparse_update import check_room, train_only
+from .trainer_hooks import BestModelHost, OptimizerHost, unwrapped
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+logger = logging.get_logger("transformers.trimllm_hf")
+
+
+class TrimTrainerMixin(PushHost, CardHost, DistillHost, BestModelHost, OptimizerHost, _Base):
+    """Trimming for any subclass of Trainer: `class MyTrainer(TrimTrainerMixin, SFTTrainer): pass`.
+
+    Over a plain Trainer with `TrimCallback` it adds: calibration examples are taken out of the training set;
+    `train(resume_from_checkpoint=…)` of a Trainer made with the full-depth model gives the model the checkpoint's layers
+    first, and passes over checkpoints that a kill left half written; `load_best_model_at_end` loads a best checkpoint of
+    another depth with the layers that belong to it; `trainable_ratio`, TrimLLM's sparse update, which has to be settled
+    before an optimizer is made; a teacher (`distill_weight`); the model card, by `save_model` and, with latency measured,
+    `create_model_card`; a last push to the Hub that is checked and lands whole or not at all.
+
+    Args:
+        trim: How far to trim, which layers, and when.
+        calibration_dataset: Examples to score layers by, processed like the training set. Without it,
+            `trim.calibration_size` examples of the training set are set aside (of a streaming one: the first).
+        card_data: What only you know and the card should say; can be filled later, as `trainer.card_data`.
+        *args, **kwargs: As for the Trainer.
+
+    Raises:
+        ValueError: If `trim` is missing, a TrimCallback is passed as well, or the training set is too small.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        trim: TrimConfig | None = None,
+        calibration_dataset: Any = None,
+        card_data: TrimCardData | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(trim, TrimConfig):
+            raise ValueError(f"Expected trim=TrimConfig(…), got {trim!r}. For training without trimming use Trainer.")
+        self._resume_from: str | None = None
+        self.trim_config = trim
+        self.card_data = TrimCardData() if card_data is None else card_data
+        super().__init__(*args, **kwargs)
+        if trim.trainable_ratio is not None and self.optimizer is not None:
+            raise ValueError(
+                f"Expected the Trainer to make the optimizer, with trainable_ratio={trim.trainable_ratio}, got one that is "
+                "made already (optimizers=…). Freeze layers yourself and leave trainable_ratio out, or pass "
+                "optimizer_cls_and_kwargs."
+            )
+        if any(isinstance(callback, TrimCallback) for callback in self.callback_handler.callbacks):
+            raise ValueError("Expected one TrimCallback, got one in callbacks as well. TrimTrainer adds it: pass trim=.")
+        if calibration_dataset is None and self.train_dataset is not None and needs_data(trim.importance):
+            calibration_dataset, self.train_dataset = set_aside(
+                self.train_dataset, trim.calibration_size, trim.calibration_seed
+            )
+            self.calibration_set_aside = True
+        self.calibration_dataset = calibration_dataset
+        callback = TrimCallback(trim, trainer=self, calibration_dataset=calibration_dataset)
+        self.add_callback(callback)
+        callback.on_init_end(self.args, self.state, self.control, model=self.model)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as the Trainer does; on resume the model gets the checkpoint's layers first.
+
+        Raises:
+            ValueError: If there is no complete checkpoint to resume from, or the model cannot get its layers.
+        """
+        if self.model_init is None and self.teacher is None:
+            self.take_teacher(unwrapped(self))
+        if resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+            self._resume_from = str(resume_from_checkpoint)
+            refuse_other_processes(self.accelerator, processes_of(self._resume_from))
+            if self.model_init is None:
+                trim_like(unwrapped(self), self._resume_from)
+        self.training_finished = False
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._resume_from = None
+        self.training_finished = True
+        return output
+
+    def trim_callback(self) -> TrimCallback:
+        """The callback that this Trainer trims by."""
+        return next(held for held in self.callback_handler.callbacks if isinstance(held, TrimCallback))
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Make the model by `model_init`, with the layers of the checkpoint that is being resumed from."""
+        model: Any = super().call_model_init(trial)
+        self.take_teacher(model)
+        if self._resume_from is not None:
+            trim_like(model, self._resume_from)
+        return model
+
+    def before_optimizer(self, dataloader: Any) -> None:
+        """Choose the blocks that train and freeze the others, if `trainable_ratio` is set; once for all of a run."""
+        callback = self.trim_callback()
+        if callback.config.trainable_ratio is None:
+            return
+        model = unwrapped(self)
+        layer_map = LayerMap.from_config(model.config, callback.config.part)
+        if self._resume_from is not None:
+            callback.trained_layers = callback_attributes(self._resume_from).get("trained_layers")
+            if callback.trained_layers is None:
+                raise ValueError(
+                    f"Expected a checkpoint of a run with trainable_ratio, got {self._resume_from}, in which all layers "
+                    "train. Leave trainable_ratio out to resume it."
+                )
+        if callback.trained_layers is None:
+            callback.trained_layers = [layer_map.kept_layers[position] for position in self._choose(layer_map, dataloader)]
+        kept = list(layer_map.kept_layers)
+        train_only(model, [kept.index(layer) for layer in callback.trained_layers if layer in kept], callback.config)
+
+    def _choose(self, layer_map: LayerMap, dataloader: Any) -> list[int]:
+        callback, depth, model = self.trim_callback(), layer_map.num_layers, unwrapped(self)
+        count = callback.config.resolve_trainable(depth)
+        config = callback.config
+        with unprepared(self.accelerator, model) as together:
+            choice = LayerChoice(config, self, together, dataloader, callback.calibration_dataset)
+            chosen = choice.most_important(model, count, self.is_local_process_zero() and not self.args.disable_tqdm)
+        if not config.has_budget:
+            check_room(chosen, depth, config.resolve_target(layer_map.base_num_layers, depth), config)
+        layers = [layer_map.kept_layers[position] for position in chosen]
+        logger.info(f"Training {count} of {depth} layers, by {config.importance}: {layers}.")
+        return chosen
+
+    def before_best_model(self, checkpoint: str) -> None:
+        """Give the model the depth of the best checkpoint, which the Trainer is about to load."""
+        best = LayerMap.from_checkpoint(checkpoint)
+        callback = self.trim_callback()
+        if best is None or callback.layer_map is None or best.keeps_the_same(callback.layer_map):
+            return
+        logger.warning(
+            f"The best checkpoint, {checkpoint}, keeps the layers {best} and not those "
+            f"that training ended with: the model gets its layers back. To end with the trimmed model, set "
+            "load_best_model_at_end=False."
+        )
+        callback.regrow(lambda: regrow_like(unwrapped(self), checkpoint))
+
+
+class TrimTrainer(TrimTrainerMixin, Trainer):
+    """`Trainer` that drops layers while it trains; see `TrimTrainerMixin`."""

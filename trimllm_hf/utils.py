@@ -1,0 +1,89 @@
+"""What several rooms need: isolated random state, values from untrusted JSON, sizes and checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether a value is a whole number of at least 0, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_list_of(value: Any, test: Callable[[Any], Any]) -> TypeGuard[list[Any]]:
+    """Whether a value is a list whose items all pass a test."""
+    return isinstance(value, list | tuple) and all(test(item) for item in value)
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, cut short: it may come from a hostile file."""
+    if isinstance(value, int) and abs(value) >= 10**100:
+        return "a number of more than 100 digits"  # Python refuses to print one of 5,000
+    text = repr(list(value) if isinstance(value, Iterable) and not isinstance(value, str | dict) else value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def json_at(file: Path, *path: str) -> Any:
+    """What stands at `path` in a JSON file, or None where the file or the path does not exist.
+
+    Raises:
+        ValueError: If the file is no JSON.
+    """
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"Expected JSON in {file}, got: {error}. It is half written: use another checkpoint.") from None
+    for key in path:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Run a block with generators of its own: what training draws afterwards is what it would have drawn without."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def checksum(path: Path, large: bool) -> str:
+    """A file's checksum as the Hub tells it: git's of a small file, sha256 of a large one. Once per state of the file."""
+    status = path.stat()
+    return _checksum(path, large, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _checksum(path: Path, large: bool, size: int, changed: int) -> str:
+    digest = hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % size)
+    with path.open("rb") as opened:
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def format_bytes(size: float) -> str:
+    """A size as people read it, in powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB" if size < 1000 else f"{size / 1000:.3g} TB"
