@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from trimllm_hf import drop_layers
-from trimllm_hf.surgery.blocks import find_stack
+from trimllm_hf.surgery.blocks import find_blocks
 from trimllm_hf.surgery.sublayers import attentions_that_stay
 
 VOCABULARY = 61
@@ -113,7 +113,7 @@ def by_dropping_halves(model: nn.Module, batches: Any) -> dict[int, float]:
     """The same of each attention and MLP that may go, by its position."""
     plain: dict[int, float] = {}
     depth = model.config.num_hidden_layers
-    stay = attentions_that_stay(find_stack(model), range(depth), range(depth))  # the cache reads its length from them
+    stay = attentions_that_stay(find_blocks(model), range(depth), range(depth))  # the cache reads its length from them
     for position in [2 * layer + half for layer in range(depth) for half in (0, 1) if half or layer not in stay]:
         smaller = copy.deepcopy(model).eval()
         drop_layers(smaller, [position], "sublayer")

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from trimllm_hf import score_layers  # noqa: E402
 from trimllm_hf.engines.ddp import DDPEngine  # noqa: E402
 from trimllm_hf.engines.fsdp import FSDPEngine  # noqa: E402
-from trimllm_hf.surgery.blocks import find_stack  # noqa: E402
+from trimllm_hf.surgery.blocks import find_blocks  # noqa: E402
 
 MEMORY = {0: 1.0, 1: 8e-5}  # GB: the second process runs fewer candidates at a time than the first
 
@@ -36,7 +36,7 @@ def main() -> None:
     result: dict[str, Any] = {}
     for (architecture, layers), cases in groupby(CASES, lambda case: case[:2]):
         model = make_model(architecture, num_hidden_layers=int(layers))
-        blocks = list(find_stack(model).blocks)
+        blocks = list(find_blocks(model).blocks)
         gathers = dict.fromkeys([*map(str, range(len(blocks))), ""], 0)
         engine = {"ddp": with_ddp, "fsdp2": with_fsdp2, "zero3": with_zero3}[ENGINE](model, blocks, gathers)
         batches = make_batches(model, ((3, 9), (2, 7), (4, 5)))
@@ -44,7 +44,7 @@ def main() -> None:
         memory = MEMORY[dist.get_rank()]
         for _, _, unit, importance in cases:
             gathers.update(dict.fromkeys(gathers, 0))
-            scores = score_layers(model, share, importance, unit, together=engine, memory_gb=memory)
+            scores = score_layers(model, share, importance, unit, process_group=engine, memory_gb=memory)
             seen = {"blocks": [gathers[str(position)] for position in range(len(blocks))], "rest": gathers[""]}
             result[f"{architecture}:{layers}:{unit}:{importance}"] = {"scores": scores.tolist(), **seen}
     (OUT / f"{dist.get_rank()}.json").write_text(json.dumps(result))

@@ -101,8 +101,8 @@ def test_after_training_a_card_is_measured_and_its_example_run_without_this_pack
     trained: tuple[TrimTrainer, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, folder = trained
-    measure = card_module.measure
-    monkeypatch.setattr(card_module, "measure", lambda *args, **kwargs: measure(*args, **kwargs, **FAST))
+    measure = card_module.measure_for_card
+    monkeypatch.setattr(card_module, "measure_for_card", lambda *args, **kwargs: measure(*args, **kwargs, **FAST))
     trainer.create_model_card(model_name="three-layers", tags="mine")
     text, report = (folder / CARD).read_text(), report_of(folder)
     latency = LatencyReport.from_dict(report["latency"])
@@ -249,7 +249,7 @@ def test_a_model_that_lacks_halves_of_blocks(tmp_path: Path, monkeypatch: pytest
     assert asked == {"stock": False}
     assert "██▀░▄█" in text and "the mlp of 2, the attention of 4" in text
     assert "5 of its 6 layers (1 of them without attention, 1 of them without mlp) kept" in text
-    assert "needs `trimllm_hf`" in text or "blocks that lack a half" in text
+    assert "needs `trimllm_hf`" in text or "blocks that lack a sublayer" in text
     assert report["latency"]["sizes"]["parameters"] == model.num_parameters() == report["trimmed"]["weights"]["parameters"]
     assert (path.parent / plots.STRIP).is_file() and render(TrimCardData.from_report(report)) == text
 

@@ -67,7 +67,7 @@ def test_halves_of_blocks(tmp_path: Path) -> None:
         and "| attentions and MLPs | 12 | 10 | -17% |" in text
     )
     assert loads_in(text) == {
-        "stock transformers": "no: blocks that lack a half are not in its vocabulary, and it says so",
+        "stock transformers": "no: it does not know blocks that lack a sublayer, and it says so",
         "with trimllm_hf": "needed",
         "trust_remote_code": "no: its code is not beside the weights (`write_remote_code` puts it there)",
     }

@@ -12,9 +12,9 @@ from tiny import VOCABULARY, tiny_model
 from transformers import Trainer, TrainingArguments
 
 from trimllm_hf import TrimCallback, TrimConfig
-from trimllm_hf.engines.process_group import Alone
-from trimllm_hf.importance import measure
-from trimllm_hf.importance.unigram_baseline import frequency_loss, loss_at_chance
+from trimllm_hf.engines.process_group import SingleProcess
+from trimllm_hf.importance import evaluate_metric
+from trimllm_hf.importance.unigram_baseline import frequency_loss, loss_at_unigram_baseline
 
 
 def counting(size: int = 64, length: int = 12, seed: int = 1) -> list[dict[str, torch.Tensor]]:
@@ -69,14 +69,14 @@ def taught() -> Any:
 
 def test_a_language_model(taught: Any) -> None:
     held = batches(counting())
-    found = loss_at_chance(tiny_model(), held)
+    found = loss_at_unigram_baseline(tiny_model(), held)
     assert found is not None
     loss, bar = found
     with torch.no_grad():
         assert loss == pytest.approx(sum(tiny_model()(**batch).loss.item() for batch in held) / len(held), rel=1e-5)
     assert bar == pytest.approx(math.log(94), abs=0.2) and loss > bar
-    assert loss_at_chance(taught, held) is None
-    assert measure(taught, held) < 0.9 * bar
+    assert loss_at_unigram_baseline(taught, held) is None
+    assert evaluate_metric(taught, held) < 0.9 * bar
 
 
 def test_a_classifier_with_a_fresh_head_and_with_a_taught_one() -> None:
@@ -84,7 +84,7 @@ def test_a_classifier_with_a_fresh_head_and_with_a_taught_one() -> None:
     model.classifier.weight.data.mul_(0.01)
     rows = [{"input_ids": row["input_ids"], "labels": torch.tensor(i % 3)} for i, row in enumerate(counting(48))]
     held = batches(rows)
-    found = loss_at_chance(model, held)
+    found = loss_at_unigram_baseline(model, held)
     assert found is not None and found[0] == pytest.approx(math.log(3), abs=0.1) and found[1] == pytest.approx(math.log(3))
     told = [{**row, "input_ids": torch.cat([row["labels"][None] + 3, row["input_ids"][1:]])} for row in rows]
     model.train()
@@ -94,7 +94,7 @@ def test_a_classifier_with_a_fresh_head_and_with_a_taught_one() -> None:
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert loss_at_chance(model, batches(told)) is None
+    assert loss_at_unigram_baseline(model, batches(told)) is None
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -104,23 +104,23 @@ def test_a_regression_and_what_cannot_be_told() -> None:
     rows = [{"input_ids": row["input_ids"], "labels": value} for row, value in zip(counting(16), values, strict=True)]
     model.classifier.weight.data.zero_()
     model.classifier.bias.data.zero_()
-    found = loss_at_chance(model, batches(rows))
+    found = loss_at_unigram_baseline(model, batches(rows))
     assert found == pytest.approx((values.var(correction=0).item(), values.var(correction=0).item()), rel=1e-5)
     several: Any = tiny_model("bert", num_labels=2, problem_type="multi_label_classification")
     rows = [{**row, "labels": torch.tensor([1.0, 0.0])} for row in rows]
-    assert loss_at_chance(several, batches(rows)) is None
-    assert loss_at_chance(tiny_model(), [{"input_ids": row["input_ids"][None]} for row in rows]) is None
+    assert loss_at_unigram_baseline(several, batches(rows)) is None
+    assert loss_at_unigram_baseline(tiny_model(), [{"input_ids": row["input_ids"][None]} for row in rows]) is None
     masked = [{"input_ids": row["input_ids"][None], "labels": torch.full((1, 12), -100)} for row in rows]
-    assert loss_at_chance(tiny_model(), masked) is None
+    assert loss_at_unigram_baseline(tiny_model(), masked) is None
 
 
 def test_all_processes_say_the_same() -> None:
     """Two shares, of two batches and of one, give what one process says of all three: each counts the others' labels."""
     held = batches(counting(24))
-    whole = loss_at_chance(tiny_model(), held)
+    whole = loss_at_unigram_baseline(tiny_model(), held)
     calls: list[list[Any]] = []
 
-    class Beside(Alone):
+    class Beside(SingleProcess):
         """What the process with the last batch says, when it is asked in turn."""
 
         def __init__(self, answers: list[Any] | None) -> None:
@@ -133,8 +133,8 @@ def test_all_processes_say_the_same() -> None:
                 return [value]
             return [value, self.answers[self.number - 1]]
 
-    loss_at_chance(tiny_model(), held[2:], together=Beside(None))
-    assert loss_at_chance(tiny_model(), held[:2], together=Beside(calls)) == pytest.approx(whole)
+    loss_at_unigram_baseline(tiny_model(), held[2:], process_group=Beside(None))
+    assert loss_at_unigram_baseline(tiny_model(), held[:2], process_group=Beside(calls)) == pytest.approx(whole)
 
 
 def test_a_run_scans_only_when_its_loss_has_left_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

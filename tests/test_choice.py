@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer
-from trimllm_hf.surgery.blocks import find_stack
+from trimllm_hf.surgery.blocks import find_blocks
 from trimllm_hf.surgery.drop import plan_drop
-from trimllm_hf.training.dry_run import least_important, rehearse
+from trimllm_hf.training.dry_run import dry_run, least_important
 
 
 def hybrid() -> PreTrainedModel:
@@ -70,12 +70,12 @@ def test_a_period_goes_at_once() -> None:
     with pytest.raises(ValueError, match=r"another value at .*is_sparse.*Nothing was changed"):
         least_important(plan, scores, most=1)
     assert least_important(plan, scores, most=2).positions == {1, 2}
-    assert rehearse(model, TrimConfig(target_layers=4, part="decoder"), 2) == {6: 2}
-    assert len(find_stack(model)) == 6 and not hasattr(model.config, "trim")
+    assert dry_run(model, TrimConfig(target_layers=4, part="decoder"), 2) == {6: 2}
+    assert len(find_blocks(model)) == 6 and not hasattr(model.config, "trim")
 
 
 def test_most_models_lose_any_layer() -> None:
-    assert rehearse(tiny_model(), TrimConfig(target_layers=2), 4) == {6: 1, 5: 1, 4: 1, 3: 1}
+    assert dry_run(tiny_model(), TrimConfig(target_layers=2), 4) == {6: 1, 5: 1, 4: 1, 3: 1}
 
 
 def test_training_drops_whole_periods(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_target_without_a_way_is_refused_at_the_start(tmp_path: Path) -> None:
     model = hybrid()
     with pytest.raises(ValueError, match=r"got 2 layers. It can be trimmed to 3; then: .*attention layers \[1\] to stay"):
         trainer(model, tmp_path, tiny_texts(40), target_layers=2).train()
-    assert len(find_stack(model)) == 8 and not hasattr(model.config, "trim")
+    assert len(find_blocks(model)) == 8 and not hasattr(model.config, "trim")
 
 
 def test_training_keeps_the_last_attention(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers, load_kept_layers, score_layers, trim_like
 from trimllm_hf.cli import app
-from trimllm_hf.surgery.blocks import find_stack
+from trimllm_hf.surgery.blocks import find_blocks
 
 SOURCE = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(0))
 TARGET = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -79,8 +79,8 @@ def test_one_part_goes_and_the_other_stays(tmp_path: Path, family: str, part: st
     other = "encoder" if part == "decoder" else "decoder"
     layer_map = drop_layers(model, [1, 3], part=part)
     assert layer_map.part == part and layer_map.dropped_layers == (1, 3)
-    assert (len(find_stack(model, "encoder")), len(find_stack(model, "decoder"))) == depths
-    for mine, theirs in zip(find_stack(model, other).blocks, find_stack(base, other).blocks, strict=True):
+    assert (len(find_blocks(model, "encoder")), len(find_blocks(model, "decoder"))) == depths
+    for mine, theirs in zip(find_blocks(model, other).blocks, find_blocks(base, other).blocks, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
     model.save_pretrained(tmp_path)
     again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
@@ -136,7 +136,7 @@ def test_a_part_that_is_not_there_is_refused(part: str, said: str) -> None:
 def test_scores_are_of_the_part(family: str, part: str) -> None:
     model = seq2seq(family)
     batch = {"input_ids": SOURCE, "labels": TARGET}
-    blocks = find_stack(model, part).blocks
+    blocks = find_blocks(model, part).blocks
     scores = score_layers(model, [batch], part=part)
     assert len(scores) == len(blocks) and not hasattr(model.config, "trim")
     for position, block in enumerate(blocks):
@@ -175,7 +175,7 @@ def test_training_and_resume(tmp_path: Path, part: str) -> None:
 
     whole = trainer(seq2seq(), "whole")
     whole.train()
-    assert len(find_stack(whole.model, part)) == {"encoder": 4, "decoder": 3}[part]
+    assert len(find_blocks(whole.model, part)) == {"encoder": 4, "decoder": 3}[part]
     assert LayerMap.from_config(whole.model.config).part == part
     checkpoint = str(tmp_path / "whole" / "checkpoint-3")
     resumed = trainer(seq2seq(), "resumed")
@@ -184,14 +184,14 @@ def test_training_and_resume(tmp_path: Path, part: str) -> None:
         assert torch.equal(one, other)
     trimmed = seq2seq()
     assert trim_like(trimmed, tmp_path / "whole" / "checkpoint-6").part == part
-    assert len(find_stack(trimmed, part)) == len(find_stack(whole.model, part))
+    assert len(find_blocks(trimmed, part)) == len(find_blocks(whole.model, part))
 
 
 @pytest.mark.parametrize(("family", "part"), [("bart", "decoder"), ("bart", "encoder"), ("t5", "decoder")])
 def test_only_the_kept_layers_of_a_part_are_loaded(tmp_path: Path, family: str, part: str) -> None:
     model = seq2seq(family)
     model.save_pretrained(tmp_path)
-    kept = [layer for layer in range(len(find_stack(model, part))) if layer not in (1, 3)]
+    kept = [layer for layer in range(len(find_blocks(model, part))) if layer not in (1, 3)]
     loaded = load_kept_layers(tmp_path, kept, AutoModelForSeq2SeqLM, part=part)
     drop_layers(model, [1, 3], part=part)
     assert torch.equal(logits(loaded), logits(model))

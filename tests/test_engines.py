@@ -116,8 +116,8 @@ def test_named_parameters_keep_their_names() -> None:
     """torch keeps the names of parameters that are given with them, in a list beside the parameters."""
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.named_parameters())
-    leaving = list(model.model.layers[2].parameters())
-    LocalEngine(model, optimizer).edit(lambda: model.model.layers.__delitem__(2), lambda: leaving)
+    removed_parameters = list(model.model.layers[2].parameters())
+    LocalEngine(model, optimizer).edit(lambda: model.model.layers.__delitem__(2), lambda: removed_parameters)
     (group,) = optimizer.param_groups
     assert len(group["param_names"]) == len(group["params"]) == len(list(model.parameters()))
     assert not any(name.startswith("model.layers.2.") for name in group["param_names"])

@@ -34,3 +34,26 @@ def test_the_import_loads_neither_torch_nor_the_trainer() -> None:
     code = "import sys, trimllm_hf; print([name for name in ('torch', 'transformers.trainer') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "new"),
+    [
+        ("stack", "find_stack", "surgery.blocks.find_blocks"),
+        ("stack", "find_sublayers", "surgery.blocks.find_sublayers"),
+        ("publish.run", "describe_run", "training.run_summary.describe_run"),
+    ],
+)
+def test_an_old_path_warns_and_names_the_new_one(old: str, name: str, new: str) -> None:
+    module, _, attribute = f"trimllm_hf.{new}".rpartition(".")
+    code = (
+        "import importlib, warnings; warnings.simplefilter('error', DeprecationWarning)\n"
+        f"try: import trimllm_hf.{old}\n"
+        f"except DeprecationWarning as warning: assert {module!r} in str(warning), warning\n"
+        "else: raise SystemExit('no warning')\n"
+        "warnings.simplefilter('ignore')\n"
+        f"from trimllm_hf.{old} import {name}\n"
+        f"assert {name} is importlib.import_module({module!r}).{attribute}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from toy import toy_model
 from transformers import TrainingArguments
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers, score_layers
-from trimllm_hf.engines.process_group import Alone
+from trimllm_hf.engines.process_group import SingleProcess
 from trimllm_hf.importance import from_compute_metrics, known, measure, per_ms, refuse_not_per_ms
 from trimllm_hf.latency.layer_times import measure_layers
 from trimllm_hf.training.dry_run import droppable
@@ -135,7 +135,7 @@ def test_a_run_drops_what_costs_least_for_each_ms(attention: float, mlp: float, 
             for ms in [attention if names[position][1] == "attention" else mlp]
         }
         lowest = min(costs, key=lambda position: costs[position])
-        assert (record["dropped"][0], record["halves"][0]) == names[lowest]
+        assert (record["dropped"][0], record["sublayers"][0]) == names[lowest]
         assert record["importance"] == "sensitivity per ms"
         assert record["scores"] == [pytest.approx(costs[lowest], rel=1e-4)]
         assert entry["trim/margin"] == pytest.approx(sorted(costs.values())[1] - costs[lowest], rel=1e-3)
@@ -150,7 +150,7 @@ def test_the_times_decide(clock: Any, tmp_path: Path) -> None:
         clock(*times)
         run = trainer(tmp_path, importance="block_influence")
         run.train()
-        gone[slow] = {half for record in history(run) for half in record["halves"]}
+        gone[slow] = {half for record in history(run) for half in record["sublayers"]}
     assert gone == {"attention": {"attention"}, "mlp": {"mlp"}}
 
 
@@ -163,7 +163,7 @@ def test_taylor_by_the_gradients_of_the_step_is_per_ms_as_well(clock: Any, tmp_p
         (record,) = history(run)
         scores[mlp] = record["scores"][0]
         assert record["importance"] == "taylor per ms"
-    assert 0 < scores[1e6] < scores[1.0] / 1e3 and record["halves"] == ["mlp"]
+    assert 0 < scores[1e6] < scores[1.0] / 1e3 and record["sublayers"] == ["mlp"]
 
 
 def test_a_resumed_run_goes_by_the_times_that_it_began_with(clock: Any, tmp_path: Path) -> None:
@@ -229,16 +229,16 @@ def test_a_prompt_longer_than_the_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_the_main_process_measures_and_an_error_there_is_everyones(tmp_path: Path) -> None:
-    class Second(Alone):
+    class Second(SingleProcess):
         rank, world_size = 1, 2
 
-        def agree(self, total: torch.Tensor) -> torch.Tensor:
+        def all_reduce(self, total: torch.Tensor) -> torch.Tensor:
             return total + torch.arange(1.0, 13.0, dtype=torch.float64)  # what the main process has measured
 
-    class First(Alone):
+    class First(SingleProcess):
         told: Exception | None = None
 
-        def fail(self, error: Exception) -> None:
+        def raise_on_all(self, error: Exception) -> None:
             self.told = error
 
     def never(*_: Any, **__: Any) -> list[float]:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from trimllm_hf import drop_layers
-from trimllm_hf.surgery.blocks import find_stack
+from trimllm_hf.surgery.blocks import find_blocks
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
 IMAGE = 90  # the token that stands for a patch
@@ -55,7 +55,7 @@ def convolves() -> tuple[PreTrainedModel, dict[str, Any]]:
 
 def skipping(model: PreTrainedModel, layers: list[int], inputs: dict[str, Any]) -> torch.Tensor:
     """The model's result when layers hand on what they get."""
-    blocks: nn.ModuleList = find_stack(model).blocks
+    blocks: nn.ModuleList = find_blocks(model).blocks
     handles = [blocks[i].register_forward_hook(lambda _, args, output: handed_on(args, output)) for i in layers]
     with torch.no_grad():
         result = model(**inputs)[0]

@@ -338,7 +338,7 @@ def test_halves_of_blocks_are_counted_too(code: bool, tmp_path: Path) -> None:
     if code:
         write_remote_code(tmp_path)
     layer_map = check_model(contents_of(tmp_path))
-    assert layer_map.missing_halves == ((2, "mlp"), (4, "attention"))
+    assert layer_map.missing_sublayers == ((2, "mlp"), (4, "attention"))
     lacking = LayerMap(6, tuple(range(6)), "sublayer", kept_attention=(0, 1, 2, 3, 5), kept_mlp=(0, 1, 4, 5))
     edit_json(tmp_path / "config.json", trim=lacking.to_dict())  # as if the MLP of 3 were gone as well
     with pytest.raises(ValueError, match=r"exactly the sublayers that config\.trim keeps, got 4 unexpected_keys"):

@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from trimllm_hf import score_layers
-from trimllm_hf.importance import measure
+from trimllm_hf.importance import evaluate_metric
 
 TEXTS = ["w5 w6 w7 w8 w9", "w31 w32 w33", "w40 w41 w42 w43 w44 w45"]
 
@@ -66,7 +66,7 @@ def test_per_ms_it_is_what_the_loss_rises_by_over_the_time(model: Path, data: Pa
     assert len(plain["ms"]) == 12 and len(set(plain["ms"])) == 2 and min(plain["ms"]) > 0
     ids = [torch.tensor([[int(word[1:]) for word in text.split()]]) for text in TEXTS]
     batches = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
-    harm = score_layers(tiny_model(), batches, unit="sublayer") - measure(tiny_model(), batches)
+    harm = score_layers(tiny_model(), batches, unit="sublayer") - evaluate_metric(tiny_model(), batches)
     expected = [h / ms if h > 0 else h * ms for h, ms in zip(harm.tolist(), plain["ms"], strict=True)]
     assert plain["scores"]["sensitivity per ms"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
     shown = run(*given)

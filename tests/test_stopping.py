@@ -269,6 +269,6 @@ def test_a_reference_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_cannot_give_layers_back_is_refused(tmp_path: Path) -> None:
-    sharded: Any = SimpleNamespace(regrows=False)
+    sharded: Any = SimpleNamespace(restores_layers=False)
     with pytest.raises(ValueError, match="cuts parameters into shards"):
         MetricRule(config(), make(tmp_path), sharded, {}, {})

@@ -43,7 +43,7 @@ from trimllm_hf import (
     trim_like,
     write_remote_code,
 )
-from trimllm_hf.surgery.sublayers import StandIn, find_halves
+from trimllm_hf.surgery.sublayers import PassThrough, find_output_specs
 
 # What each architecture calls its halves, the norms that only they need, and the norms behind the sum.
 LLAMA = {"attention": ["self_attn", "input_layernorm"], "mlp": ["mlp", "post_attention_layernorm"]}
@@ -51,7 +51,7 @@ GEMMA = {
     "attention": ["self_attn", "input_layernorm", "post_attention_layernorm"],
     "mlp": ["mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"],
 }
-HALVES: dict[str, dict[str, list[str]]] = {
+SUBLAYER_KINDS: dict[str, dict[str, list[str]]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "mixtral"), LLAMA),
     **dict.fromkeys(("gemma2", "gemma3_text"), GEMMA),
     "gpt2": {"attention": ["attn", "ln_1"], "mlp": ["mlp", "ln_2"]},
@@ -76,7 +76,7 @@ def logits_without(model: PreTrainedModel, lost: list[tuple[int, str]]) -> torch
     handles = []
     for layer, half in lost:
         if family == "bert":
-            module = blocks[layer].get_submodule(HALVES[family][half][-1])
+            module = blocks[layer].get_submodule(SUBLAYER_KINDS[family][half][-1])
             which = 0 if half == "attention" else 1
 
             def hand_on(_, args, kwargs, output, which=which):
@@ -84,7 +84,7 @@ def logits_without(model: PreTrainedModel, lost: list[tuple[int, str]]) -> torch
 
             handles.append(module.register_forward_hook(hand_on, with_kwargs=True))
             continue
-        for name in HALVES[family][half]:
+        for name in SUBLAYER_KINDS[family][half]:
             for parameter in blocks[layer].get_submodule(name).parameters():
                 parameter.zero_()
     result = logits(model)
@@ -106,7 +106,7 @@ def test_dropping_leaves_what_the_rest_computes(family: str) -> None:
     assert (layer_map.kept_attention, layer_map.kept_mlp) == ((0, 1, 3, 5), (0, 2, 3, 5))
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(expected, before, atol=1e-2)
-    gone = sizes[""] + sum(sizes[name] for half in ("attention", "mlp") for name in HALVES[family][half])
+    gone = sizes[""] + sum(sizes[name] for half in ("attention", "mlp") for name in SUBLAYER_KINDS[family][half])
     assert sum(p.numel() for p in model.parameters()) == total - gone  # norms that nobody reads any more go as well
 
 
@@ -132,14 +132,14 @@ def test_order_of_sublayers_and_composition() -> None:
         (2, "attention"),
     )
     layer_map = drop_layers(model, [2], unit="sublayer")  # the attention of layer 1: nothing of it is left
-    assert layer_map.kept_layers == (0, 2, 3, 4, 5) and layer_map.whole and len(model.model.layers) == 5
+    assert layer_map.kept_layers == (0, 2, 3, 4, 5) and layer_map.has_all_sublayers and len(model.model.layers) == 5
     assert type(model) is LlamaForCausalLM and type(model.config).__name__ == "LlamaConfig"  # stock again
     layer_map = drop_layers(model, [9], unit="sublayer")
     assert str(layer_map) == "[0, 2, 3, 4, 5], without the mlp of 5"
     layer_map = drop_layers(model, [1])  # a whole block
     assert layer_map.kept_layers == (0, 3, 4, 5) and layer_map.kept_mlp == (0, 3, 4)
     records = LayerMap.from_config(model.config).history
-    assert [(record.dropped, record.halves) for record in records] == [
+    assert [(record.dropped, record.sublayers) for record in records] == [
         ((1,), ("mlp",)),
         ((1,), ("attention",)),
         ((5,), ("mlp",)),
@@ -180,7 +180,7 @@ def test_refusals_change_nothing(family: str, positions: list[int], said: str) -
     with pytest.raises(ValueError, match=said):
         drop_layers(model, positions, unit="sublayer")
     assert_same(before, snapshot(model))
-    assert not any(isinstance(module, StandIn) for module in model.modules())
+    assert not any(isinstance(module, PassThrough) for module in model.modules())
 
 
 class Block(nn.Module):
@@ -217,11 +217,11 @@ class Block(nn.Module):
 )
 def test_a_block_that_is_no_sum_of_its_halves_is_refused(kind: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        find_halves(Block(kind), 8)
+        find_output_specs(Block(kind), 8)
 
 
 def test_the_same_block_with_plain_residuals_is_not() -> None:
-    halves = find_halves(Block("plain"), 8)
+    halves = find_output_specs(Block("plain"), 8)
     assert set(halves.attention) == {"self_attn", "norm"} and set(halves.mlp) == {"mlp"}
 
 
@@ -269,7 +269,7 @@ def test_the_auto_classes_load_it(family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     auto: Any = AutoModelForSequenceClassification if family == "bert" else AutoModelForCausalLM
     config = AutoConfig.from_pretrained(tmp_path)
-    assert config.model_type == model.config.model_type and LayerMap.from_config(config).missing_halves == (
+    assert config.model_type == model.config.model_type and LayerMap.from_config(config).missing_sublayers == (
         (1, "mlp"),
         (2, "attention"),
     )
@@ -279,7 +279,7 @@ def test_the_auto_classes_load_it(family: str, tmp_path: Path) -> None:
     again.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()
     body = AutoModel.from_pretrained(tmp_path)
-    assert sum(isinstance(module, StandIn) for module in body.modules()) > 0
+    assert sum(isinstance(module, PassThrough) for module in body.modules()) > 0
 
 
 STOCK = """
@@ -437,14 +437,14 @@ def test_a_trainer_drops_sublayers_and_keeps_the_others_state(tmp_path: Path) ->
     trainer.train()
     layer_map = LayerMap.from_config(model.config)
     assert len(layer_map.sublayers) == 9 and [record.step for record in layer_map.history] == [2, 4, 6]
-    assert all(record.halves is not None for record in layer_map.history)
+    assert all(record.sublayers is not None for record in layer_map.history)
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters()}
     assert {id(p) for p in trainer.optimizer.state} == held
     logged = [entry["trim/num_layers"] for entry in trainer.state.log_history if "trim/num_layers" in entry]
     assert logged == [11, 10, 9]
 
-    lost = [(record.step, record.dropped[0], record.halves[0]) for record in layer_map.history]
+    lost = [(record.step, record.dropped[0], record.sublayers[0]) for record in layer_map.history]
     full = tiny_model()
     frozen: list[torch.nn.Parameter] = []
 

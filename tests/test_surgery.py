@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trimllm_hf import LayerMap, drop_layers
-from trimllm_hf.surgery.blocks import find_stack
+from trimllm_hf.surgery.blocks import find_blocks
 
 DROPPED, KEPT = [1, 3], (0, 2, 4, 5)
 
@@ -55,7 +55,7 @@ BLOCKS = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_stack_is_found(family: str) -> None:
     model = tiny_model(family)
-    stack = find_stack(model)
+    stack = find_blocks(model)
     assert stack.name == BLOCKS[family]
     assert stack.blocks is model.get_submodule(BLOCKS[family])
 
@@ -65,10 +65,10 @@ def test_dropping_is_skipping(family: str) -> None:
     model = tiny_model(family)
     expected = logits_with_layers_skipped(model, DROPPED)
     before = logits(model)
-    blocks = find_stack(model).blocks
+    blocks = find_blocks(model).blocks
     layer_map = drop_layers(model, DROPPED)
     assert layer_map.kept_layers == KEPT
-    assert find_stack(model).blocks is blocks and len(blocks) == 4
+    assert find_blocks(model).blocks is blocks and len(blocks) == 4
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
     assert not torch.allclose(expected, before)  # the layers did something
 

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from .training.prepared_loop import drop_prepared_layers
     from .training.trainer import TrimTrainer, TrimTrainerMixin
 
-# models that lack halves become known to the Auto classes
+# models that lack sublayers become known to the Auto classes
 import_module(".loading.auto_config", __name__).register_when_imported()
+import_module(".loading.old_paths", __name__).keep_old_paths()
 
 __version__ = "0.1.0.dev0"
 

@@ -51,7 +51,7 @@ def json_at(file: Path, *path: str) -> Any:
 
 
 @contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
+def isolated_rng(seed: int) -> Iterator[None]:
     """Run a block with generators of its own: what training draws afterwards is what it would have drawn without."""
     states = random.getstate(), np.random.get_state()
     try:

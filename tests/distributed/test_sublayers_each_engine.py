@@ -53,8 +53,8 @@ def test_two_processes_equal_one(engine: str, torchrun, one_process: Path, tmp_p
     assert not info["missing_keys"] and not info["unexpected_keys"]
     layer_map = LayerMap.from_config(final.config)
     assert len(layer_map.sublayers) == 6 and layer_map.num_layers < 6
-    stored = json.loads((tmp_path / "final" / "config.json").read_text())
-    assert (stored["model_type"] == "llama") == layer_map.whole
+    to_saved_config = json.loads((tmp_path / "final" / "config.json").read_text())
+    assert (to_saved_config["model_type"] == "llama") == layer_map.has_all_sublayers
     assert len(load_file(tmp_path / "final" / "model.safetensors")) == len(mine)
 
 

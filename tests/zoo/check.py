@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from zoo_models import tiny_model
 
 from trimllm_hf import drop_layers
-from trimllm_hf.surgery.blocks import find_stack
+from trimllm_hf.surgery.blocks import find_blocks
 
 NEW_TOKENS = 5
 NOT_OF_LAYERS = ("architectures", "dtype", "transformers_version", "trim")
@@ -51,7 +51,7 @@ def check_blocks(
     for layers in choices:
         model = tiny_model(kind.auto_class, model_type)
         try:
-            blocks = find_stack(model, kind.part).blocks
+            blocks = find_blocks(model, kind.part).blocks
         except ValueError as error:
             return Outcome(model_type, "refused", _short(error), name)
         if max(layers) >= len(blocks):

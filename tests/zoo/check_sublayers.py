@@ -17,7 +17,7 @@ from zoo_models import tiny_model
 
 import trimllm_hf
 from trimllm_hf import LayerMap, drop_layers
-from trimllm_hf.surgery.blocks import find_stack, find_sublayers
+from trimllm_hf.surgery.blocks import find_blocks, find_sublayers
 
 assert trimllm_hf  # its import is what makes the Auto classes load what is saved here
 
@@ -83,7 +83,7 @@ def without(model: nn.Module, model_type: str, halves: Sequence[Half], inputs: A
 
     BERT's modules hold the residual and its norm themselves: they are made to hand on what they got.
     """
-    blocks = find_stack(model).blocks
+    blocks = find_blocks(model).blocks
     with ExitStack() as stack:
         for layer, half in halves:
             block = blocks[layer]
@@ -118,7 +118,7 @@ def compare(kind: Kind, model: Any, inputs: Any, expected: torch.Tensor, cached:
             model.save_pretrained(folder)
             by_auto = type(model.config).stock_class in kind.auto_class._model_mapping
             again, info = (kind.auto_class if by_auto else type(model)).from_pretrained(folder, output_loading_info=True)
-            stored = json.loads((Path(folder) / "config.json").read_text())
+            to_saved_config = json.loads((Path(folder) / "config.json").read_text())
             for stock in (type(model.config).stock_class, type(model).stock_class):
                 try:
                     stock.from_pretrained(folder)
@@ -127,8 +127,8 @@ def compare(kind: Kind, model: Any, inputs: Any, expected: torch.Tensor, cached:
                         return f"stock {stock.__name__} says only {type(error).__name__}: {error}"
                 else:
                     return f"stock {stock.__name__} loads it"
-        if stored["model_type"] != "trimllm":
-            return f"its model_type is {stored['model_type']}"
+        if to_saved_config["model_type"] != "trimllm":
+            return f"its model_type is {to_saved_config['model_type']}"
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[what]:
                 return f"{what} on reload: {sorted(map(str, info[what]))[:3]}"

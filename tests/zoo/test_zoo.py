@@ -73,7 +73,7 @@ def test_layers_whose_keys_others_read_stay(layers: tuple[int, ...]) -> None:
 
 
 # One for each way in which a block holds its halves.
-HALVES = [
+SUBLAYER_KINDS = [
     "llama",  # a norm before each
     "gemma2",  # norms around each
     "olmo2",  # a norm behind each
@@ -86,7 +86,7 @@ HALVES = [
 ]
 
 
-@pytest.mark.parametrize("model_type", HALVES)
+@pytest.mark.parametrize("model_type", SUBLAYER_KINDS)
 def test_halves_of_two_blocks_go_exactly(model_type: str) -> None:
     outcome = check_sublayers(CAUSAL, model_type)
     assert outcome.status == "exact", outcome

@@ -103,7 +103,7 @@ def _names(model: Any, unit: str) -> list[str]:
     layer_map = LayerMap.from_config(model.config)
     if unit == "block":
         return [str(layer) for layer in layer_map.kept_layers]
-    return [f"{half} {layer}" for layer, half in layer_map.sublayers]
+    return [f"{kind} {layer}" for layer, kind in layer_map.sublayers]
 
 
 def _margin(values: list[float]) -> float | None:

@@ -1,6 +1,15 @@
 """What is mended around a model when layers leave it while it trains: one protocol, a file an engine."""
 
 from .engine import Engine, attach, refuse_other_processes, unprepared
-from .process_group import Alone, Hold, Processes, Together
+from .process_group import DistributedProcesses, Gathered, ProcessGroup, SingleProcess
 
-__all__ = ["Alone", "Engine", "Hold", "Processes", "Together", "attach", "refuse_other_processes", "unprepared"]
+__all__ = [
+    "DistributedProcesses",
+    "Engine",
+    "Gathered",
+    "ProcessGroup",
+    "SingleProcess",
+    "attach",
+    "refuse_other_processes",
+    "unprepared",
+]

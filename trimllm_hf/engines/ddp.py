@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .local import Leaving, forget, refuse_hidden_parameters
-from .process_group import Processes
+from .local import RemovedParameters, refuse_hidden_parameters, remove_from_optimizer
+from .process_group import DistributedProcesses
 
 T = TypeVar("T")
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 
 
-class DDPEngine(Processes):
+class DDPEngine(DistributedProcesses):
     """A model in DistributedDataParallel; see `engines.Engine`."""
 
-    regrows = True
+    restores_layers = True
 
     def __init__(self, model: nn.Module, optimizer: Any, ddp_handler: Any = None) -> None:
         if not isinstance(model, DistributedDataParallel):
@@ -34,11 +34,11 @@ class DDPEngine(Processes):
         self.ddp_handler = ddp_handler
         super().__init__(model.process_group)
 
-    def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
+    def edit(self, edit: Callable[[], T], removed_parameters: RemovedParameters) -> T:
         """Run `edit`, mend the optimizer, and give the wrapper new gradient buckets."""
-        gone = leaving()
+        gone = removed_parameters()
         result = edit()
-        forget(self.optimizer, gone)
+        remove_from_optimizer(self.optimizer, gone)
         self._rebuild_buckets()
         return result
 

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .local import Leaving
-from .process_group import Processes
+from .local import RemovedParameters
+from .process_group import DistributedProcesses
 from .sharded_state import LocalState, SpreadState
 
 T = TypeVar("T")
@@ -27,10 +27,10 @@ _MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps", "_global_grad_norm", "lr_scheduler")
 
 
-class DeepSpeedEngine(Processes):
+class DeepSpeedEngine(DistributedProcesses):
     """A model in DeepSpeed's engine under ZeRO; see `engines.Engine`."""
 
-    regrows = False
+    restores_layers = False
     free_backward = False
 
     def __init__(self, model: Any, optimizer: Any) -> None:
@@ -40,7 +40,7 @@ class DeepSpeedEngine(Processes):
         super().__init__()
 
     @contextmanager
-    def hold(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+    def gathered(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """ZeRO-3: gather once, and take off the hooks that would gather, release and record at each call."""
         if self.wrapper.zero_optimization_stage() < 3:
             yield
@@ -66,12 +66,12 @@ class DeepSpeedEngine(Processes):
                 for module, name, hooks in had:
                     vars(module)[name] = hooks
 
-    def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
+    def edit(self, edit: Callable[[], T], removed_parameters: RemovedParameters) -> T:
         """Run `edit` and partition what stays anew; parameters, moments and steps read back bit by bit."""
         from deepspeed.runtime.config import DeepSpeedConfig
 
         zero, basic = self.wrapper.optimizer, self.wrapper.optimizer.optimizer
-        dropped = leaving()
+        dropped = removed_parameters()
         gone = {id(parameter) for parameter in dropped}
         groups = [[parameter for parameter in group if id(parameter) not in gone] for group in param_groups(zero)]
         if not all(groups):
@@ -194,7 +194,7 @@ def param_groups(zero: Any) -> list[list[nn.Parameter]]:
     return [list(group) for group in found]
 
 
-def _release(leaving: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> None:
+def _release(removed_parameters: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> None:
     """Free the dropped parameters: their storage, and what holds the objects.
 
     DeepSpeed binds methods to parameters, so that each holds itself, and ZeRO-3's autograd functions, which Python does
@@ -203,7 +203,7 @@ def _release(leaving: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> N
     for module in modules:
         for name in ("_parameters", "_original_parameters"):  # ZeRO-3 puts a dictionary of its own before torch's
             module.__dict__.get(name, {}).clear()
-    for parameter in leaving:
+    for parameter in removed_parameters:
         for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
             if tensor is not None:
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

@@ -9,26 +9,26 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from .process_group import Processes
+from .process_group import DistributedProcesses
 
 
-class Shards(Processes):
+class Shards(DistributedProcesses):
     """The processes of a run whose model is in shards; see `engines.Engine`."""
 
     @contextmanager
-    def hold(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+    def gathered(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Gather once; the modules' own hooks find everything there."""
         with _gathered([parameter for module in modules for parameter in module.parameters(recurse=False)]):
             yield
 
 
 @contextmanager
-def unprepared(accelerator: Accelerator, model: nn.Module) -> Iterator[Processes]:
+def unprepared(accelerator: Accelerator, model: nn.Module) -> Iterator[DistributedProcesses]:
     """See `engines.unprepared`. Each module of a model in shards gathers its own parameters for its own forward."""
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         if accelerator.state.deepspeed_plugin.zero_stage < 3:
             model.to(accelerator.device)  # as DeepSpeed will
-        yield Processes()
+        yield DistributedProcesses()
         return
     held: dict[nn.Module, list[Any]] = {}
 

@@ -16,23 +16,24 @@ from accelerate.utils import DistributedType, is_compiled_module
 from torch import nn
 
 from .ddp import DDPEngine
-from .local import Leaving, LocalEngine
-from .process_group import Alone, Processes, Together
+from .local import LocalEngine, RemovedParameters
+from .process_group import DistributedProcesses, ProcessGroup, SingleProcess
 
 T = TypeVar("T")
 
 
-class Engine(Together, Protocol):
+class Engine(ProcessGroup, Protocol):
     """What the callback needs of an engine."""
 
-    regrows: bool  # whether `edit` may bring in parameters that the optimizer does not have
+    restores_layers: bool  # whether `edit` may bring in parameters that the optimizer does not have
 
-    def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
+    def edit(self, edit: Callable[[], T], removed_parameters: RemovedParameters) -> T:
         """Run `edit`, which takes modules out of the unwrapped model, and mend optimizer and wrapper.
 
-        `leaving` names the parameters that go with them; an engine asks when its parameters are as the optimizer has them.
+        `removed_parameters` returns the parameters that go with them; an engine calls it while its parameters are as the
+        optimizer has them.
 
-        Parameters that stay keep their optimizer state, bit by bit; those that went are held by nothing here.
+        Remaining parameters keep their optimizer state, bit by bit; the engine keeps no reference to removed ones.
         """
 
     def save_whole(self) -> None:
@@ -40,21 +41,21 @@ class Engine(Together, Protocol):
 
 
 @contextmanager
-def unprepared(accelerator: Accelerator, model: nn.Module) -> Iterator[Together]:
+def unprepared(accelerator: Accelerator, model: nn.Module) -> Iterator[ProcessGroup]:
     """The processes of a run whose model no engine holds yet; within, forward passes of the model work.
 
     They run where the model is: under FSDP2, and ZeRO-3 where the model was not made in shards, that is the CPU.
     """
     kind = accelerator.distributed_type
     if kind == DistributedType.NO:
-        yield Alone()
+        yield SingleProcess()
     elif kind != DistributedType.DEEPSPEED:
-        yield Processes()
+        yield DistributedProcesses()
     else:
         from . import deepspeed_shards
 
-        with deepspeed_shards.unprepared(accelerator, model) as together:
-            yield together
+        with deepspeed_shards.unprepared(accelerator, model) as process_group:
+            yield process_group
 
 
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine:

@@ -12,16 +12,16 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from .local import Leaving, forget, refuse_hidden_parameters
-from .process_group import Processes
+from .local import RemovedParameters, refuse_hidden_parameters, remove_from_optimizer
+from .process_group import DistributedProcesses
 
 T = TypeVar("T")
 
 
-class FSDPEngine(Processes):
+class FSDPEngine(DistributedProcesses):
     """A model under FSDP2; see `engines.Engine`."""
 
-    regrows = False
+    restores_layers = False
 
     def __init__(self, model: nn.Module, optimizer: Any, plugin: Any = None) -> None:
         if not isinstance(model, FSDPModule):
@@ -36,7 +36,7 @@ class FSDPEngine(Processes):
         super().__init__()
 
     @contextmanager
-    def hold(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+    def gathered(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Gather once, and leave it to the end to shard again what each forward would."""
         held = [module for module in modules if isinstance(module, FSDPModule)]
         groups = [group for module in held for group in _param_groups(module)]
@@ -53,15 +53,15 @@ class FSDPEngine(Processes):
                 if any(group.post_forward_mesh_info is not None for group in _param_groups(module)):
                     module.reshard()
 
-    def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
+    def edit(self, edit: Callable[[], T], removed_parameters: RemovedParameters) -> T:
         """Run `edit`, mend the optimizer, and take what left out of the lists of the root and of the groups."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # an evaluation leaves gathered parameters in place of those that the optimizer has
         before = _states(self.model)
-        dropped = leaving()
+        dropped = removed_parameters()
         result = edit()
-        forget(self.optimizer, dropped)
+        remove_from_optimizer(self.optimizer, dropped)
         staying = _states(self.model)
         gone = {id(state) for state in before} - {id(state) for state in staying}
         root = self.model._get_fsdp_state()
@@ -77,7 +77,7 @@ class FSDPEngine(Processes):
         return result
 
     def _forget_in_groups(self, dropped: list[nn.Parameter]) -> None:
-        """Of a block that stays, a half may have gone: its group gathers the rest."""
+        """Of a block that stays, a sublayer may have gone: its group gathers the rest."""
         left, modules = {id(parameter) for parameter in dropped}, set(self.model.modules())
         for module in modules:
             if not isinstance(module, FSDPModule):

@@ -8,40 +8,40 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .process_group import Alone
+from .process_group import SingleProcess
 
 T = TypeVar("T")
-Leaving = Callable[[], list[nn.Parameter]]
+RemovedParameters = Callable[[], list[nn.Parameter]]
 
 
-class LocalEngine(Alone):
+class LocalEngine(SingleProcess):
     """A model and an optimizer that no parallel wrapper holds; see `engines.Engine`."""
 
-    regrows = True
+    restores_layers = True
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self.model = model
         self.optimizer = optimizer
         refuse_hidden_parameters(optimizer)
 
-    def edit(self, edit: Callable[[], T], leaving: Leaving) -> T:
+    def edit(self, edit: Callable[[], T], removed_parameters: RemovedParameters) -> T:
         """Run `edit` and take the parameters that leave the model out of the optimizer."""
-        gone = leaving()
+        gone = removed_parameters()
         result = edit()
-        forget(self.optimizer, gone)
+        remove_from_optimizer(self.optimizer, gone)
         return result
 
     def save_whole(self) -> None:
         """The model is whole as it is."""
 
 
-def forget(optimizer: Any, leaving: Sequence[nn.Parameter]) -> None:
+def remove_from_optimizer(optimizer: Any, removed_parameters: Sequence[nn.Parameter]) -> None:
     """Take parameters out of an optimizer's groups and state, in place.
 
     A group that ends up empty stays: schedulers, and the optimizer that a resumed run builds, count groups.
     """
     optimizer = torch_optimizer(optimizer)
-    gone = {id(parameter) for parameter in leaving}
+    gone = {id(parameter) for parameter in removed_parameters}
     for group in optimizer.param_groups:
         stay = [i for i, parameter in enumerate(group["params"]) if id(parameter) not in gone]
         for key in ("param_names", "params"):  # torch keeps names beside parameters that were given with names
@@ -57,7 +57,7 @@ def torch_optimizer(optimizer: Any) -> Any:
 
 
 def refuse_hidden_parameters(optimizer: Any) -> None:
-    """Refuse an optimizer that holds parameters outside `param_groups` and `state`, where `forget` cannot reach.
+    """Refuse an optimizer that holds parameters where `remove_from_optimizer` cannot reach.
 
     Raises:
         ValueError: Naming the attribute.

@@ -10,40 +10,40 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-Hold = Callable[[Iterable[nn.Module]], AbstractContextManager[None]]
+Gathered = Callable[[Iterable[nn.Module]], AbstractContextManager[None]]
 
 
-class Together(Protocol):
+class ProcessGroup(Protocol):
     """The processes of a run. All of them make each of these calls, in the same order."""
 
     rank: int
     world_size: int
     free_backward: bool  # whether a backward pass beside training leaves nothing behind but `grad`
 
-    def agree(self, total: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, total: torch.Tensor) -> torch.Tensor:
         """The sum of `total` over all processes, the same on each of them; or the error of one that has failed."""
 
     def gather(self, value: Any) -> list[Any]:
         """Each process's value, by the order of their numbers; or the error of one that has failed."""
 
-    def fail(self, error: Exception) -> None:
-        """Tell the processes that are at, or on their way to, `agree` or `gather` that this one has failed."""
+    def raise_on_all(self, error: Exception) -> None:
+        """Tell the processes that are at, or on their way to, `all_reduce` or `gather` that this one has failed."""
 
-    def hold(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    def gathered(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """Keep the modules' own parameters gathered while they are called, without gradients.
 
         Within, each process may call the modules a number of times of its own.
         """
 
 
-class Alone:
+class SingleProcess:
     """One process, in which parameters are whole; see `engines.Engine`."""
 
     rank = 0
     world_size = 1
     free_backward = True
 
-    def agree(self, total: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, total: torch.Tensor) -> torch.Tensor:
         """One process agrees with itself."""
         return total
 
@@ -51,15 +51,15 @@ class Alone:
         """The only value that there is."""
         return [value]
 
-    def fail(self, error: Exception) -> None:
+    def raise_on_all(self, error: Exception) -> None:
         """There is nobody to tell."""
 
-    def hold(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    def gathered(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """Parameters are always whole."""
         return nullcontext()
 
 
-class Processes:
+class DistributedProcesses:
     """The processes of a run; see `engines.Engine`."""
 
     free_backward = True
@@ -69,11 +69,11 @@ class Processes:
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
 
-    def agree(self, total: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, total: torch.Tensor) -> torch.Tensor:
         """The sum of `total` over the processes, in the order of their numbers; or the error of one that has failed.
 
         Raises:
-            Exception: What another process passed to `fail`.
+            Exception: What another process passed to `raise_on_all`.
         """
         parts = self.gather(total.cpu())
         summed: torch.Tensor = sum(parts[1:], parts[0])
@@ -83,19 +83,19 @@ class Processes:
         """Each process's value, by the order of their numbers; or the error of one that has failed.
 
         Raises:
-            Exception: What another process passed to `fail`.
+            Exception: What another process passed to `raise_on_all`.
         """
         found = self._exchange((value, None))
         for error in (error for _, error in found if error is not None):
             raise error
         return [part for part, _ in found]
 
-    def hold(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    def gathered(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """Parameters are always whole, where an engine does not say otherwise."""
         return nullcontext()
 
-    def fail(self, error: Exception) -> None:
-        """Answer the others' `agree` with an error, which then stops them too. An error that came from there is theirs."""
+    def raise_on_all(self, error: Exception) -> None:
+        """Raise `error` on the processes at, or on their way to, `all_reduce` or `gather`; nothing if it came from there."""
         if not getattr(error, "from_another_process", False):
             self._exchange((None, error))
 

@@ -9,15 +9,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..engines import Together
-from ..surgery.blocks import find_stack
+from ..engines import ProcessGroup
+from ..surgery.blocks import find_blocks
 from ..surgery.units import Unit, list_units
 from .calibration import Batch, model_inputs
 from .finite import refuse_not_finite
 from .metrics import num_label_tokens
 
 
-def taylor(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: str, together: Together) -> torch.Tensor:
+def taylor(
+    model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: str, process_group: ProcessGroup
+) -> torch.Tensor:
     """Sum |w * dL/dw| over a layer's weights, L the mean loss: Shortened LLaMA's Taylor (arXiv 2402.02834, §2.2).
 
     Here L is the loss per token on the calibration set. `TrimCallback` takes the gradient that training has just computed
@@ -28,15 +30,15 @@ def taylor(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: s
         batches: This process's batches, as many as on every other.
         num_counted: How many of them count; those behind are for the others' sake.
         unit: "block".
-        together: The processes of the run.
+        process_group: The processes of the run.
 
     Raises:
         ValueError: If a batch has no labels, a score is not a number, or the engine keeps gradients to itself (ZeRO).
     """
-    refuse_no_gradient(together)
+    refuse_no_gradient(process_group)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tokens = [num_label_tokens(model, batch) * (i < num_counted) for i, batch in enumerate(batches)]
-    total = sum(together.gather(sum(tokens)))
+    total = sum(process_group.gather(sum(tokens)))
     if not total:
         raise ValueError("Expected calibration batches with labels, got labels that are all -100.")
     layers = list(range(len(list_units(model, unit))))
@@ -48,29 +50,29 @@ def taylor(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: s
         for position, (batch, number) in enumerate(zip(batches, tokens, strict=True)):
             with torch.enable_grad():
                 # sharded gradients come as the mean over the processes
-                share = number / total * (together.world_size if any(map(_is_sharded, parameters)) else 1)
+                share = number / total * (process_group.world_size if any(map(_is_sharded, parameters)) else 1)
                 loss = model(**model_inputs(batch)).loss
                 if number and not torch.isfinite(loss):
                     wrong.append((layers, position))
                 (loss * share).backward()
         for parameter in parameters:
-            if together.world_size > 1 and not _is_sharded(parameter) and parameter.grad is not None:
+            if process_group.world_size > 1 and not _is_sharded(parameter) and parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
-        scores = together.agree(weights_times_gradients(model, unit))
-        refuse_not_finite("taylor", scores, together.gather(wrong))
+        scores = process_group.all_reduce(weights_times_gradients(model, unit))
+        refuse_not_finite("taylor", scores, process_group.gather(wrong))
         return scores
     finally:
         for parameter, gradient in zip(parameters, had, strict=True):
             parameter.grad = gradient
 
 
-def refuse_no_gradient(together: Together) -> None:
+def refuse_no_gradient(process_group: ProcessGroup) -> None:
     """Refuse an engine under which no gradient can be had beside training.
 
     Raises:
         ValueError: Saying what to use instead.
     """
-    if not together.free_backward:
+    if not process_group.free_backward:
         raise ValueError(
             "Expected one process, DDP or FSDP2 for the importance 'taylor', got an engine that keeps "
             "gradients to itself. Use another importance, like 'sensitivity' or 'block_influence'."
@@ -83,7 +85,7 @@ def refuse_frozen(model: nn.Module, unit: str) -> None:
     Raises:
         ValueError: Naming the layers.
     """
-    blocks = find_stack(model).blocks
+    blocks = find_blocks(model).blocks
     units = list_units(model, unit)
     frozen = [unit.position for unit in units if not all(p.requires_grad for p in _parameters(unit, blocks))]
     if frozen:
@@ -99,7 +101,7 @@ def weights_times_gradients(model: nn.Module, unit: str) -> torch.Tensor:
 
     The shares add up to the sum over all weights, whether they are sharded or each process holds a whole copy.
     """
-    blocks = find_stack(model).blocks
+    blocks = find_blocks(model).blocks
     totals = []
     for candidate in list_units(model, unit):
         found = [_product(parameter) for parameter in _parameters(candidate, blocks) if parameter.grad is not None]

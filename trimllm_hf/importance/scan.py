@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
 
-from ..engines import Together
+from ..engines import ProcessGroup
 from ..surgery.adapters import base_of
-from ..surgery.blocks import find_stack
+from ..surgery.blocks import find_blocks
 from ..surgery.units import list_units, without
 from .calibration import Batch, model_inputs, num_tokens
 from .finite import refuse_not_finite
@@ -35,13 +35,13 @@ class ScanSettings:
     Attributes:
         metric: What is measured of the model without a unit.
         memory_gb: Memory for the candidates beside that of a forward pass, in 10^9 bytes; None: half of what is free.
-        together: The processes of the run.
+        process_group: The processes of the run.
         progress: Whether to show a bar with the candidates scored.
     """
 
     metric: Metric
     memory_gb: float | None
-    together: Together
+    process_group: ProcessGroup
     progress: bool
 
 
@@ -90,7 +90,7 @@ def scan(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: str
                     if number == position == 0:
                         _refuse_too_much(parts[0][0], len(units) * num_counted)
                 bar.update()
-    everyones = settings.together.gather(parts)
+    everyones = settings.process_group.gather(parts)
     found = [metric.finish([part for process in everyones for part in process[i]]) for i in range(len(units))]
     scores = torch.tensor([metric.importance(value) for value in found], dtype=torch.float64)
     refuse_not_finite(metric.name, scores, [_not_finite(process) for process in everyones])
@@ -125,15 +125,15 @@ class _Scanner:
     """
 
     def __init__(self, model: nn.Module, unit: str, batches: Sequence[Batch], settings: ScanSettings) -> None:
-        self.model, self.together = model, settings.together
-        self.blocks = list(find_stack(model).blocks)
+        self.model, self.process_group = model, settings.process_group
+        self.blocks = list(find_blocks(model).blocks)
         self.units = list_units(model, unit)
         self.one_by_one = self._any(not all(can_sweep(model, batch) for batch in batches))
         budget = settings.memory_gb * 1e9 if settings.memory_gb else free_bytes(next(model.parameters()).device) / 2
-        state = max(map(num_tokens, batches), default=1) * find_stack(model).config.hidden_size * 4
+        state = max(map(num_tokens, batches), default=1) * find_blocks(model).config.hidden_size * 4
         # as many candidates a sweep as half of the budget holds; the other half is for the work on them
-        self.at_once = min(self.together.gather(max(1, min(len(self.units), int(budget / 2 // state) - 1))))
-        self.sweep = Sweep(model, self.blocks, budget, self.together.hold)
+        self.at_once = min(self.process_group.gather(max(1, min(len(self.units), int(budget / 2 // state) - 1))))
+        self.sweep = Sweep(model, self.blocks, budget, self.process_group.gathered)
         self.only_labels = settings.metric.of_labels
         self.checked = False
 
@@ -141,7 +141,7 @@ class _Scanner:
         """The model's output on the batch without each unit, and what of the batch it is for."""
         inputs, reference = model_inputs(batch), None
         if not self.checked and not self.one_by_one:
-            with self.together.hold(()):  # what an engine has fetched ahead for training would stay gathered
+            with self.process_group.gathered(()):  # what an engine has fetched ahead for training would stay gathered
                 pass
             reference = self.sweep.learn(lambda: self._without(0, inputs))
         for start in range(0, len(self.units), self.at_once):
@@ -193,7 +193,7 @@ class _Scanner:
             return self.model(**batch)
 
     def _any(self, here: bool) -> bool:
-        return any(self.together.gather(here))
+        return any(self.process_group.gather(here))
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:

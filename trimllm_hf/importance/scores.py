@@ -15,9 +15,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from ..engines import Alone, Together
+from ..engines import ProcessGroup, SingleProcess
 from ..surgery.units import list_units
-from ..utils import own_randomness
+from ..utils import isolated_rng
 from .calibration import Batch, model_inputs
 from .evaluation import to_be_scored
 from .finite import refuse_not_finite
@@ -34,12 +34,12 @@ __all__ = [
     "METRICS",
     "Importance",
     "Metric",
+    "evaluate_metric",
     "from_compute_metrics",
     "get_metric",
     "goes_by_loss",
     "is_joint",
     "known",
-    "measure",
     "needs_data",
     "per_ms",
     "refuse_not_per_ms",
@@ -149,8 +149,8 @@ def score_layers(
     unit_ms: Sequence[float] | None = None,
     progress: bool = False,
     part: str | None = None,
-    together: Together | None = None,
-    stand_in: Batch | None = None,
+    process_group: ProcessGroup | None = None,
+    filler_batch: Batch | None = None,
 ) -> torch.Tensor:
     """Score every layer of a model on calibration batches.
 
@@ -172,8 +172,8 @@ def score_layers(
             model is better has its gain times its ms, as a negative score. Other scores are refused.
         progress: For a scan: whether to show a bar with the candidates scored.
         part: Of an encoder-decoder, whose layers to score: "decoder" or "encoder"; see `drop_layers`.
-        together: The processes of the run, for example an engine; None in one process.
-        stand_in: A batch for the forward passes of a process whose share is empty; it does not count.
+        process_group: The processes of the run, for example an engine; None in one process.
+        filler_batch: A batch for the forward passes of a process whose share is empty; it does not count.
 
     Returns:
         Scores of shape (layers,), or by sublayers (sublayers,), float64 on the CPU, the same on every process. Higher =
@@ -186,22 +186,22 @@ def score_layers(
     batches = list(batches)
     if unit_ms is not None:
         refuse_not_per_ms(importance)
-        processes: dict[str, Any] = {"part": part, "together": together, "stand_in": stand_in}
+        processes: dict[str, Any] = {"part": part, "together": process_group, "stand_in": filler_batch}
         how: dict[str, Any] = {"metric": metric, "seed": seed, "memory_gb": memory_gb, "progress": progress}
         scores = score_layers(model, batches, importance, unit, **how, **processes)
         return per_ms(scores, _of_none(importance, model, batches, metric, processes), unit_ms)
-    together = together or Alone()
-    padded = _padded(model, batches, importance, together, stand_in) if with_data else []
-    with own_randomness(seed), to_be_scored(model, part):
+    process_group = process_group or SingleProcess()
+    padded = _padded(model, batches, importance, process_group, filler_batch) if with_data else []
+    with isolated_rng(seed), to_be_scored(model, part):
         if importance in _SCANS:
-            settings = ScanSettings(_SCANS[importance](get_metric(metric)), memory_gb, together, progress)
+            settings = ScanSettings(_SCANS[importance](get_metric(metric)), memory_gb, process_group, progress)
             return scan(model, padded, len(batches), unit, settings)
         if importance in _GRADIENTS:
-            return _GRADIENTS[importance](model, padded, len(batches), unit, together)
+            return _GRADIENTS[importance](model, padded, len(batches), unit, process_group)
         function = _REGISTRY[importance]
         if is_joint(importance):
             function = partial(angular, window=window)
-        return _mean(importance, function, model, padded, len(batches), unit, together)
+        return _mean(importance, function, model, padded, len(batches), unit, process_group)
 
 
 def _of_none(importance: str, model: nn.Module, batches: Sequence[Batch], metric: str | Metric, processes: Any) -> float:
@@ -209,47 +209,49 @@ def _of_none(importance: str, model: nn.Module, batches: Sequence[Batch], metric
     if importance not in _SCANS:
         return 0.0
     of_scan = _SCANS[importance](get_metric(metric))
-    return of_scan.importance(measure(model, batches, of_scan, **processes))
+    return of_scan.importance(evaluate_metric(model, batches, of_scan, **processes))
 
 
-def measure(
+def evaluate_metric(
     model: nn.Module,
     batches: Sequence[Batch],
     metric: str | Metric = "loss",
     *,
     part: str | None = None,
-    together: Together | None = None,
-    stand_in: Batch | None = None,
+    process_group: ProcessGroup | None = None,
+    filler_batch: Batch | None = None,
 ) -> float:
     """A metric of the model as it is, on calibration batches; see `score_layers` for the arguments.
 
     Raises:
         ValueError: If there is nothing to measure on.
     """
-    together, found = together or Alone(), get_metric(metric)
+    process_group, found = process_group or SingleProcess(), get_metric(metric)
     batches = list(batches)
-    padded = _padded(model, batches, found.name, together, stand_in)
-    with own_randomness(0), to_be_scored(model, part):
+    padded = _padded(model, batches, found.name, process_group, filler_batch)
+    with isolated_rng(0), to_be_scored(model, part):
         for batch in padded:
             found.check(model, batch)
         parts = [found.collect(model, model(**model_inputs(batch)), batch) for batch in padded]
-    return found.finish([part for process in together.gather(parts[: len(batches)]) for part in process])
+    return found.finish([part for process in process_group.gather(parts[: len(batches)]) for part in process])
 
 
-def _padded(model: nn.Module, batches: list[Batch], what: str, together: Together, stand_in: Batch | None) -> list[Batch]:
+def _padded(
+    model: nn.Module, batches: list[Batch], what: str, process_group: ProcessGroup, filler_batch: Batch | None
+) -> list[Batch]:
     """The batches on the model's device, as many on every process.
 
     A process with a smaller share goes through its last batch again, for nothing: forward passes of a sharded model are a
     matter of all processes.
     """
-    shares = together.gather((len(batches), stand_in is not None))
+    shares = process_group.gather((len(batches), filler_batch is not None))
     passes = max(share for share, _ in shares)
     if passes == 0 or not all(share or stands_in for share, stands_in in shares):
         raise ValueError(
             f"Expected calibration batches on every process to score by {what!r}, got none on at least one. Give more "
             "calibration examples, or a stand_in."
         )
-    spare = [batches[-1] if batches else stand_in] * (passes - len(batches))
+    spare = [batches[-1] if batches else filler_batch] * (passes - len(batches))
     return [send_to_device(batch, next(model.parameters()).device) for batch in batches + spare]
 
 
@@ -260,7 +262,7 @@ def _mean(
     batches: Sequence[Batch],
     num_counted: int,
     unit: str,
-    together: Together,
+    process_group: ProcessGroup,
 ) -> torch.Tensor:
     """The mean of a function's totals over the batches of all processes; what is behind `num_counted` does not count."""
     sums: torch.Tensor | None = None
@@ -274,7 +276,7 @@ def _mean(
         if bad := (~torch.isfinite(both[:-1])).nonzero().flatten().tolist():
             wrong.append((bad, number))
     assert sums is not None  # there is one pass at least
-    sums = together.agree(sums)
+    sums = process_group.all_reduce(sums)
     if sums[-1] <= 0:
         raise ValueError(
             f"Expected calibration batches with tokens to score by {name!r}, got {num_counted} batches without any."
@@ -282,5 +284,5 @@ def _mean(
     scores = sums[:-1] / sums[-1]
     if unit == "sublayer" and len(scores) != len(list_units(model, unit)):
         raise ValueError(f"Expected unit='block' for the importance {name!r}, got {unit!r}. Use a scan or a rule.")
-    refuse_not_finite(name, scores, together.gather(wrong))
+    refuse_not_finite(name, scores, process_group.gather(wrong))
     return scores

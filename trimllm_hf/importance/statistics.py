@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..surgery.blocks import find_stack
+from ..surgery.blocks import find_blocks
 from ..surgery.units import Unit, block_input, block_output, list_units, without
 from .calibration import Batch, model_inputs
 from .sweep import Forward, replaced_forwards
@@ -68,7 +68,7 @@ def angular(model: nn.Module, batches: Sequence[Batch], unit: str, window: int =
     """
     if unit != "block":
         raise ValueError(f"Expected unit='block' for the importance 'angular', which is of successive blocks, got {unit!r}.")
-    depth = len(find_stack(model))
+    depth = len(find_blocks(model))
     totals = torch.zeros(depth - window + 1, dtype=torch.float64)
     count = 0.0
     for batch in batches:
@@ -89,7 +89,10 @@ def angular(model: nn.Module, batches: Sequence[Batch], unit: str, window: int =
 
 
 def _mean_over_tokens(
-    model: nn.Module, batches: Sequence[Batch], unit: str, measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    model: nn.Module,
+    batches: Sequence[Batch],
+    unit: str,
+    distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, float]:
     """Sum over real tokens of a measure of a unit's input and output, for each unit; and the number of tokens."""
     units = list_units(model, unit)
@@ -99,7 +102,7 @@ def _mean_over_tokens(
         tokens, mask = _tokens(model, batch)
 
         def see(position: int, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = mask) -> None:
-            of_tokens = measure(x, y)
+            of_tokens = distance(x, y)
             # not times the mask: padding may be anything, NaN too
             of_tokens = of_tokens if mask is None else of_tokens.masked_fill(mask == 0, 0)
             totals[position] += of_tokens.sum().double().cpu()
@@ -111,7 +114,7 @@ def _mean_over_tokens(
 
 def _watch(model: nn.Module, batch: Batch, make: Callable[[int, Forward], Forward]) -> None:
     """Run the model on a batch with a forward of its blocks that looks at what passes."""
-    with replaced_forwards(list(find_stack(model).blocks), make):
+    with replaced_forwards(list(find_blocks(model).blocks), make):
         model(**model_inputs(batch))
 
 
@@ -135,7 +138,7 @@ def _parts(see: See, units: Sequence[Unit], model: nn.Module) -> Callable[[int, 
     A block without its second part gives the states between both. Which part is the second, or whether both work on the
     block's input, shows when the block is put together again from its parts.
     """
-    blocks = list(find_stack(model).blocks)
+    blocks = list(find_blocks(model).blocks)
 
     def make(position: int, forward: Forward) -> Forward:
         here = [number for number, unit in enumerate(units) if unit.position == position]
@@ -176,7 +179,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _tokens(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The tokens that a stack's blocks work on, and which are real: a decoder's are others than those of its encoder."""
-    part, labels = find_stack(model).part, batch.get("labels")
+    part, labels = find_blocks(model).part, batch.get("labels")
     if part == "decoder" and "decoder_input_ids" in batch:
         tokens, mask = batch["decoder_input_ids"], batch.get("decoder_attention_mask")
     elif part == "decoder" and labels is not None and labels.dim() == 2 and not labels.is_floating_point():

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..engines import Hold
+from ..engines import Gathered
 from ..surgery.units import Unit, block_input, block_output, without
 from .calibration import Batch, num_rows
 from .labelled import headless
@@ -47,7 +47,7 @@ class Sweep:
     model: nn.Module
     blocks: Sequence[nn.Module]
     budget: float
-    hold: Hold
+    gathered: Gathered
     fits: bool = True
     tolerance: float = 1e-3
     _rests: list[tuple[Any, ...] | None] = field(default_factory=list)  # what a block returns behind its hidden states
@@ -85,7 +85,7 @@ class Sweep:
         def carrying(position: int, forward: Forward) -> Forward:
             def carry(*args: Any, **kwargs: Any) -> Any:
                 # held by every process, whether or not the candidates fit on this one
-                with self.hold(self.blocks[position].modules()):
+                with self.gathered(self.blocks[position].modules()):
                     return carry_held(*args, **kwargs)
 
             def carry_held(*args: Any, **kwargs: Any) -> Any:
@@ -142,7 +142,7 @@ class Sweep:
             at_end = position == len(self.blocks) - 1
             return lambda *args, **kwargs: self._formed(position, current if at_end else block_input(args, kwargs))
 
-        with self.hold(self._around()), without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
+        with self.gathered(self._around()), without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
             for state in states:
                 current = cut(state)  # `passing` reads it
                 yield self.model(**batch)
@@ -172,7 +172,7 @@ class Sweep:
             has_rows = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
             return torch.cat([value, value]) if has_rows else value
 
-        with self.hold(self._around()), without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
+        with self.gathered(self._around()), without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
             self.model(**headless(self.model, {name: twice(value) for name, value in batch.items()}))
 
     def _around(self) -> list[nn.Module]:

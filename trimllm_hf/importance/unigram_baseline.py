@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engines import Alone, Together
+from ..engines import ProcessGroup, SingleProcess
 from ..surgery.adapters import base_of
 from .calibration import Batch
 from .metrics import labels_of
-from .scores import measure
+from .scores import evaluate_metric
 
 LEFT_CHANCE = 0.95  # share of the bar below which a model has learned something
 
 
-def loss_at_chance(
+def loss_at_unigram_baseline(
     model: nn.Module,
     batches: Sequence[Batch],
     *,
     part: str | None = None,
-    together: Together | None = None,
-    stand_in: Batch | None = None,
+    process_group: ProcessGroup | None = None,
+    filler_batch: Batch | None = None,
 ) -> tuple[float, float] | None:
     """The model's loss and the bar, if the loss is at chance; None if it is not, or if that cannot be told.
 
@@ -40,20 +40,22 @@ def loss_at_chance(
         model: The unwrapped model.
         batches: This process's calibration batches.
         part: Of an encoder-decoder, the one whose layers are dropped.
-        together: The processes of the run; None in one process. All get the same answer.
-        stand_in: A batch for the forward passes of a process whose share is empty.
+        process_group: The processes of the run; None in one process. All get the same answer.
+        filler_batch: A batch for the forward passes of a process whose share is empty.
     """
-    together = together or Alone()
+    process_group = process_group or SingleProcess()
     base = base_of(model)
     labels = [labels_of(base, batch).cpu() if batch.get("labels") is not None else None for batch in batches]
-    everyones = together.gather([None if found is None else (found.is_floating_point(), found.tolist()) for found in labels])
+    everyones = process_group.gather(
+        [None if found is None else (found.is_floating_point(), found.tolist()) for found in labels]
+    )
     parts = [part for process in everyones for part in process]
     if not parts or None in parts or not any(values for _, values in parts):
         return None
     bar = _bar(base, any(floats for floats, _ in parts), [value for _, values in parts for value in values])
     if bar is None:
         return None
-    loss = measure(model, batches, part=part, together=together, stand_in=stand_in)
+    loss = evaluate_metric(model, batches, part=part, process_group=process_group, filler_batch=filler_batch)
     return (loss, bar) if loss > LEFT_CHANCE * bar else None
 
 

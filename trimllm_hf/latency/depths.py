@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..layer_map import LayerMap
-from ..surgery.blocks import find_stack
+from ..surgery.blocks import find_blocks
 from ..surgery.sublayers import class_of
 from .sizes import sizes_of
 
@@ -49,7 +49,7 @@ def depths(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> tuple[
     """
     model = with_random_weights(config, dtype, "meta")
     model.set_experts_implementation("batched_mm")  # of experts, the one that runs on meta with every dtype
-    blocks = find_stack(model).blocks
+    blocks = find_blocks(model).blocks
     whole, depth = sizes_of(model), len(blocks)
     held = [[*block.parameters(), *block.buffers()] for block in blocks]
     parameters = [sum(p.numel() for p in block.parameters()) for block in blocks]
@@ -80,7 +80,7 @@ def with_random_weights(
     if named is None:
         build: Any = AutoModelForCausalLM.from_config
     else:
-        build = class_of(named, LayerMap.from_config(config).whole)._from_config  # it may lack halves of blocks
+        build = class_of(named, LayerMap.from_config(config).has_all_sublayers)._from_config  # it may lack sublayers
     with torch.device(device):
         model: PreTrainedModel = build(config, dtype=kind)
     return model

@@ -13,8 +13,8 @@ from torch.utils.benchmark.utils.timer import timer  # waits for the accelerator
 from transformers import PreTrainedModel
 
 from ..surgery.adapters import base_of
-from ..surgery.blocks import find_stack
-from ..surgery.sublayers import Gives, layer_types
+from ..surgery.blocks import find_blocks
+from ..surgery.sublayers import OutputSpec, layer_types
 from ..surgery.units import Unit, list_units
 from .measure import measure_latency
 
@@ -38,7 +38,7 @@ def measure_layers(
         batch_size: Sequences at a time.
         prompt_tokens: Tokens before the generated ones.
     """
-    stack = find_stack(base_of(model), part)
+    stack = find_blocks(base_of(model), part)
     units = list_units(model, unit) if unit == "sublayer" else [Unit(position) for position in range(len(stack))]
     modules = [unit.parts or (stack.blocks[unit.position],) for unit in units]
     types = layer_types(stack)
@@ -81,7 +81,7 @@ def _timed(modules: list[nn.Module]) -> Iterator[Calls]:
         started[module] = timer()
 
     def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls[module].append((Gives(argument=0).hidden(args, kwargs).numel(), (timer() - started[module]) * 1e3))
+        calls[module].append((OutputSpec(argument=0).hidden(args, kwargs).numel(), (timer() - started[module]) * 1e3))
 
     handles = [module.register_forward_pre_hook(start, with_kwargs=True) for module in modules]
     handles += [module.register_forward_hook(end, with_kwargs=True) for module in modules]

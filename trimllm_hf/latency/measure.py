@@ -16,7 +16,7 @@ import transformers
 from torch.utils.benchmark.utils.timer import timer  # waits for the accelerator before it reads the clock
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from ..surgery.blocks import find_stack
+from ..surgery.blocks import find_blocks
 from .report import LatencyReport, Run, Speedup, Spread, median_interval
 from .sizes import byte_bound, evaluating, sizes_of
 
@@ -261,7 +261,7 @@ def _check(
 ) -> None:
     for each in (model, base):
         if each is not None:
-            find_stack(each)  # refuses a model that has other blocks than its config says: it would run only some
+            find_blocks(each)  # refuses a model that has other blocks than its config says: it would run only some
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"Expected batch_sizes of at least 1, at least one of them, got {list(batch_sizes)}.")
     for name, value, least in (

@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..surgery.adapters import base_of
-from ..surgery.sublayers import take_halves_out
-from ..surgery.verify import rebuild
+from ..surgery.sublayers import remove_missing_sublayers
+from ..surgery.verify import build_from_config
 
 
-def twin_of(model: PreTrainedModel, part: str | None, args: TrainingArguments) -> Any:
+def proxy_model(model: PreTrainedModel, part: str | None, args: TrainingArguments) -> Any:
     """A model like this one as it will be used: built from its config, adapters merged, alone on this process's device.
 
     It has other weights, and the dtype that the run computes in: by bf16 and fp16, else the model's own.
@@ -25,8 +25,8 @@ def twin_of(model: PreTrainedModel, part: str | None, args: TrainingArguments) -
     base, usual = base_of(model), torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype)
     try:
-        twin: Any = rebuild(base, {}, part, device=args.device)
+        twin: Any = build_from_config(base, {}, part, device=args.device)
     finally:
         torch.set_default_dtype(usual)
-    take_halves_out(twin)
+    remove_missing_sublayers(twin)
     return twin

@@ -12,14 +12,14 @@ from transformers import PreTrainedConfig
 
 from ..utils import is_count, json_at, shown
 from .depth import PARTS, depth_name, num_hidden_layers, part_config, resolve_part
-from .record import DropRecord, check_halves, check_layers, check_positions
+from .record import DropRecord, check_layers, check_positions, check_sublayers
 
 __all__ = ["DropRecord", "LayerMap", "depth_name", "num_hidden_layers", "part_config", "resolve_part"]
 
 VERSION = 1
-MODEL_TYPE = "trimllm"  # in config.json, of a model that lacks halves
+MODEL_TYPE = "trimllm"  # in config.json, of a model that lacks sublayers
 UNITS = ("block", "sublayer")
-HALVES = ("attention", "mlp")  # of a block, in the order in which sublayers are numbered
+SUBLAYER_KINDS = ("attention", "mlp")  # of a block, in the order in which sublayers are numbered
 MOST_LAYERS = 100_000  # a map from a hostile file must not fill the memory
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME, which takes seconds to import
 ADAPTER_MAP = "trim_map.json"  # beside an adapter, which has no config.json
@@ -67,7 +67,7 @@ class LayerMap:
                 f"Expected unit 'block' or 'sublayer', got {shown(self.unit)}. Install a newer trimllm_hf to read this map."
             )
         if self.unit == "sublayer":
-            check_halves(self.kept_layers, self.kept_attention, self.kept_mlp, self.base_num_layers)
+            check_sublayers(self.kept_layers, self.kept_attention, self.kept_mlp, self.base_num_layers)
         elif self.kept_attention is not None or self.kept_mlp is not None:
             raise ValueError("Expected kept_attention and kept_mlp in a map of unit 'sublayer' only, got unit 'block'.")
         if self.part is not None and self.part not in PARTS:
@@ -78,7 +78,7 @@ class LayerMap:
 
     def __str__(self) -> str:
         """The kept layers, and what they lack: `[0, 2, 3], without the mlp of 2`."""
-        lacking = [f"the {half} of {self.kept_layers[position]}" for position, half in self.missing_halves]
+        lacking = [f"the {kind} of {self.kept_layers[position]}" for position, kind in self.missing_sublayers]
         return f"{list(self.kept_layers)}{', without ' if lacking else ''}{' and '.join(lacking)}"
 
     @property
@@ -100,27 +100,27 @@ class LayerMap:
         them the attention, then the MLP; those that are gone are left out. A base of n layers has 2n.
         """
         kept = {"attention": self.kept_attention, "mlp": self.kept_mlp}
-        of_half = {half: set(self.kept_layers if layers is None else layers) for half, layers in kept.items()}
-        return tuple((layer, half) for layer in self.kept_layers for half in HALVES if layer in of_half[half])
+        of_kind = {kind: set(self.kept_layers if layers is None else layers) for kind, layers in kept.items()}
+        return tuple((layer, kind) for layer in self.kept_layers for kind in SUBLAYER_KINDS if layer in of_kind[kind])
 
     @property
-    def whole(self) -> bool:
-        """Whether each kept layer has both its halves: then stock transformers can load the model."""
+    def has_all_sublayers(self) -> bool:
+        """Whether each kept layer has both its sublayers: then stock transformers can load the model."""
         return len(self.sublayers) == 2 * self.num_layers
 
     @property
-    def missing_halves(self) -> tuple[tuple[int, str], ...]:
+    def missing_sublayers(self) -> tuple[tuple[int, str], ...]:
         """What kept layers lack: the layer's position in the model as it is now, and "attention" or "mlp"."""
-        halves = [(i, layer, half) for i, layer in enumerate(self.kept_layers) for half in HALVES]
+        sublayers = [(i, layer, kind) for i, layer in enumerate(self.kept_layers) for kind in SUBLAYER_KINDS]
         there = set(self.sublayers)
-        return tuple((position, half) for position, layer, half in halves if (layer, half) not in there)
+        return tuple((position, kind) for position, layer, kind in sublayers if (layer, kind) not in there)
 
     def num_units(self, unit: str) -> int:
         """How many layers the model has, counted in a unit: blocks, or sublayers."""
         return self.num_layers if unit == "block" else len(self.sublayers)
 
     def keeps_the_same(self, other: LayerMap) -> bool:
-        """Whether two maps are of the same layers, and of the same halves of them."""
+        """Whether two maps are of the same layers, and of the same sublayers of them."""
         return (self.base_num_layers, self.sublayers) == (other.base_num_layers, other.sublayers)
 
     def drop(
@@ -138,7 +138,7 @@ class LayerMap:
             step: Optimizer step of the drop, for the history.
             importance: Name of the score that chose the layers, for the history.
             scores: Their scores, in the order of `layers`, for the history.
-            unit: "block" or "sublayer". A layer whose halves are both gone is gone.
+            unit: "block" or "sublayer". A layer whose sublayers are both gone is gone.
 
         Raises:
             ValueError: If a layer is out of range or named twice, or if none or all would be dropped.
@@ -152,20 +152,21 @@ class LayerMap:
         if unit == "sublayer":
             lost = [self.sublayers[position] for position in positions]
         else:
-            lost = [(self.kept_layers[position], half) for position in positions for half in HALVES]
+            lost = [(self.kept_layers[position], kind) for position in positions for kind in SUBLAYER_KINDS]
         record = DropRecord(
-            dropped=tuple(layer for layer, half in lost if unit == "sublayer" or half == HALVES[0]),
+            dropped=tuple(layer for layer, kind in lost if unit == "sublayer" or kind == SUBLAYER_KINDS[0]),
             step=step,
             importance=importance,
             scores=None if scores is None else tuple(float(scores[i]) for i in order),
-            halves=tuple(half for _, half in lost) if unit == "sublayer" else None,
+            sublayers=tuple(kind for _, kind in lost) if unit == "sublayer" else None,
         )
         history = (*self.history, record)
         if unit == self.unit == "block":
             gone = set(record.dropped)
             return replace(self, kept_layers=tuple(x for x in self.kept_layers if x not in gone), history=history)
         attention, mlp = (
-            tuple(layer for layer, kept in self.sublayers if kept == half and (layer, half) not in lost) for half in HALVES
+            tuple(layer for layer, kept in self.sublayers if kept == kind and (layer, kind) not in lost)
+            for kind in SUBLAYER_KINDS
         )
         kept = tuple(sorted({*attention, *mlp}))
         return replace(self, unit="sublayer", kept_layers=kept, kept_attention=attention, kept_mlp=mlp, history=history)
@@ -191,8 +192,8 @@ class LayerMap:
             layers = sorted({layer for layer, _ in missing})
             raise ValueError(
                 f"Expected a model that still has the base's layers {layers}, got one that keeps "
-                f"{list(self.kept_layers)}{'' if self.whole else ' without some halves'}. Load the full-depth base model "
-                "instead."
+                f"{list(self.kept_layers)}{'' if self.has_all_sublayers else ' without some sublayers'}. Load the "
+                "full-depth base model instead."
             )
         if self.common_unit(other) == "block":
             kept = set(other.kept_layers)

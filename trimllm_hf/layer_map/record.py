@@ -14,19 +14,19 @@ from ..utils import is_count, is_list_of, shown
 class DropRecord:
     """One drop: at which optimizer step, which layers (base numbering), by which importance, with which scores.
 
-    `halves` names for each of `dropped` what of it went, "attention" or "mlp"; None: whole blocks.
+    `sublayers` names for each of `dropped` what of it went, "attention" or "mlp"; None: whole blocks.
     """
 
     dropped: tuple[int, ...]
     step: int | None = None
     importance: str | None = None
     scores: tuple[float, ...] | None = None
-    halves: tuple[str, ...] | None = None
+    sublayers: tuple[str, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
-        return plain if self.halves is not None else {key: plain[key] for key in plain if key != "halves"}
+        return plain if self.sublayers is not None else {key: plain[key] for key in plain if key != "sublayers"}
 
     @classmethod
     def from_dict(cls, plain: Any) -> DropRecord:
@@ -35,24 +35,28 @@ class DropRecord:
         Raises:
             ValueError: If it is damaged.
         """
-        if not isinstance(plain, dict) or not set(plain) <= {"dropped", "step", "importance", "scores", "halves"}:
-            raise ValueError(f"Expected a history entry of dropped, step, importance, scores, halves, got {shown(plain)}.")
-        dropped, step, scores, halves = (plain.get(key) for key in ("dropped", "step", "scores", "halves"))
+        if isinstance(plain, dict) and "halves" in plain:  # as 0.1.0.dev0 called it
+            plain = {"sublayers" if key == "halves" else key: value for key, value in plain.items()}
+        if not isinstance(plain, dict) or not set(plain) <= {"dropped", "step", "importance", "scores", "sublayers"}:
+            raise ValueError(
+                f"Expected a history entry of dropped, step, importance, scores, sublayers, got {shown(plain)}."
+            )
+        dropped, step, scores, sublayers = (plain.get(key) for key in ("dropped", "step", "scores", "sublayers"))
         if not is_list_of(dropped, is_count) or not (step is None or is_count(step)):
             raise ValueError(f"Expected whole numbers in a history entry, got {shown(plain)}.")
         if not (scores is None or is_list_of(scores, _is_number)):
             raise ValueError(f"Expected numbers as a history entry's scores, got {shown(plain)}.")
         if not isinstance(plain.get("importance"), str | None):
             raise ValueError(f"Expected text as a history entry's importance, got {shown(plain)}.")
-        named = halves is None or (is_list_of(halves, lambda half: half in ("attention", "mlp")))
-        if not named or (halves is not None and len(halves) != len(dropped)):
+        named = sublayers is None or (is_list_of(sublayers, lambda kind: kind in ("attention", "mlp")))
+        if not named or (sublayers is not None and len(sublayers) != len(dropped)):
             raise ValueError(f"Expected 'attention' or 'mlp' for each of a history entry's layers, got {shown(plain)}.")
         return cls(
             tuple(dropped),
             step,
             plain.get("importance"),
             None if scores is None else tuple(float(score) for score in scores),
-            None if halves is None else tuple(halves),
+            None if sublayers is None else tuple(sublayers),
         )
 
 
@@ -90,7 +94,7 @@ def check_positions(layers: Sequence[int], number: int) -> None:
         raise ValueError(f"Expected at least one layer to stay, got all {number} to drop.")
 
 
-def check_halves(kept: tuple[int, ...], attention: Any, mlp: Any, base_num_layers: int) -> None:
+def check_sublayers(kept: tuple[int, ...], attention: Any, mlp: Any, base_num_layers: int) -> None:
     """Refuse kept attentions and MLPs that are not, together, the kept layers.
 
     Raises:

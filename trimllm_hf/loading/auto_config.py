@@ -1,4 +1,4 @@
-"""The AutoConfig patch: `import trimllm_hf` makes the Auto classes load models that lack halves.
+"""The AutoConfig patch: `import trimllm_hf` makes the Auto classes load models that lack sublayers.
 
 It is made when transformers' Auto classes are imported, which takes seconds, and not before.
 """
@@ -39,9 +39,9 @@ def register() -> None:
         def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
             from transformers import CONFIG_MAPPING
 
-            from ..surgery.sublayers import cast, restored
+            from ..surgery.sublayers import cast, from_saved_config
 
-            plain = restored(config_dict)
+            plain = from_saved_config(config_dict)
             return cast(CONFIG_MAPPING[plain["model_type"]].from_dict(plain, **kwargs))
 
     AutoConfig.register(MODEL_TYPE, TrimmedConfig, exist_ok=True)

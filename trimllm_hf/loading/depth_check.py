@@ -10,7 +10,7 @@ from torch import nn
 
 from ..layer_map import LayerMap
 from ..surgery.adapters import adapters_of, base_of
-from ..surgery.blocks import find_stack
+from ..surgery.blocks import find_blocks
 
 
 def refuse_other_depths(model: nn.Module, part: str | None = None) -> None:
@@ -28,7 +28,7 @@ def refuse_other_depths(model: nn.Module, part: str | None = None) -> None:
             "torch.compile(model): a Trainer would save its weights under other names. Nothing was changed."
         )
     model = base_of(model)
-    stack = find_stack(model, part)
+    stack = find_blocks(model, part)
 
     def check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         start = f"{prefix}{stack.name}."
@@ -84,18 +84,18 @@ def wrong_depth(of_model: Sequence[int] | LayerMap, of_checkpoint: Sequence[int]
     )
 
 
-def refuse_deeper_best(load_best_model_at_end: bool, plan: Mapping[int, int], regrows: bool) -> None:
+def refuse_deeper_best(load_best_model_at_end: bool, plan: Mapping[int, int], restores_layers: bool) -> None:
     """Refuse what would fail at the very end of a run: the best checkpoint may be deeper than the model by then.
 
     Args:
         load_best_model_at_end: The Trainer's setting.
         plan: How many layers go after which step.
-        regrows: Whether the engine can give a model layers back.
+        restores_layers: Whether the engine can give a model layers back.
 
     Raises:
         ValueError: If it cannot, and layers go while the run trains.
     """
-    if load_best_model_at_end and max(plan) > 0 and not regrows:
+    if load_best_model_at_end and max(plan) > 0 and not restores_layers:
         raise ValueError(
             "Expected load_best_model_at_end=False, got True: where the engine cuts parameters into shards, a best "
             "checkpoint from before a drop could not be loaded into the smaller model. Drop everything at the start "

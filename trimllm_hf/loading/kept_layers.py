@@ -29,7 +29,7 @@ from transformers.utils import (  # type: ignore[attr-defined]  # its types re-e
 )
 
 from ..layer_map import LayerMap
-from ..surgery.blocks import find_stack
+from ..surgery.blocks import find_blocks
 from ..surgery.drop import plan_drop
 from ..surgery.per_layer_tensors import cut
 
@@ -161,7 +161,7 @@ def _plan(
             model = (auto_class or AutoModelForCausalLM).from_config(config, **trust)
     found = _find(base, "config.json", arguments)
     model.config._commit_hash = extract_commit_hash(None if found is None else str(found), None)  # for the map
-    stack = find_stack(model, part)
+    stack = find_blocks(model, part)
     depth = len(stack)
     LayerMap(depth, tuple(kept_layers))  # raises on what is no list of layers
     if getattr(config, "trim", None) is not None and LayerMap.from_config(config).unit != "block":
@@ -184,7 +184,7 @@ def _plan(
     if dropped:
         drop = plan_drop(model, dropped, part=part)
         drop.apply()
-        for (module, key), dimension in drop.renumbering.packed.items():
+        for (module, key), dimension in drop.renumbering.per_layer.items():
             ending = f"{module.rpartition('.')[2]}.{key}"
             packed |= {n: dimension for held in renamed.values() for n in held.values() if n.endswith(ending)}
     needed = {file: _download(base, file, arguments) for file in renamed if renamed[file]}

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..layer_map import LayerMap
 from ..surgery.adapters import base_of
-from ..surgery.blocks import find_stack
+from ..surgery.blocks import find_blocks
 from ..surgery.drop import drop_layers
 from ..surgery.sublayers import class_of, update_classes
 
@@ -45,7 +45,7 @@ def trim_like(model: nn.Module, checkpoint: str | Path) -> LayerMap:
     return of_checkpoint
 
 
-def regrow_like(model: PreTrainedModel, checkpoint: str | Path, layer_map: LayerMap | None = None) -> LayerMap:
+def restore_layers_from(model: PreTrainedModel, checkpoint: str | Path, layer_map: LayerMap | None = None) -> LayerMap:
     """Give a trimmed model the blocks of a deeper checkpoint of the same run, in place, weights included.
 
     The model and its container of blocks stay the same objects; the blocks are the checkpoint's. Its map is `layer_map`, or
@@ -55,10 +55,10 @@ def regrow_like(model: PreTrainedModel, checkpoint: str | Path, layer_map: Layer
         OSError: If the folder holds no model.
     """
     of_checkpoint = LayerMap.from_checkpoint(checkpoint)
-    donor_class = class_of(type(model), of_checkpoint is None or of_checkpoint.whole)
+    donor_class = class_of(type(model), of_checkpoint is None or of_checkpoint.has_all_sublayers)
     donor = donor_class.from_pretrained(checkpoint, dtype=model.dtype)
-    own = find_stack(model)
-    other = find_stack(donor, own.part)
+    own = find_blocks(model)
+    other = find_blocks(donor, own.part)
     device = next(model.parameters()).device
     blocks = [block.to(device).train(model.training) for block in other.blocks]
     del own.blocks[:]
@@ -72,6 +72,6 @@ def regrow_like(model: PreTrainedModel, checkpoint: str | Path, layer_map: Layer
                     setattr(module.config, name, value)
     layer_map = layer_map or LayerMap.from_config(donor.config, own.part)
     model.config.trim = layer_map.to_dict()
-    update_classes(model, layer_map.whole)
+    update_classes(model, layer_map.has_all_sublayers)
     model.load_state_dict(donor.state_dict())
     return layer_map

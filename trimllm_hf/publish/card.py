@@ -19,7 +19,7 @@ from . import plots
 from .card_data import TrimCardData
 from .figures import cost_rows, dropped, history_rows, map_of, quality_rows, summary, text_strip
 from .folder import describe_base, describe_trimmed
-from .measure import measure
+from .measure import measure_for_card
 from .usage import SEQ2SEQ, run_example
 
 logger = logging.get_logger("transformers.trimllm_hf")
@@ -63,12 +63,12 @@ def write_card(
         known, revision, data.base = base, None, None
     data.base = data.base or describe_base(known, revision)
     if measured and (settings or data.latency is None):
-        data.latency = measure(folder, known, revision, **settings)
+        data.latency = measure_for_card(folder, known, revision, **settings)
     if measured and data.usage is None:
         layer_map = map_of(data)
         kind = SEQ2SEQ if layer_map.part else data.to_dict().get("pipeline_tag")
         asked = (folder, kind, data.usage_prompt)
-        data.usage = run_example(*asked, stock=layer_map.whole)
+        data.usage = run_example(*asked, stock=layer_map.has_all_sublayers)
         if trimmed["remote_code"] and "code" in data.usage:
             data.usage["remote_code"] = run_example(*asked, stock=True, remote_code=True).get("not_run", "ran")
     data.pictures = plots.draw(data, folder)

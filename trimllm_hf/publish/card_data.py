@@ -119,14 +119,14 @@ class DataUse:
 
 
 def tag_name(layer_map: LayerMap) -> str | None:
-    """A depth in a word: trim-16of32; trim-decoder-6of12 of a part; trim-27of32-sublayers where halves of layers are gone.
+    """A depth in a word: trim-16of32; trim-decoder-6of12 of a part; trim-27of32-sublayers where sublayers are gone.
 
     None for a model that keeps all its layers.
     """
-    if layer_map.whole and not layer_map.dropped_layers:
+    if layer_map.has_all_sublayers and not layer_map.dropped_layers:
         return None
     part = f"{layer_map.part}-" if layer_map.part else ""
-    if layer_map.whole:
+    if layer_map.has_all_sublayers:
         return f"trim-{part}{layer_map.num_layers}of{layer_map.base_num_layers}"
     return f"trim-{part}{layer_map.num_units('sublayer')}of{2 * layer_map.base_num_layers}-sublayers"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..latency.report import LatencyReport, Run
-from ..layer_map import HALVES, LayerMap
+from ..layer_map import SUBLAYER_KINDS, LayerMap
 from .card_data import Quality, Score, TrimCardData
 
 Rows = list[tuple[str, ...]]
@@ -19,8 +19,8 @@ def summary(data: TrimCardData) -> str:
     layers = (
         f"{layer_map.num_layers} of its {layer_map.base_num_layers} {f'{layer_map.part} ' if layer_map.part else ''}layers"
     )
-    lack = [(sum(missing == half for _, missing in layer_map.missing_halves), half) for half in HALVES]
-    if lacking := ", ".join(f"{count} of them without {half}" for count, half in lack if count):
+    lack = [(sum(missing == kind for _, missing in layer_map.missing_sublayers), kind) for kind in SUBLAYER_KINDS]
+    if lacking := ", ".join(f"{count} of them without {kind}" for count, kind in lack if count):
         layers += f" ({lacking})"
     named = base_name(data)
     said = f"**{named[0].upper()}{named[1:]}** with {layers} kept"
@@ -36,16 +36,16 @@ def summary(data: TrimCardData) -> str:
 
 def text_strip(layer_map: LayerMap) -> str:
     """The base's layers in a row: █ kept, ▀ its attention alone, ▄ its MLP alone, ░ dropped."""
-    halves = set(layer_map.sublayers)
+    sublayers = set(layer_map.sublayers)
     shown = {(True, True): "█", (True, False): "▀", (False, True): "▄", (False, False): "░"}
     layers = range(layer_map.base_num_layers)
-    return "".join(shown[((layer, "attention") in halves, (layer, "mlp") in halves)] for layer in layers)
+    return "".join(shown[((layer, "attention") in sublayers, (layer, "mlp") in sublayers)] for layer in layers)
 
 
 def dropped(layer_map: LayerMap) -> str:
     """What of the base is gone, in words."""
     gone = [str(layer) for layer in layer_map.dropped_layers]
-    gone += [f"the {half} of {layer_map.kept_layers[position]}" for position, half in layer_map.missing_halves]
+    gone += [f"the {kind} of {layer_map.kept_layers[position]}" for position, kind in layer_map.missing_sublayers]
     return ", ".join(gone) or "none"
 
 
@@ -55,8 +55,8 @@ def history_rows(layer_map: LayerMap) -> Rows:
         (
             "-" if record.step is None else str(record.step),
             ", ".join(
-                str(layer) if half is None else f"{half} of {layer}"
-                for layer, half in zip(record.dropped, record.halves or [None] * len(record.dropped), strict=True)
+                str(layer) if kind is None else f"{kind} of {layer}"
+                for layer, kind in zip(record.dropped, record.sublayers or [None] * len(record.dropped), strict=True)
             ),
             record.importance or "-",
             ", ".join(f"{score:.4f}" for score in record.scores or ()) or "-",
@@ -82,7 +82,7 @@ def cost_rows(data: TrimCardData) -> Rows:
     layer_map, ours = map_of(data), data.trimmed["weights"] or {}
     base = (data.base or {}).get("weights") or {}
     rows = [_row("layers", layer_map.base_num_layers, layer_map.num_layers, str)]
-    if not layer_map.whole:
+    if not layer_map.has_all_sublayers:
         rows.append(_row("attentions and MLPs", 2 * layer_map.base_num_layers, layer_map.num_units("sublayer"), str))
     if ours:
         rows.append(_row("parameters", base.get("parameters"), ours["parameters"], "{:,}".format))

@@ -149,7 +149,7 @@ def push(
 
 def _depth(layer_map: LayerMap) -> str:
     """The depth, for the title of a commit."""
-    if layer_map.whole:
+    if layer_map.has_all_sublayers:
         return f"{layer_map.num_layers} of {layer_map.base_num_layers} layers"
     return f"{layer_map.num_units('sublayer')} of {2 * layer_map.base_num_layers} attentions and MLPs"
 

@@ -12,12 +12,12 @@ from transformers import AutoConfig
 from ..latency.depths import with_random_weights
 from ..latency.measure import measure_latency
 from ..latency.report import LatencyReport
-from ..utils import own_randomness
+from ..utils import isolated_rng
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
 
 
-def measure(folder: Path, base: str | None, revision: str | None = None, **settings: Any) -> dict[str, Any]:
+def measure_for_card(folder: Path, base: str | None, revision: str | None = None, **settings: Any) -> dict[str, Any]:
     """The card's `latency`: a report as a dict, or `not_measured` with the reason (no such model, no memory).
 
     Args:
@@ -66,7 +66,7 @@ def measure_pair(
     if longest is not None and "prompt_tokens" not in settings and "new_tokens" not in settings:
         settings["new_tokens"] = min(NEW_TOKENS, max(2, longest // 3))
         settings["prompt_tokens"] = min(PROMPT_TOKENS, longest - settings["new_tokens"])
-    with own_randomness(0):
+    with isolated_rng(0):
         built = [with_random_weights(each, kind, where) for each in (config, base_config) if each is not None]
         try:
             return measure_latency(*built, **settings)

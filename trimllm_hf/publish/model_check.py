@@ -54,7 +54,7 @@ def check_model(contents: Contents) -> LayerMap:
     if model_class is None:
         _check_depth(folder, tensors, layer_map.num_layers)
         return layer_map
-    model_class = class_of(model_class, layer_map.whole)  # it may lack halves of blocks
+    model_class = class_of(model_class, layer_map.has_all_sublayers)  # it may lack sublayers
     with _quiet():
         try:
             told = _loading_info(model_class, config, tensors)

@@ -87,7 +87,7 @@ def _strip(layer_map: LayerMap) -> Any:
     from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
     from matplotlib.patches import Rectangle
 
-    depth, halves = layer_map.base_num_layers, set(layer_map.sublayers)
+    depth, sublayers = layer_map.base_num_layers, set(layer_map.sublayers)
     went: dict[int, str] = {}
     for record in layer_map.history:
         for layer in record.dropped if record.step is not None else ():
@@ -98,10 +98,10 @@ def _strip(layer_map: LayerMap) -> Any:
     axes = figure.add_subplot()
     for layer in range(depth):
         x, y = layer % columns, -(layer // columns) * 1.75
-        has = [(layer, "mlp") in halves, (layer, "attention") in halves]  # from the bottom
-        for half, kept in enumerate(has):
+        has = [(layer, "mlp") in sublayers, (layer, "attention") in sublayers]  # from the bottom
+        for row, kept in enumerate(has):
             color = KEPT if kept else DROPPED
-            axes.add_patch(Rectangle((x + 0.04, y + half / 2), 0.92, 0.5, facecolor=color, linewidth=0))
+            axes.add_patch(Rectangle((x + 0.04, y + row / 2), 0.92, 0.5, facecolor=color, linewidth=0))
         axes.add_patch(Rectangle((x + 0.04, y), 0.92, 1, fill=False, edgecolor=INK, linewidth=0.6))
         box = None if has[0] == has[1] else {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axes.text(x + 0.5, y + 0.5, str(layer), color="white" if all(has) else INK, fontsize=10, bbox=box, **_CENTRED)

@@ -89,7 +89,7 @@ def inject(model: nn.Module, adapters: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def adapter_readings(
+def candidate_adapter_configs(
     adapters: Mapping[str, Any], full: nn.Module, stack: str, kept: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """What the adapters' configs may have to be when only the layers `kept` stay; the likeliest first.
@@ -111,12 +111,12 @@ def adapter_readings(
         yield renumbered
 
 
-def mark(base: nn.Module, stack: str, layer_map: LayerMap) -> None:
+def patch_adapter_save(base: nn.Module, stack: str, layer_map: LayerMap) -> None:
     """Make the adapters of a model save its kept-layer map, and the stop for deeper bases, beside their configs.
 
     PEFT saves an adapter's config last, by the config's own method.
     """
-    if not layer_map.dropped_layers and layer_map.whole:
+    if not layer_map.dropped_layers and layer_map.has_all_sublayers:
         return
     layers = f"{_PREFIX}{stack}."
     blocks = list(base.get_submodule(stack).children())
@@ -124,23 +124,23 @@ def mark(base: nn.Module, stack: str, layer_map: LayerMap) -> None:
     in_all = sorted(set.intersection(*names) or set.union(*names))  # adapters may be in some layers only
     for adapter, config in adapters_of(base).items():
         of_base = next((name for name in in_all if f".{adapter}." not in name), in_all[0])
-        of_half = next((_of_half(number, blocks, names, adapter) for number, _ in layer_map.missing_halves), None)
-        config.save_pretrained = partial(_save_marked, config, layers, of_base, of_half, layer_map)
+        of_kind = next((_of_half(number, blocks, names, adapter) for number, _ in layer_map.missing_sublayers), None)
+        config.save_pretrained = partial(_save_with_map, config, layers, of_base, of_kind, layer_map)
 
 
 def _of_half(number: int, blocks: Sequence[nn.Module], names: Sequence[set[str]], adapter: str) -> str | None:
-    """A parameter of the half that a block lacks, by its name in the others; the adapter's own if it has one there."""
+    """A parameter of the sublayer that a block lacks, by its name in the others; the adapter's own if it has one there."""
     empty = {name for name, child in blocks[number].named_children() if not any(True for _ in child.parameters())}
     gone = sorted(name for name in set.union(*names) if name.partition(".")[0] in empty)
     own = [name.replace(f".{adapter}.", ".") for name in gone if f".{adapter}." in name]
     return f"{number}.{(own or gone)[0]}" if gone else None
 
 
-def _save_marked(
+def _save_with_map(
     config: Any,
     layers: str,
     of_base: str,
-    of_half: str | None,
+    of_kind: str | None,
     layer_map: LayerMap,
     save_directory: str,
     **kwargs: Any,
@@ -157,7 +157,7 @@ def _save_marked(
     of_layers = [name.removeprefix(layers).partition(".")[2] for name in sorted(tensors) if name.startswith(layers)]
     # where every layer has the same, the name of an adapter's own tensor will do, which other readers expect
     rest = of_layers[0] if of_layers and not _names_layers(config) else of_base
-    tensors[f"{layers}{of_half or f'{layer_map.num_layers}.{rest}'}"] = torch.empty(0)
+    tensors[f"{layers}{of_kind or f'{layer_map.num_layers}.{rest}'}"] = torch.empty(0)
     save_file(tensors, f"{weights}.unfinished", metadata=metadata)
     os.replace(f"{weights}.unfinished", weights)
 

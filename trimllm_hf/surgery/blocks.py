@@ -13,7 +13,7 @@ from ..layer_map import depth_name, num_hidden_layers, part_config, resolve_part
 
 
 @dataclass(frozen=True)
-class Stack:
+class BlockStack:
     """A model's blocks and the config that describes them.
 
     Attributes:
@@ -34,7 +34,7 @@ class Stack:
         return len(self.blocks)
 
 
-def find_stack(model: nn.Module, part: str | None = None) -> Stack:
+def find_blocks(model: nn.Module, part: str | None = None) -> BlockStack:
     """The stack of blocks that a model's config counts.
 
     It is the `ModuleList` of that length whose items are `GradientCheckpointingLayer`s or are named in the model's
@@ -79,7 +79,7 @@ def find_stack(model: nn.Module, part: str | None = None) -> Stack:
             "trimmed, or its config does not describe it."
         )
     name, blocks = found[0]
-    return Stack(name, blocks, text_config, depth_name(config, part), part)
+    return BlockStack(name, blocks, text_config, depth_name(config, part), part)
 
 
 def _part_of(name: str) -> str | None:
@@ -100,7 +100,7 @@ def _owner_config(model: nn.Module, name: str) -> type:
 
 @dataclass(frozen=True)
 class Sublayers:
-    """The two halves of a block. Each is one module, or several that work together (OPT's `fc1` and `fc2`).
+    """The two sublayers of a block. Each is one module, or several that work together (OPT's `fc1` and `fc2`).
 
     Attributes:
         attention: What mixes tokens (attention, or a state-space or convolution layer in its place), by its name in the

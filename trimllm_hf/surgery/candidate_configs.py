@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-MAX_READINGS = 80  # each costs the guard one build without memory
+MAX_CANDIDATES = 80  # each costs the guard one build without memory
 
 _FIRST = re.compile(r"first_k_dense.*|num_dense_layers|n_dense_layers|max_window_layers|n_input_layers|.*_start(_index)?")
 _FIRST_OR_EXCLUSIVE_END = re.compile(r".*layer.*_end")
@@ -29,7 +29,7 @@ _OF_LAYERS = re.compile(r".*(layer|moe|attn|attention|expert|mlp|sparse|window|r
 _INDICES = re.compile(r".*(layers|layer_id|layers_id|layer_idx|layer_index|attn_idx|layer_indice|layer_indexe).*")
 
 
-def readings(
+def candidate_configs(
     config: PreTrainedConfig, depth_name: str, kept: Sequence[int], part: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """Values to set in a config so that it describes only the layers `kept`; the likeliest reading first.
@@ -65,7 +65,7 @@ def readings(
     of_patterns = _patterns(config, depth_name, likeliest, kept)
     if of_patterns:
         yield likeliest | of_patterns
-    yield from islice(_others(likeliest, choices), MAX_READINGS)
+    yield from islice(_others(likeliest, choices), MAX_CANDIDATES)
 
 
 def _others(likeliest: dict[str, Any], choices: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:

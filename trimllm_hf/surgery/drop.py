@@ -13,16 +13,24 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..layer_map import HALVES, LayerMap
-from .adapters import adapter_readings, adapters_of, base_of, mark
-from .blocks import Stack, find_stack
-from .candidate_configs import readings
+from ..layer_map import SUBLAYER_KINDS, LayerMap
+from .adapters import adapters_of, base_of, candidate_adapter_configs, patch_adapter_save
+from .blocks import BlockStack, find_blocks
+from .candidate_configs import candidate_configs
 from .per_layer_tensors import cut
-from .position_constraints import keep_places
-from .sublayers import Gives, StandIn, find_halves, keep_attentions, refuse_unloadable, stored, update_classes
+from .position_constraints import check_position_constraints
+from .sublayers import (
+    OutputSpec,
+    PassThrough,
+    find_output_specs,
+    keep_attentions,
+    refuse_unloadable,
+    to_saved_config,
+    update_classes,
+)
 from .sublayers.attentions import WITHOUT_CACHE
-from .unshare_config import give_own_config
-from .verify import Renumbering, compare, rebuild
+from .unshare_config import unshare_config
+from .verify import Renumbering, build_from_config, verify_drop
 
 
 @dataclass(frozen=True)
@@ -36,18 +44,18 @@ class PlannedDrop:
 
     model: PreTrainedModel
     layer_map: LayerMap
-    stack: Stack
+    stack: BlockStack
     positions: frozenset[int]
     config_values: dict[str, Any]
     renumbering: Renumbering
-    stand_ins: dict[str, Gives]  # by the name in the model of what they stand for
+    pass_throughs: dict[str, OutputSpec]  # by the name in the model of what they stand for
     adapters: dict[str, Any]  # the configs of its adapters as they will be
 
     @property
-    def leaving(self) -> list[nn.Parameter]:
+    def removed_parameters(self) -> list[nn.Parameter]:
         """The parameters that no module but the dropped ones holds."""
         dropped = [self.stack.blocks[position] for position in sorted(self.positions)]
-        dropped += [self.model.get_submodule(name) for name in self.stand_ins]
+        dropped += [self.model.get_submodule(name) for name in self.pass_throughs]
         inside = {module for block in dropped for module in block.modules()}
         staying = {
             id(parameter)
@@ -55,8 +63,8 @@ class PlannedDrop:
             if module not in inside
             for parameter in module.parameters(recurse=False)
         }
-        leaving = {id(p): p for module in dropped for p in module.parameters() if id(p) not in staying}
-        return list(leaving.values())
+        removed_parameters = {id(p): p for module in dropped for p in module.parameters() if id(p) not in staying}
+        return list(removed_parameters.values())
 
     def apply(self) -> LayerMap:
         """Drop the layers, in place. The model and its container of blocks stay the same objects.
@@ -64,14 +72,14 @@ class PlannedDrop:
         So do its configs, unless another model holds one of them too: then this model gets copies.
         """
         kept = [position for position in range(len(self.stack)) if position not in self.positions]
-        for (name, key), dimension in self.renumbering.packed.items():
+        for (name, key), dimension in self.renumbering.per_layer.items():
             parameter = self.model.get_submodule(name).get_parameter(key)
             parameter.data = cut(parameter.data, dimension, len(self.stack), kept)
             parameter.grad = None  # of another shape
-        give_own_config(self.model)
-        config = find_stack(self.model, self.stack.part).config
-        for name, gives in self.stand_ins.items():
-            self.model.set_submodule(name, StandIn(gives))
+        unshare_config(self.model)
+        config = find_blocks(self.model, self.stack.part).config
+        for name, spec in self.pass_throughs.items():
+            self.model.set_submodule(name, PassThrough(spec))
         for position in sorted(self.positions, reverse=True):
             del self.stack.blocks[position]
         modules = dict(self.model.named_modules())
@@ -83,14 +91,14 @@ class PlannedDrop:
             if name in modules and getattr(modules[name].config, field, None) == before:
                 setattr(modules[name].config, field, after)
         for (name, attribute), (before, after) in self.renumbering.attributes.items():
-            now = getattr(modules.get(name), attribute, None)  # a half that is gone has no number
+            now = getattr(modules.get(name), attribute, None)  # a sublayer that is gone has no number
             if (list(now) if isinstance(now, tuple) else now) == before:  # a value that the user changed stays
                 setattr(modules[name], attribute, after)
         self.model.config.trim = self.layer_map.to_dict()
         for name, config in adapters_of(self.model).items():
             vars(config).update(vars(self.adapters[name]))
-        mark(self.model, self.stack.name, self.layer_map)
-        update_classes(self.model, self.layer_map.whole)
+        patch_adapter_save(self.model, self.stack.name, self.layer_map)
+        update_classes(self.model, self.layer_map.has_all_sublayers)
         return self.layer_map
 
 
@@ -109,40 +117,40 @@ def plan_drop(
         ValueError: As `drop_layers`.
     """
     base: PreTrainedModel = base_of(model)
-    stack = find_stack(base, part)
+    stack = find_blocks(base, part)
     adapters = adapters_of(base)
     before = LayerMap.from_config(base.config, part)
     after = before.drop(layers, step=step, importance=importance, scores=scores, unit=unit)
     kept = [position for position, layer in enumerate(before.kept_layers) if layer in set(after.kept_layers)]
     gone = frozenset(range(len(stack))) - set(kept)
     _keep_an_attention(stack, kept)
-    keep_places(base, stack, kept, after.whole)
-    full = rebuild(base, {}, stack.part, adapters)
-    inner_name = find_stack(full, stack.part).name
-    stand_ins = {} if after.whole else _stand_ins(base, stack, before, after, full)
+    check_position_constraints(base, stack, kept, after.has_all_sublayers)
+    full = build_from_config(base, {}, stack.part, adapters)
+    inner_name = find_blocks(full, stack.part).name
+    pass_throughs = {} if after.has_all_sublayers else _stand_ins(base, stack, before, after, full)
     refusal: ValueError | None = None
-    for values in readings(stack.config, stack.depth_name, kept, stack.part) if gone else [{}]:
-        for configs in adapter_readings(adapters, full, inner_name, kept):
+    for values in candidate_configs(stack.config, stack.depth_name, kept, stack.part) if gone else [{}]:
+        for configs in candidate_adapter_configs(adapters, full, inner_name, kept):
             try:
-                renumbering = compare(base, stack, kept, values, full, configs) if gone else Renumbering({}, {})
+                renumbering = verify_drop(base, stack, kept, values, full, configs) if gone else Renumbering({}, {})
             except ValueError as error:
                 refusal = refusal or error  # of the likeliest reading
                 continue
-            if not after.whole:
+            if not after.has_all_sublayers:
                 refuse_unloadable(base, values, after)
-            return PlannedDrop(base, after, stack, gone, values, renumbering, stand_ins, configs)
+            return PlannedDrop(base, after, stack, gone, values, renumbering, pass_throughs, configs)
     assert refusal is not None
     raise refusal
 
 
-def refuse_packed(drop: PlannedDrop) -> None:
+def refuse_per_layer_tensors(drop: PlannedDrop) -> None:
     """Refuse a drop that an optimizer could not follow.
 
     Raises:
         ValueError: If it cuts parameters outside the layers.
     """
-    if drop.renumbering.packed:
-        names = [".".join(key) for key in drop.renumbering.packed]
+    if drop.renumbering.per_layer:
+        names = [".".join(key) for key in drop.renumbering.per_layer]
         raise ValueError(
             f"Expected a model whose other parameters keep their shape while it trains, got {type(drop.model).__name__}, "
             f"which holds a part for each layer in {names}. Drop its layers before training, by drop_layers. Nothing was "
@@ -174,27 +182,29 @@ def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block", pa
     return plan_drop(model, layers, unit, part=part).apply()
 
 
-def _stand_ins(model: PreTrainedModel, stack: Stack, before: LayerMap, after: LayerMap, full: nn.Module) -> dict[str, Gives]:
-    """What stands where the halves were that go while their block stays."""
+def _stand_ins(
+    model: PreTrainedModel, stack: BlockStack, before: LayerMap, after: LayerMap, full: nn.Module
+) -> dict[str, OutputSpec]:
+    """What stands where the sublayers were that go while their block stays."""
     if stack.part is not None:
         raise ValueError(
             f"Expected a model with one stack of layers for unit='sublayer', got the encoder-decoder "
             f"{type(model).__name__}. Use unit='block'. Nothing was changed."
         )
-    stored(model.config.to_dict(), model.config)  # raises where the config cannot say it
+    to_saved_config(model.config.to_dict(), model.config)  # raises where the config cannot say it
     keep_attentions(stack, after, [before.kept_layers.index(layer) for layer in after.kept_layers])
-    blocks = find_stack(full).blocks
+    blocks = find_blocks(full).blocks
     lost = set(before.sublayers) - set(after.sublayers)
-    found: dict[str, Gives] = {}
+    found: dict[str, OutputSpec] = {}
     for position, layer in enumerate(before.kept_layers):
-        for half in HALVES:
-            if layer in after.kept_layers and (layer, half) in lost:
-                halves = find_halves(blocks[position], stack.config.hidden_size)
-                found |= {f"{stack.name}.{position}.{name}": gives for name, gives in halves.of(half).items()}
+        for kind in SUBLAYER_KINDS:
+            if layer in after.kept_layers and (layer, kind) in lost:
+                sublayers = find_output_specs(blocks[position], stack.config.hidden_size)
+                found |= {f"{stack.name}.{position}.{name}": spec for name, spec in sublayers.of(kind).items()}
     return found
 
 
-def _keep_an_attention(stack: Stack, kept: Sequence[int]) -> None:
+def _keep_an_attention(stack: BlockStack, kept: Sequence[int]) -> None:
     """A hybrid model reads the length of its cache from its attention layers: without any it cannot generate."""
     types = getattr(stack.config, "layer_types", None)
     if not isinstance(types, list | tuple) or len(types) != len(stack):

@@ -13,7 +13,7 @@ from torch import nn
 WORD = "per_layer"
 
 
-def packed_dimensions(name: str, of_full: nn.Module, of_trimmed: nn.Module, depth: int, num_kept: int) -> dict[str, int]:
+def per_layer_dimensions(name: str, of_full: nn.Module, of_trimmed: nn.Module, depth: int, num_kept: int) -> dict[str, int]:
     """By the name of a module's parameter, the dimension along which it holds a part for each layer; else nothing.
 
     Args:
@@ -33,13 +33,13 @@ def packed_dimensions(name: str, of_full: nn.Module, of_trimmed: nn.Module, dept
         if (
             len(before) == len(after)
             and len(differ) == 1
-            and is_packed(before[differ[0]], after[differ[0]], depth, num_kept)
+            and is_per_layer(before[differ[0]], after[differ[0]], depth, num_kept)
         ):
             found[parameter] = differ[0]
     return found
 
 
-def is_packed(before: int, after: int, depth: int, num_kept: int) -> bool:
+def is_per_layer(before: int, after: int, depth: int, num_kept: int) -> bool:
     """Whether a size is so many for each layer, before a drop and after it."""
     return before % depth == 0 and after == before // depth * num_kept
 

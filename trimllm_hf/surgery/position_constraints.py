@@ -8,24 +8,26 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .blocks import Stack
+from .blocks import BlockStack
 
 
-def keep_places(model: PreTrainedModel, stack: Stack, kept: Sequence[int], whole: bool = True) -> None:
+def check_position_constraints(
+    model: PreTrainedModel, stack: BlockStack, kept: Sequence[int], has_all_sublayers: bool = True
+) -> None:
     """Refuse a drop after which the model's `forward` would do something at another place than now.
 
     Args:
         model: The model that is to be trimmed.
         stack: Its blocks.
         kept: Positions that stay.
-        whole: Whether they keep their attention and their MLP.
+        has_all_sublayers: Whether they keep their attention and their MLP.
 
     Raises:
         ValueError: Naming the layers that have to stay.
     """
     owner = model.get_submodule(stack.name.rpartition(".")[0])
     if hasattr(owner, "layers_are_rescaled"):  # RWKV
-        _keep_scales(model, stack, len(kept) < len(stack), whole)
+        _keep_scales(model, stack, len(kept) < len(stack), has_all_sublayers)
     for why, layers in _tied(model, owner, stack, kept):
         if gone := sorted(set(layers) - set(kept)):
             raise ValueError(
@@ -34,9 +36,9 @@ def keep_places(model: PreTrainedModel, stack: Stack, kept: Sequence[int], whole
             )
 
 
-def _keep_scales(model: PreTrainedModel, stack: Stack, fewer: bool, whole: bool) -> None:
+def _keep_scales(model: PreTrainedModel, stack: BlockStack, fewer: bool, has_all_sublayers: bool) -> None:
     every = stack.config.rescale_every
-    if not whole:
+    if not has_all_sublayers:
         raise ValueError(
             f"Expected an attention and an MLP that hand on nothing but hidden states, got those of {type(model).__name__}, "
             "which hand on their state. Use unit='block'. Nothing was changed."
@@ -49,7 +51,7 @@ def _keep_scales(model: PreTrainedModel, stack: Stack, fewer: bool, whole: bool)
 
 
 def _tied(
-    model: PreTrainedModel, owner: nn.Module, stack: Stack, kept: Sequence[int]
+    model: PreTrainedModel, owner: nn.Module, stack: BlockStack, kept: Sequence[int]
 ) -> Iterator[tuple[str, Sequence[int]]]:
     if isinstance(getattr(owner, "conv", None), nn.Module):  # DeBERTa v2
         yield "a convolution stands behind the first", [0]
@@ -61,7 +63,7 @@ def _tied(
         yield "what is seen in an image is added at them by their number", list(range(min(fed, len(stack))))
 
 
-def _marked(stack: Stack, flag: str) -> list[int]:
+def _marked(stack: BlockStack, flag: str) -> list[int]:
     """Layers that have a flag set, on the block or within."""
     return [i for i, block in enumerate(stack.blocks) if any(getattr(each, flag, False) for each in block.modules())]
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from ..layer_map import UNITS, LayerMap
 from .adapters import base_of
-from .blocks import find_stack
-from .sublayers import Gives, find_halves
-from .verify import rebuild
+from .blocks import find_blocks
+from .sublayers import OutputSpec, find_output_specs
+from .verify import build_from_config
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Unit:
 
     position: int
     parts: tuple[nn.Module, ...] = ()
-    gives: tuple[Gives, ...] = ()
+    spec: tuple[OutputSpec, ...] = ()
 
 
 def list_units(model: nn.Module, unit: str) -> list[Unit]:
@@ -41,18 +41,20 @@ def list_units(model: nn.Module, unit: str) -> list[Unit]:
     if unit not in UNITS:
         raise ValueError(f"Expected unit='block' or 'sublayer', got {unit!r}.")
     base = base_of(model)
-    stack, layer_map = find_stack(base), LayerMap.from_config(base.config)
+    stack, layer_map = find_blocks(base), LayerMap.from_config(base.config)
     if unit == "block":
         return [Unit(position) for position in range(len(stack))]
     if stack.part is not None:
         raise ValueError("Expected a model with one stack of layers for unit='sublayer', got an encoder-decoder.")
-    whole = find_stack(rebuild(base, {})).blocks  # without weights, and with the halves that are gone
+    has_all_sublayers = find_blocks(
+        build_from_config(base, {})
+    ).blocks  # without weights, and with the sublayers that are gone
     found = []
-    for layer, half in layer_map.sublayers:
+    for layer, kind in layer_map.sublayers:
         position = layer_map.kept_layers.index(layer)
-        gives = find_halves(whole[position], stack.config.hidden_size).of(half)
-        parts = tuple(stack.blocks[position].get_submodule(name) for name in gives)
-        found.append(Unit(position, parts, tuple(gives.values())))
+        spec = find_output_specs(has_all_sublayers[position], stack.config.hidden_size).of(kind)
+        parts = tuple(stack.blocks[position].get_submodule(name) for name in spec)
+        found.append(Unit(position, parts, tuple(spec.values())))
     return found
 
 
@@ -64,17 +66,17 @@ def without(unit: Unit, blocks: Sequence[nn.Module]) -> Iterator[None]:
     would stand for it answers.
     """
     with ExitStack() as stack:
-        for part, gives in zip(unit.parts, unit.gives, strict=True):
-            stack.enter_context(_answering(part, gives))
+        for part, spec in zip(unit.parts, unit.spec, strict=True):
+            stack.enter_context(_answering(part, spec))
         if not unit.parts:
             stack.callback(blocks[unit.position].register_forward_hook(_input, with_kwargs=True).remove)
         yield
 
 
 @contextmanager
-def _answering(part: nn.Module, gives: Gives) -> Iterator[None]:
+def _answering(part: nn.Module, spec: OutputSpec) -> Iterator[None]:
     had = vars(part).get("forward")  # a wrapper's own, if there is one
-    part.forward = lambda *args, **kwargs: gives(args, kwargs)
+    part.forward = lambda *args, **kwargs: spec(args, kwargs)
     try:
         yield
     finally:

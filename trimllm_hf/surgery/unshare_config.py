@@ -14,7 +14,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
-def give_own_config(model: nn.Module) -> None:
+def unshare_config(model: nn.Module) -> None:
     """Where another model holds one of this model's configs, give this model, and what wraps it, copies.
 
     A config that only this model holds stays the same object.

@@ -26,8 +26,8 @@ from transformers.utils import logging
 
 from ..layer_map import num_hidden_layers, part_config
 from .adapters import inject
-from .blocks import Stack, find_stack
-from .per_layer_tensors import is_packed, packed_dimensions
+from .blocks import BlockStack, find_blocks
+from .per_layer_tensors import is_per_layer, per_layer_dimensions
 
 WARNING = 30  # logging.WARNING
 Scalar = int | float | bool | str | None
@@ -46,12 +46,12 @@ class Renumbering:
 
     attributes: Changes
     configs: Changes
-    packed: dict[tuple[str, str], int] = field(default_factory=dict)
+    per_layer: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
-def compare(
+def verify_drop(
     model: PreTrainedModel,
-    stack: Stack,
+    stack: BlockStack,
     kept: Sequence[int],
     values: dict[str, Any],
     full: nn.Module,
@@ -74,23 +74,23 @@ def compare(
         ValueError: If anything else would differ between a layer that stays and the one that would be loaded for it.
     """
     try:
-        trimmed = rebuild(model, values, stack.part, adapters)
+        trimmed = build_from_config(model, values, stack.part, adapters)
     except Exception as error:  # a config that cannot be built shows it in as many ways as there are architectures
         raise ValueError(
             f"Expected {type(model).__name__} to be built from its trimmed config, got {type(error).__name__}: {error}. "
             "This architecture cannot say in its config that these layers are gone. Nothing was changed."
         ) from error
-    inner_name = find_stack(full, stack.part).name
+    inner_name = find_blocks(full, stack.part).name
     attributes: Changes = {}
     configs: Changes = {}
-    packed: dict[tuple[str, str], int] = {}
+    per_layer: dict[tuple[str, str], int] = {}
     seen: set[int] = set()
     for name, (of_full, of_trimmed) in _pairs(full, trimmed, inner_name, kept).items():
         block = _block_number(name, inner_name)
         if of_full is None or of_trimmed is None or type(of_full) is not type(of_trimmed):
             _refuse(model, name, "another kind of module", _kind(of_full), _kind(of_trimmed))
-        cuts = {} if block is not None else packed_dimensions(name, of_full, of_trimmed, len(stack), len(kept))
-        packed |= {(name, parameter): dimension for parameter, dimension in cuts.items()}
+        cuts = {} if block is not None else per_layer_dimensions(name, of_full, of_trimmed, len(stack), len(kept))
+        per_layer |= {(name, parameter): dimension for parameter, dimension in cuts.items()}
         shapes = [_shapes(module, cuts) for module in (of_full, of_trimmed)]
         if shapes[0] != shapes[1]:
             _refuse(model, name, "other parameters", *_different(*shapes))
@@ -101,14 +101,14 @@ def compare(
             old, new = before.get(attribute), after.get(attribute)
             if old == new or (isinstance(old, float) and isinstance(new, float) and isclose(old, new, rel_tol=1e-12)):
                 continue
-            if cuts and isinstance(old, int) and isinstance(new, int) and is_packed(old, new, len(stack), len(kept)):
+            if cuts and isinstance(old, int) and isinstance(new, int) and is_per_layer(old, new, len(stack), len(kept)):
                 pass  # the size of what is cut
             elif isinstance(old, bool) or not _is_place(attribute, old, new, block, kept, len(stack), of_full):
                 _refuse(model, f"{name}.{attribute}" if name else attribute, "another value", old, new)
             attributes[(real_name, attribute)] = (old, new)
-    attributes |= _numbers_in_exchanged(stack, find_stack(full, stack.part).blocks, kept)
+    attributes |= _numbers_in_exchanged(stack, find_blocks(full, stack.part).blocks, kept)
     _keep_room_in_the_cache(model, full, trimmed, stack.part)
-    return Renumbering(attributes, configs, packed)
+    return Renumbering(attributes, configs, per_layer)
 
 
 def _keep_room_in_the_cache(model: PreTrainedModel, full: nn.Module, trimmed: nn.Module, part: str | None) -> None:
@@ -150,7 +150,7 @@ _INDICES = re.compile(r".*layer.*")
 _NUMBER = re.compile(r".*layer.*(idx|index|id|number)")
 
 
-def _numbers_in_exchanged(stack: Stack, built: nn.ModuleList, kept: Sequence[int]) -> Changes:
+def _numbers_in_exchanged(stack: BlockStack, built: nn.ModuleList, kept: Sequence[int]) -> Changes:
     """Layer numbers in modules that are not what the config builds: BigBird exchanges its attention for short inputs."""
     found: Changes = {}
     for new, old in enumerate(kept):
@@ -186,7 +186,7 @@ def _in_forward(module: nn.Module, attribute: str) -> bool:
     return False
 
 
-def rebuild(
+def build_from_config(
     model: PreTrainedModel,
     values: dict[str, Any],
     part: str | None = None,
@@ -204,7 +204,7 @@ def rebuild(
         attention = {"": model.config._attn_implementation}
         for name in config.sub_configs:
             attention[name] = getattr(getattr(config, name), "_attn_implementation", None)
-        # classes that build a model without some halves have the architecture's own, which builds all
+        # classes that build a model without some sublayers have the architecture's own, which builds all
         config_class = getattr(type(config), "stock_class", type(config))
         config = config_class.from_dict(config.to_dict(), attn_implementation=attention)
         with torch.device(device):
@@ -237,9 +237,9 @@ def _block_number(name: str, stack_name: str) -> int | None:
     return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
 
 
-def _shapes(module: nn.Module, packed: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+def _shapes(module: nn.Module, per_layer: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return {name: tuple(tensor.shape) for name, tensor in tensors if name not in packed}
+    return {name: tuple(tensor.shape) for name, tensor in tensors if name not in per_layer}
 
 
 def _different(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:

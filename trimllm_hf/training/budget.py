@@ -16,11 +16,11 @@ from transformers.utils import logging
 
 from ..engines import Engine
 from ..latency.measure import measure_latency
-from ..latency.proxy_model import twin_of
+from ..latency.proxy_model import proxy_model
 from ..layer_map import LayerMap
 from ..surgery.adapters import base_of
 from ..surgery.drop import drop_layers
-from ..utils import own_randomness
+from ..utils import isolated_rng
 from .config import TrimConfig
 
 logger = logging.get_logger("transformers.trimllm_hf")
@@ -87,30 +87,30 @@ class Budget:
             ValueError: If not even a model of `least` layers is under the budget.
         """
         if self.planned is None:
-            now = self.measure(model)
+            now = self.footprint(model)
             if now.within(self.config):
                 logger.warning(f"No layer will be dropped: the model is under the budget: {now.compared(self.config)}.")
                 self.planned = now.num_layers
             else:
                 without = candidates[: now.num_layers - least]
-                self.planned = depth_within(now, self.measure(model, without), self.config)
+                self.planned = depth_within(now, self.footprint(model, without), self.config)
                 logger.info(f"Dropping towards {self.planned} layers; now: {now.compared(self.config)}.")
         return self.planned
 
     def met(self, model: PreTrainedModel) -> bool:
         """Whether the model as it is now is under the budget."""
-        return self.measure(model).within(self.config)
+        return self.footprint(model).within(self.config)
 
     def report(self, model: PreTrainedModel) -> None:
         """Say what the run has ended with."""
-        now = self.measure(model)
+        now = self.footprint(model)
         words = f"The run ends with {now.num_layers} layers: {now.compared(self.config)}."
         if now.within(self.config):
             logger.info(words)
         else:
             logger.warning(f"The budget is not met. {words}")
 
-    def measure(self, model: PreTrainedModel, without: Sequence[int] = ()) -> Footprint:
+    def footprint(self, model: PreTrainedModel, without: Sequence[int] = ()) -> Footprint:
         """Measure a model of this architecture, once for each depth, on the main process; all get the same answer.
 
         Args:
@@ -124,11 +124,11 @@ class Budget:
         depth = LayerMap.from_config(base_of(model).config, self.config.part).num_units(self.config.unit) - len(without)
         if depth not in self.measured:
             try:
-                found = [0.0, 0.0] if self.engine.rank else _measure(model, self.config, self.args, without)
+                found = [0.0, 0.0] if self.engine.rank else _latency_and_memory(model, self.config, self.args, without)
             except Exception as error:  # the other processes wait for the figures
-                self.engine.fail(error)
+                self.engine.raise_on_all(error)
                 raise
-            agreed = self.engine.agree(torch.tensor(found, dtype=torch.float64))
+            agreed = self.engine.all_reduce(torch.tensor(found, dtype=torch.float64))
             self.measured[depth] = Footprint(depth, *agreed.tolist())
         return self.measured[depth]
 
@@ -155,9 +155,11 @@ def depth_within(now: Footprint, least: Footprint, config: TrimConfig) -> int:
     return max(depth, least.num_layers)
 
 
-def _measure(model: PreTrainedModel, config: TrimConfig, args: TrainingArguments, without: Sequence[int]) -> list[float]:
-    with own_randomness(0):
-        twin = twin_of(model, config.part, args)
+def _latency_and_memory(
+    model: PreTrainedModel, config: TrimConfig, args: TrainingArguments, without: Sequence[int]
+) -> list[float]:
+    with isolated_rng(0):
+        twin = proxy_model(model, config.part, args)
         if without:
             drop_layers(twin, without, config.unit, config.part)
         generates = twin.can_generate()

@@ -19,18 +19,18 @@ from ..engines import Engine, attach
 from ..importance import needs_data
 from ..layer_map import LayerMap
 from ..loading.depth_check import refuse_deeper_best, refuse_other_depths, wrong_depth
-from ..loading.trim_like import regrow_like
-from ..surgery.adapters import adapters_of, base_of, mark
-from ..surgery.blocks import find_stack
+from ..loading.trim_like import restore_layers_from
+from ..surgery.adapters import adapters_of, base_of, patch_adapter_save
+from ..surgery.blocks import find_blocks
 from .budget import Budget
 from .config import TrimConfig
 from .distillation import refuse_another_teacher
 from .drop_log import drop_log
-from .dry_run import droppable, rehearse
+from .dry_run import droppable, dry_run
 from .layer_times import ms_of_layers
 from .prepared_loop import apply_drop
 from .schedule import Plan, layers_due, plan_drops
-from .selection import LayerChoice, check_scores
+from .selection import LayerSelector, check_scores
 from .sparse_update import refuse_bare_callback, refuse_other_share
 from .stop_rules import MetricRule
 from .trainer_hooks import find_trainer, unwrapped
@@ -80,7 +80,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._budget: Budget | None = None
         self._engine: Engine | None = None
         self._watched: weakref.ref[nn.Module] | None = None
-        self._choice: LayerChoice | None = None
+        self._selector: LayerSelector | None = None
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json holds: the settings, the map, and where the run began."""
@@ -133,13 +133,13 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self.config.max_metric_drop is not None:
             self._rule = MetricRule(self.config, trainer, self._engine, self.plan, self.stop)
         if self.plan:
-            sizes = rehearse(model, self.config, self._num_layers() - target)  # raises where there is no way
-            refuse_deeper_best(args.load_best_model_at_end, self.plan, self._engine.regrows)
+            sizes = dry_run(model, self.config, self._num_layers() - target)  # raises where there is no way
+            refuse_deeper_best(args.load_best_model_at_end, self.plan, self._engine.restores_layers)
             self._refuse_lost_calibration_set()
             self.unit_ms = self.unit_ms or ms_of_layers(model, self.config, self._engine, args)
             data = kwargs["train_dataloader"], self.calibration_dataset
             spared = self.trained_layers or ()
-            self._choice = LayerChoice(self.config, trainer, self._engine, *data, spared, sizes, self.unit_ms)
+            self._selector = LayerSelector(self.config, trainer, self._engine, *data, spared, sizes, self.unit_ms)
         if self._rule is None or self._rule.allows(state.global_step):
             self._drop_what_is_due(state, control)
 
@@ -152,12 +152,12 @@ class TrimCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Score by the gradients of this step, where that is the importance and a drop may follow."""
-        if self.config.importance == "taylor" and self._choice is not None and self.trainer is not None:
+        if self.config.importance == "taylor" and self._selector is not None and self.trainer is not None:
             assert self.layer_map is not None and self.start_num_layers is not None
             step = state.global_step + 1
             dropped = self.start_num_layers - self._num_layers()
             if self._rule is not None or self._budget is not None or layers_due(self.plan, step, dropped):
-                self._choice.take_gradients(unwrapped(self.trainer), step)
+                self._selector.take_gradients(unwrapped(self.trainer), step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Drop what is due after this optimizer step; under a stop rule on a metric, have the model evaluated first."""
@@ -185,7 +185,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             if self._budget is not None:
                 self._budget.report(unwrapped(self.trainer))
             self._engine.save_whole()
-        self._choice = self._engine = None
+        self._selector = self._engine = None
 
     def _restore(self, attributes: dict[str, Any], model: PreTrainedModel, state: TrainerState) -> None:
         """Take up the run that the checkpoint holds; a run that starts now begins with the model's own map."""
@@ -212,7 +212,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "back it would need layers of the base that are gone by then, and a checkpoint holds the adapter only. Load "
                 "one yourself: trim_like(base, checkpoint), then PeftModel.from_pretrained(base, checkpoint)."
             )
-        mark(base, find_stack(base, self.config.part).name, self.layer_map)
+        patch_adapter_save(base, find_blocks(base, self.config.part).name, self.layer_map)
 
     def _watch(self, model: nn.Module) -> None:
         if self._watched is None or self._watched() is not model:
@@ -247,23 +247,23 @@ class TrimCallback(TrainerCallback, ExportableState):
         should_log = control.should_log
         due = self._due(state)
         while due > 0:
-            assert self._choice is not None and self.layer_map is not None
+            assert self._selector is not None and self.layer_map is not None
             allotted = due if self._budget is None else min(due, self.config.layers_per_drop)
-            count = self._choice.at_once(allotted, self.layer_map.num_layers)  # a whole pattern goes with its first layer
+            count = self._selector.at_once(allotted, self.layer_map.num_layers)  # a whole pattern goes with its first layer
             self._drop(state, count)
             due = self._due(state) if self._rule is None else min(due - count, self._due(state))
         control.should_log = should_log  # logging a drop clears it, and this step's loss would go unlogged
 
     def _drop(self, state: TrainerState, count: int) -> None:
         """Choose by scores of the model as it is now, and drop."""
-        assert self.trainer is not None and self._engine is not None and self._choice is not None
+        assert self.trainer is not None and self._engine is not None and self._selector is not None
         model = unwrapped(self.trainer)
         progress = state.is_local_process_zero and not self.trainer.args.disable_tqdm
-        self.layer_map = apply_drop(self._engine, self._choice.next_drop(model, state.global_step, progress, count))
+        self.layer_map = apply_drop(self._engine, self._selector.next_drop(model, state.global_step, progress, count))
         if self._rule is not None:
             self._rule.dropped(state.global_step)
         line, logs = drop_log(
-            self.layer_map, self.config.unit, state.global_step, self._choice.margin, get_model_param_count(model)
+            self.layer_map, self.config.unit, state.global_step, self._selector.margin, get_model_param_count(model)
         )
         logger.info(line)
         self.trainer.log(logs)
@@ -273,13 +273,13 @@ class TrimCallback(TrainerCallback, ExportableState):
         passed = rule.passed_instead(trainer.state.global_step)
         if passed is not None:
             model, (folder, layer_map, self.model_step) = unwrapped(trainer), passed
-            self.regrow(lambda: regrow_like(model, folder, layer_map))
+            self.restore_layers(lambda: restore_layers_from(model, folder, layer_map))
             trainer.log({"trim/num_layers": self._num_layers(), "trim/parameters": get_model_param_count(model)})
 
-    def regrow(self, edit: Callable[[], LayerMap]) -> None:
+    def restore_layers(self, edit: Callable[[], LayerMap]) -> None:
         """Run an edit that gives the model other layers when training is over, and take up the map that it returns."""
         assert self._engine is not None and self.trainer is not None
-        blocks = find_stack(unwrapped(self.trainer), self.config.part).blocks
+        blocks = find_blocks(unwrapped(self.trainer), self.config.part).blocks
         self.layer_map = self._engine.edit(edit, lambda: list(blocks.parameters()))
         self.trainer.optimizer = self.trainer.lr_scheduler = None  # made for other layers; a later train() makes them anew
 

@@ -20,7 +20,7 @@ else:
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
-class CardHost(_Base):
+class CardMixin(_Base):
     """Fills a card with what the Trainer knows.
 
     Attributes:

@@ -100,7 +100,7 @@ class Teacher:
         return logits
 
 
-class DistillHost(_Base):
+class DistillationMixin(_Base):
     """A Trainer with a teacher, if it has been given one."""
 
     teacher: Teacher | None = None

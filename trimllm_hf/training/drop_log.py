@@ -12,9 +12,9 @@ def drop_log(
     record, depth = layer_map.history[-1], layer_map.num_units(unit)
     score = max(record.scores or (float("nan"),))
     layers = f"layer{'s' * (len(record.dropped) > 1)} {', '.join(map(str, record.dropped))}"
-    if record.halves is not None:
-        named = zip(record.halves, record.dropped, strict=True)
-        layers = ", ".join(f"the {half} of layer {layer}" for half, layer in named)
+    if record.sublayers is not None:
+        named = zip(record.sublayers, record.dropped, strict=True)
+        layers = ", ".join(f"the {kind} of layer {layer}" for kind, layer in named)
     to_next = "no other candidate" if margin is None else f"margin to the next best {margin:.4g}"
     line = (
         f"Step {step}: dropped {layers} of {layer_map.base_num_layers} ({record.importance} {score:.4f}, {to_next}); "

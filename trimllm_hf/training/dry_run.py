@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from ..layer_map import LayerMap
 from ..surgery.adapters import adapters_of, base_of
-from ..surgery.blocks import find_stack
-from ..surgery.drop import PlannedDrop, plan_drop, refuse_packed
+from ..surgery.blocks import find_blocks
+from ..surgery.drop import PlannedDrop, plan_drop, refuse_per_layer_tensors
 from ..surgery.sublayers import attentions_that_stay
-from ..surgery.verify import rebuild
+from ..surgery.verify import build_from_config
 from .config import TrimConfig
 
 Planner = Callable[[list[int]], PlannedDrop]  # plans a drop of some positions, or raises a ValueError
@@ -34,11 +34,11 @@ def droppable(model: nn.Module, config: TrimConfig) -> list[int]:
     inside = layers[config.protect_first : len(layers) - config.protect_last]
     if config.unit == "block":
         return [layers.index(layer) for layer in inside]
-    stay = attentions_that_stay(find_stack(base, config.part), layers, range(len(layers)))
+    stay = attentions_that_stay(find_blocks(base, config.part), layers, range(len(layers)))
     return [
         position
-        for position, (layer, half) in enumerate(layer_map.sublayers)
-        if layer in inside and not (half == "attention" and layer in stay)
+        for position, (layer, kind) in enumerate(layer_map.sublayers)
+        if layer in inside and not (kind == "attention" and layer in stay)
     ]
 
 
@@ -66,7 +66,7 @@ def least_important(plan: Planner, scores: Mapping[int, float], most: int, usual
     raise refusal or ValueError(f"Expected layers that may go, got only protected ones beside {sorted(scores)}.")
 
 
-def rehearse(model: nn.Module, config: TrimConfig, to_drop: int) -> dict[int, int]:
+def dry_run(model: nn.Module, config: TrimConfig, to_drop: int) -> dict[int, int]:
     """Drop layers of a copy without memory, as many as a run has to drop.
 
     Of sublayers only the first drop is tried: the guard refuses none of the later ones.
@@ -94,9 +94,9 @@ def rehearse(model: nn.Module, config: TrimConfig, to_drop: int) -> dict[int, in
         plan_drop(model, candidates[:1], config.unit, part=config.part)
         return {}
     base = base_of(model)
-    copy: Any = rebuild(base, {}, config.part, adapters_of(base))
+    copy: Any = build_from_config(base, {}, config.part, adapters_of(base))
     sizes: dict[int, int] = {}
-    depth = len(find_stack(copy, config.part))
+    depth = len(find_blocks(copy, config.part))
     target, size = depth - to_drop, 1
     while depth > target:
         deepest_first = {position: -float(position) for position in droppable(copy, config)}
@@ -109,7 +109,7 @@ def rehearse(model: nn.Module, config: TrimConfig, to_drop: int) -> dict[int, in
             raise ValueError(
                 f"Expected a target that {type(base).__name__} can be trimmed to, got {target} layers. {reached}{error}"
             ) from error
-        refuse_packed(drop)
+        refuse_per_layer_tensors(drop)
         size = sizes[depth] = len(drop.positions)
         drop.apply()
         depth -= size

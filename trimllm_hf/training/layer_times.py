@@ -9,19 +9,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..engines import Together
+from ..engines import ProcessGroup
 from ..latency.layer_times import measure_layers
-from ..latency.proxy_model import twin_of
+from ..latency.proxy_model import proxy_model
 from ..layer_map import LayerMap
 from ..surgery.adapters import base_of
-from ..utils import own_randomness
+from ..utils import isolated_rng
 from .config import TrimConfig
 
 
 def ms_of_layers(
     model: PreTrainedModel,
     config: TrimConfig,
-    together: Together,
+    process_group: ProcessGroup,
     args: TrainingArguments,
     measure: Callable[..., list[float]] = measure_layers,
 ) -> dict[str, float]:
@@ -32,7 +32,7 @@ def ms_of_layers(
     Args:
         model: The unwrapped model; only its config is looked at.
         config: The settings; also at which batch size and prompt length to measure.
-        together: The processes of the run.
+        process_group: The processes of the run.
         args: Say the device, and the dtype.
         measure: What measures.
 
@@ -45,19 +45,19 @@ def ms_of_layers(
     names = layer_names(model, config)
     found = [0.0] * len(names)
     try:
-        if together.rank == 0:
-            with own_randomness(0):
+        if process_group.rank == 0:
+            with isolated_rng(0):
                 found = measure(
-                    twin_of(model, config.part, args),
+                    proxy_model(model, config.part, args),
                     config.unit,
                     part=config.part,
                     batch_size=config.latency_batch_size,
                     prompt_tokens=config.latency_prompt_tokens,
                 )
     except Exception as error:  # the other processes wait for the figures
-        together.fail(error)
+        process_group.raise_on_all(error)
         raise
-    agreed = together.agree(torch.tensor(found, dtype=torch.float64))
+    agreed = process_group.all_reduce(torch.tensor(found, dtype=torch.float64))
     return dict(zip(names, agreed.tolist(), strict=True))
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from ..engines import Engine, attach
 from ..layer_map import LayerMap
-from ..surgery.drop import PlannedDrop, plan_drop, refuse_packed
-from ..utils import own_randomness
+from ..surgery.drop import PlannedDrop, plan_drop, refuse_per_layer_tensors
+from ..utils import isolated_rng
 
 
 def drop_prepared_layers(
@@ -57,9 +57,9 @@ def apply_drop(engine: Engine, drop: PlannedDrop) -> LayerMap:
     Raises:
         ValueError: If parameters outside the layers would change their shape. Nothing has changed.
     """
-    refuse_packed(drop)
-    with own_randomness(0):  # an engine may draw when it is built anew
-        layer_map = engine.edit(drop.apply, lambda: drop.leaving)
+    refuse_per_layer_tensors(drop)
+    with isolated_rng(0):  # an engine may draw when it is built anew
+        layer_map = engine.edit(drop.apply, lambda: drop.removed_parameters)
     if "torch._dynamo" in sys.modules:  # compiled graphs have the dropped layers in them
         torch.compiler.reset()
     gc.collect()  # FSDP2 and DeepSpeed hold parameters in cycles

@@ -22,7 +22,7 @@ else:
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
-class PushHost(_Base):
+class PushMixin(_Base):
     """Replaces the last push; those at saves (`hub_strategy`) are the Trainer's own."""
 
     def trim_callback(self) -> Any:

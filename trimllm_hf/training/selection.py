@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from ..engines import Together
+from ..engines import ProcessGroup
 from ..importance import (
     METRICS,
     Metric,
@@ -28,22 +28,19 @@ from ..importance import (
 from ..importance.calibration import Batch, calibration_batches, draw
 from ..importance.gradient import refuse_frozen, refuse_no_gradient, weights_times_gradients
 from ..importance.order import Chosen, choose, choose_window
-from ..importance.unigram_baseline import loss_at_chance
+from ..importance.unigram_baseline import loss_at_unigram_baseline
 from ..layer_map import LayerMap
 from ..surgery.drop import PlannedDrop, plan_drop
-from ..utils import own_randomness
+from ..utils import isolated_rng
 from .config import TrimConfig
-from .drop_log import drop_log
-from .dry_run import Planner, droppable, least_important, rehearse
-from .layer_times import layer_names, ms_of_layers, names_of
+from .dry_run import Planner, droppable, least_important
+from .layer_times import layer_names, names_of
 from .trainer_hooks import unwrapped
-
-__all__ = ["LayerChoice", "check_scores", "drop_log", "metric_of", "ms_of_layers", "names_of", "rehearse"]
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
-class LayerChoice:
+class LayerSelector:
     """Chooses the least important layers of the model as it is at that time.
 
     Args:
@@ -53,7 +50,7 @@ class LayerChoice:
         dataloader: The training run's: it tells how examples become batches.
         dataset: The calibration examples; None: drawn from the training set.
         spared: Layers that go last, in the base's numbering.
-        sizes: For each depth, how many layers have to go at once: what `rehearse` found.
+        sizes: For each depth, how many layers have to go at once: what `dry_run` found.
         unit_ms: What `ms_of_layers` found: scores are then per ms.
 
     Raises:
@@ -65,7 +62,7 @@ class LayerChoice:
         self,
         config: TrimConfig,
         trainer: Trainer,
-        engine: Together,
+        engine: ProcessGroup,
         dataloader: Any,
         dataset: Any = None,
         spared: Collection[int] = (),
@@ -80,13 +77,13 @@ class LayerChoice:
         self.margin: float | None = None  # of the last drop: how much higher the score of the next candidate was
         self._gradients: tuple[int, dict[Any, float]] | None = None  # step, and each layer's score by its gradients
         self.batches: list[Batch] = []
-        self.stand_in: Batch | None = None  # for a process whose share of the calibration set is empty
+        self.filler_batch: Batch | None = None  # for a process whose share of the calibration set is empty
         if not needs_data(config.importance):
             return
         examples = _drawn(config, trainer.train_dataset) if dataset is None else list(dataset)
         collate, columns = dataloader.collate_fn, getattr(dataloader.dataset, "column_names", None)
-        with own_randomness(config.calibration_seed):  # a collator may draw
-            (self.stand_in,) = calibration_batches(examples[:1], collate, 1, columns)
+        with isolated_rng(config.calibration_seed):  # a collator may draw
+            (self.filler_batch,) = calibration_batches(examples[:1], collate, 1, columns)
             self.batches = calibration_batches(
                 examples, collate, trainer.args.per_device_train_batch_size, columns, engine.rank, engine.world_size
             )
@@ -143,14 +140,14 @@ class LayerChoice:
         try:
             yield
         except Exception as error:
-            self.engine.fail(error)
+            self.engine.raise_on_all(error)
             raise
-        self.engine.agree(torch.zeros(1))
+        self.engine.all_reduce(torch.zeros(1))
 
     def at_once(self, due: int, depth: int) -> int:
         """How many layers to drop by one scoring: one, unless more are chosen together, or have to go together."""
-        together = 1 if self.config.rescore and not is_joint(self.config.importance) else due
-        return max(together, self.sizes.get(depth, 1))
+        process_group = 1 if self.config.rescore and not is_joint(self.config.importance) else due
+        return max(process_group, self.sizes.get(depth, 1))
 
     def _allowed(self, model: PreTrainedModel, plan: Planner, scores: Mapping[int, float], count: int) -> PlannedDrop:
         """The least important layers that the guard lets go one by one; if there are too few, those of a run."""
@@ -180,7 +177,9 @@ class LayerChoice:
         config, instead = self.config, self.config.warm_up_importance
         if instead == "none" or not goes_by_loss(config.importance):
             return config.importance
-        found = loss_at_chance(model, self.batches, part=config.part, together=self.engine, stand_in=self.stand_in)
+        found = loss_at_unigram_baseline(
+            model, self.batches, part=config.part, process_group=self.engine, filler_batch=self.filler_batch
+        )
         if found is None:
             return config.importance
         logger.warning(
@@ -228,8 +227,8 @@ class LayerChoice:
             unit_ms=unit_ms,
             progress=progress,
             part=self.config.part,
-            together=self.engine,
-            stand_in=self.stand_in,
+            process_group=self.engine,
+            filler_batch=self.filler_batch,
         )
 
     def _scores_by_training(self, model: PreTrainedModel, step: int) -> torch.Tensor | None:
@@ -238,7 +237,7 @@ class LayerChoice:
             return None
         shares = self._gradients[1]
         names = names_of(model, self.config)
-        scores = self.engine.agree(torch.tensor([shares[name] for name in names], dtype=torch.float64))
+        scores = self.engine.all_reduce(torch.tensor([shares[name] for name in names], dtype=torch.float64))
         # in half precision a step may overflow, and is skipped
         return scores if torch.isfinite(scores).all() and scores.any() else None
 

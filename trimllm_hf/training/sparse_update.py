@@ -11,9 +11,9 @@ from torch import nn
 
 from ..importance import is_joint
 from ..surgery.adapters import base_of
-from ..surgery.blocks import find_stack
+from ..surgery.blocks import find_blocks
 from .config import TrimConfig
-from .trainer_hooks import OptimizerHost
+from .trainer_hooks import OptimizerMixin
 
 
 def train_only(model: nn.Module, positions: Collection[int], config: TrimConfig) -> None:
@@ -25,7 +25,7 @@ def train_only(model: nn.Module, positions: Collection[int], config: TrimConfig)
         ValueError: If one of the blocks has nothing that trains. Nothing has changed then.
     """
     base = base_of(model)
-    blocks = find_stack(base, config.part).blocks
+    blocks = find_blocks(base, config.part).blocks
     frozen = {id(p) for position, block in enumerate(blocks) if position not in positions for p in block.parameters()}
     inside = {id(parameter) for parameter in blocks.parameters()}
     tables = [module for module in base.modules() if isinstance(module, nn.Embedding)]
@@ -69,7 +69,7 @@ def refuse_bare_callback(config: TrimConfig, trainer: object) -> None:
         ValueError: Saying what to use instead.
     """
     ratio = config.trainable_ratio
-    if ratio is not None and not isinstance(trainer, OptimizerHost):
+    if ratio is not None and not isinstance(trainer, OptimizerMixin):
         raise ValueError(
             f"Expected TrimTrainer (or TrimTrainerMixin) for trainable_ratio={ratio}, got a TrimCallback in another "
             "Trainer: a callback comes too late, when the optimizer is made."

@@ -32,7 +32,7 @@ PASSING = "_passing-"  # a Trainer's push of its output_dir leaves out what begi
 
 
 @dataclass
-class Verdicts:
+class StopState:
     """Where a run stands with the rule; goes into trainer_state.json.
 
     Attributes:
@@ -66,12 +66,12 @@ class MetricRule:
         ValueError: If the run could not be judged, or could not go back to a model that passed.
     """
 
-    def __init__(self, config: TrimConfig, trainer: Trainer, engine: Engine, plan: Plan, verdicts: dict[str, Any]) -> None:
+    def __init__(self, config: TrimConfig, trainer: Trainer, engine: Engine, plan: Plan, stop_state: dict[str, Any]) -> None:
         self.config, self.trainer, self.engine, self.plan = config, trainer, engine, plan
         self.name, self.greater_is_better = watched_metric(config, trainer.args)
-        self.verdicts = Verdicts(**verdicts)
+        self.stop_state = StopState(**stop_state)
         refuse_what_cannot_end(trainer, engine)
-        passed = self.verdicts.passed
+        passed = self.stop_state.passed
         if passed is not None and not self.folder(passed["step"]).is_dir():
             raise ValueError(
                 f"Expected the model that had passed by this checkpoint in {self.folder(passed['step'])}, got no such "
@@ -80,7 +80,7 @@ class MetricRule:
 
     def state(self) -> dict[str, Any]:
         """Plain values for trainer_state.json."""
-        return asdict(self.verdicts)
+        return asdict(self.stop_state)
 
     def folder(self, step: int) -> Path:
         """Where the model that passed after a step is kept."""
@@ -88,11 +88,11 @@ class MetricRule:
 
     def is_open(self, step: int) -> bool:
         """Whether layers may still be dropped: nothing has failed, and there is time left to heal."""
-        return self.verdicts.stopped_at is None and step <= last_step(self.config, self._max_steps)
+        return self.stop_state.stopped_at is None and step <= last_step(self.config, self._max_steps)
 
     def plan_step(self, step: int) -> int:
         """Where in the plan a step is: the plan begins when the full-depth model passes."""
-        first, started = min(self.plan, default=0), self.verdicts.started_at
+        first, started = min(self.plan, default=0), self.stop_state.started_at
         return min(step, first) if started is None else step - (started - first)
 
     def must_evaluate(self, step: int, due: int) -> bool:
@@ -100,12 +100,12 @@ class MetricRule:
 
         While the first drop waits, at the steps of the plan; then before each drop; and at the end.
         """
-        started = self.verdicts.started_at is not None
+        started = self.stop_state.started_at is not None
         return (started and step >= self._max_steps) or (due > 0 and (started or step in self.plan))
 
     def allows(self, step: int) -> bool:
         """Whether the model as it is after this step has been evaluated and has passed."""
-        return self.verdicts.judged_at == step and self.verdicts.passes
+        return self.stop_state.judged_at == step and self.stop_state.passes
 
     def evaluated(self, metrics: dict[str, float], step: int, layer_map: LayerMap, due: bool) -> None:
         """Judge an evaluation; keep the model if it passes and dropping has begun, or is about to."""
@@ -113,23 +113,23 @@ class MetricRule:
         if value is None:
             return
         everyones = torch.tensor([value], dtype=torch.float64)  # compute_metrics runs on each process
-        value = self.engine.agree(everyones).item() / self.engine.world_size
-        judge(self.verdicts, self.config, value, step, self.greater_is_better)
-        if not self.verdicts.passes or not (due or self.verdicts.started_at is not None):
+        value = self.engine.all_reduce(everyones).item() / self.engine.world_size
+        judge(self.stop_state, self.config, value, step, self.greater_is_better)
+        if not self.stop_state.passes or not (due or self.stop_state.started_at is not None):
             return
         save_model(self.trainer, str(self.folder(step)))
-        self.verdicts.passed = {"step": step, "metric": value, "layer_map": layer_map.to_dict()}
+        self.stop_state.passed = {"step": step, "metric": value, "layer_map": layer_map.to_dict()}
         if self.trainer.args.save_strategy == "no":  # else a checkpoint may name the earlier one
             self.tidy()
 
     def dropped(self, step: int) -> None:
         """Note a drop."""
-        if self.verdicts.started_at is None:
-            self.verdicts.started_at = step
+        if self.stop_state.started_at is None:
+            self.stop_state.started_at = step
 
     def tidy(self) -> None:
         """Remove the models that passed earlier; called when a checkpoint that names the last one is complete."""
-        passed = self.verdicts.passed
+        passed = self.stop_state.passed
         if self.trainer.args.should_save and passed is not None:
             for folder in self.folder(0).parent.glob(f"{PASSING}*"):
                 if folder != self.folder(passed["step"]):
@@ -137,16 +137,16 @@ class MetricRule:
 
     def passed_instead(self, step: int) -> tuple[Path, LayerMap, int] | None:
         """Folder, map and step of the model that the run has to end with, if it is not that of its last step."""
-        reference, passed = self.verdicts.reference, self.verdicts.passed
-        if self.verdicts.started_at is None:
+        reference, passed = self.stop_state.reference, self.stop_state.passed
+        if self.stop_state.started_at is None:
             told = "none" if reference is None else f"{reference:.6g}"
             logger.warning(
                 f"No layer was dropped: no evaluation at full depth, up to the last step that leaves time to heal, came as "
                 f"close to the reference ({told}) as max_metric_drop={self.config.max_metric_drop:g} asks for."
             )
-        if self.verdicts.started_at is None or passed is None or passed["step"] == step:
+        if self.stop_state.started_at is None or passed is None or passed["step"] == step:
             return None
-        self.engine.agree(torch.zeros(1))  # the main process has written the folder
+        self.engine.all_reduce(torch.zeros(1))  # the main process has written the folder
         layer_map = LayerMap.from_dict(passed["layer_map"])
         logger.warning(
             f"The run ends with the model of step {passed['step']}, {layer_map.num_layers} layers, which is the last that "
@@ -173,7 +173,7 @@ def refuse_what_cannot_end(trainer: Trainer, engine: Engine) -> None:
             "Expected load_best_model_at_end=False with max_metric_drop, got True: a run ends with its best checkpoint, "
             "or with the last one that passed. Set it to False."
         )
-    if not engine.regrows:
+    if not engine.restores_layers:
         raise ValueError(
             "Expected one process or DDP for max_metric_drop, got an engine that cuts parameters into "
             "shards: a model there cannot get layers back. Set target_layers, and choose among the run's checkpoints."
@@ -216,7 +216,7 @@ def read_metric(metrics: dict[str, float], name: str, others_follow: bool) -> fl
     )
 
 
-def judge(verdicts: Verdicts, config: TrimConfig, value: float, step: int, greater_is_better: bool) -> None:
+def judge(stop_state: StopState, config: TrimConfig, value: float, step: int, greater_is_better: bool) -> None:
     """Judge an evaluation at a step: note the reference, whether it passes, and whether dropping stops.
 
     Raises:
@@ -224,23 +224,23 @@ def judge(verdicts: Verdicts, config: TrimConfig, value: float, step: int, great
     """
     assert config.max_metric_drop is not None
     if config.reference_metric is not None:
-        verdicts.reference = config.reference_metric
-    elif verdicts.started_at is None:
+        stop_state.reference = config.reference_metric
+    elif stop_state.started_at is None:
         if not math.isfinite(value):
             raise ValueError(
                 f"Expected a number for the reference at full depth, got {value} at step {step}. The run has diverged, or "
                 "the metric is not defined on the evaluation set."
             )
-        verdicts.reference = value
-    assert verdicts.reference is not None  # dropping starts with an evaluation that passes
-    limit = verdicts.reference + config.max_metric_drop * (-1 if greater_is_better else 1)
-    verdicts.judged_at = step
-    verdicts.passes = value >= limit if greater_is_better else value <= limit
-    if verdicts.started_at is not None and not verdicts.passes and verdicts.stopped_at is None:
-        verdicts.stopped_at = step
+        stop_state.reference = value
+    assert stop_state.reference is not None  # dropping starts with an evaluation that passes
+    limit = stop_state.reference + config.max_metric_drop * (-1 if greater_is_better else 1)
+    stop_state.judged_at = step
+    stop_state.passes = value >= limit if greater_is_better else value <= limit
+    if stop_state.started_at is not None and not stop_state.passes and stop_state.stopped_at is None:
+        stop_state.stopped_at = step
         logger.warning(
             f"Step {step}: no more layers are dropped. The metric is {value:.6g}, and with max_metric_drop="
-            f"{config.max_metric_drop:g} of the reference {verdicts.reference:.6g} it may be {limit:.6g} at "
+            f"{config.max_metric_drop:g} of the reference {stop_state.reference:.6g} it may be {limit:.6g} at "
             f"{'least' if greater_is_better else 'most'}. Unless it heals, the run ends with the model of step "
-            f"{verdicts.passed['step'] if verdicts.passed else None}."
+            f"{stop_state.passed['step'] if stop_state.passed else None}."
         )

@@ -12,16 +12,16 @@ from ..importance import needs_data
 from ..importance.calibration import set_aside
 from ..layer_map import LayerMap
 from ..loading.checkpoints import callback_attributes, last_complete_checkpoint, processes_of
-from ..loading.trim_like import regrow_like, trim_like
+from ..loading.trim_like import restore_layers_from, trim_like
 from ..publish.card_data import TrimCardData
 from .callback import TrimCallback
-from .card_mixin import CardHost
+from .card_mixin import CardMixin
 from .config import TrimConfig
-from .distillation import DistillHost
-from .push_mixin import PushHost
-from .selection import LayerChoice
+from .distillation import DistillationMixin
+from .push_mixin import PushMixin
+from .selection import LayerSelector
 from .sparse_update import check_room, train_only
-from .trainer_hooks import BestModelHost, OptimizerHost, unwrapped
+from .trainer_hooks import BestModelMixin, OptimizerMixin, unwrapped
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -31,7 +31,7 @@ else:
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
-class TrimTrainerMixin(PushHost, CardHost, DistillHost, BestModelHost, OptimizerHost, _Base):
+class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, OptimizerMixin, _Base):
     """Trimming for any subclass of Trainer: `class MyTrainer(TrimTrainerMixin, SFTTrainer): pass`.
 
     Over a plain Trainer with `TrimCallback` it adds: calibration examples are taken out of the training set;
@@ -142,9 +142,9 @@ class TrimTrainerMixin(PushHost, CardHost, DistillHost, BestModelHost, Optimizer
         callback, depth, model = self.trim_callback(), layer_map.num_layers, unwrapped(self)
         count = callback.config.resolve_trainable(depth)
         config = callback.config
-        with unprepared(self.accelerator, model) as together:
-            choice = LayerChoice(config, self, together, dataloader, callback.calibration_dataset)
-            chosen = choice.most_important(model, count, self.is_local_process_zero() and not self.args.disable_tqdm)
+        with unprepared(self.accelerator, model) as process_group:
+            selector = LayerSelector(config, self, process_group, dataloader, callback.calibration_dataset)
+            chosen = selector.most_important(model, count, self.is_local_process_zero() and not self.args.disable_tqdm)
         if not config.has_budget:
             check_room(chosen, depth, config.resolve_target(layer_map.base_num_layers, depth), config)
         layers = [layer_map.kept_layers[position] for position in chosen]
@@ -162,7 +162,7 @@ class TrimTrainerMixin(PushHost, CardHost, DistillHost, BestModelHost, Optimizer
             f"that training ended with: the model gets its layers back. To end with the trimmed model, set "
             "load_best_model_at_end=False."
         )
-        callback.regrow(lambda: regrow_like(unwrapped(self), checkpoint))
+        callback.restore_layers(lambda: restore_layers_from(unwrapped(self), checkpoint))
 
 
 class TrimTrainer(TrimTrainerMixin, Trainer):

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 
-class BestModelHost:
+class BestModelMixin:
     """Calls `before_best_model` before a Trainer loads its best checkpoint into the model.
 
     `Trainer._load_best_model` has no public seam, and loads a checkpoint of another depth by index.
@@ -25,7 +25,7 @@ class BestModelHost:
         super()._load_best_model()  # type: ignore[misc]  # the Trainer's, by the order of the bases
 
 
-class OptimizerHost:
+class OptimizerMixin:
     """Calls `before_optimizer` before a Trainer, or DeepSpeed for it, looks at which parameters train.
 
     Neither has a seam there: a callback's first turn comes when the optimizer is made. This is the last public method

@@ -42,7 +42,7 @@ def by_depth(model, config, args, without) -> list[float]:
     return [2.0 * depth, 0.1]
 
 
-trimllm_hf.training.budget._measure = by_depth
+trimllm_hf.training.budget._latency_and_memory = by_depth
 model = tiny_model()
 settings = {"drop_every": "2", "importance": "sensitivity", "warm_up_importance": "none"}
 if reason == "metric":

@@ -1,26 +1,26 @@
 """Sublayers: an attention or an MLP that goes alone, and the model classes that are built without it."""
 
 from .attentions import attentions_that_stay, keep_attentions, layer_types
-from .classes import cast, class_of, refuse_unloadable, take_halves_out, update_classes
-from .find import Halves, find_halves
-from .pass_through import Gives, StandIn
+from .classes import cast, class_of, refuse_unloadable, remove_missing_sublayers, update_classes
+from .output_specs import OutputSpecs, find_output_specs
+from .pass_through import OutputSpec, PassThrough
 from .remote_code import write_remote_code
-from .saved_config import restored, stored
+from .saved_config import from_saved_config, to_saved_config
 
 __all__ = [
-    "Gives",
-    "Halves",
-    "StandIn",
+    "OutputSpec",
+    "OutputSpecs",
+    "PassThrough",
     "attentions_that_stay",
     "cast",
     "class_of",
-    "find_halves",
+    "find_output_specs",
+    "from_saved_config",
     "keep_attentions",
     "layer_types",
     "refuse_unloadable",
-    "restored",
-    "stored",
-    "take_halves_out",
+    "remove_missing_sublayers",
+    "to_saved_config",
     "update_classes",
     "write_remote_code",
 ]

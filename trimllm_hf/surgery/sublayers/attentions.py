@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...layer_map import LayerMap
-from ..blocks import Stack
+from ..blocks import BlockStack
 
 # Layer types that keep no keys and values.
 WITHOUT_CACHE = {"linear_attention", "conv", "moe", "recurrent", "mamba"}
 
 
-def layer_types(stack: Stack) -> list[str]:
+def layer_types(stack: BlockStack) -> list[str]:
     """The type of each layer, as far as the config says it: like "full_attention" and "sliding_attention"."""
     types = getattr(stack.config, "layer_types", None) or getattr(stack.config, "layers_block_type", None)
     return list(types) if isinstance(types, list | tuple) and len(types) == len(stack) else ["attention"] * len(stack)
 
 
-def attentions_that_stay(stack: Stack, layers: Sequence[int], positions: Sequence[int]) -> list[int]:
+def attentions_that_stay(stack: BlockStack, layers: Sequence[int], positions: Sequence[int]) -> list[int]:
     """Of some layers, those whose attention has to stay.
 
     These are the first of each layer type. Of types with a state in place of keys and values, transformers asks the last.
@@ -36,7 +36,7 @@ def attentions_that_stay(stack: Stack, layers: Sequence[int], positions: Sequenc
     return sorted({*first.values(), *(layer for kind, layer in last.items() if kind in WITHOUT_CACHE)})
 
 
-def keep_attentions(stack: Stack, after: LayerMap, positions: Sequence[int]) -> None:
+def keep_attentions(stack: BlockStack, after: LayerMap, positions: Sequence[int]) -> None:
     """Refuse a drop after which an attention would be gone that has to stay.
 
     Args:

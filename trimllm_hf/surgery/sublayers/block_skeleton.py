@@ -1,4 +1,4 @@
-"""A block's glue: a copy without its weights, run on random numbers with probes in the places of its halves."""
+"""A block's glue: a copy without its weights, run on random numbers with probes in the places of its sublayers."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from .pass_through import Gives
+from .pass_through import OutputSpec
 
 MAX_GLUE = 2**24  # a larger parameter of the glue stays without memory; a block that needs it is refused
 
 
 class Probe(nn.Module):
-    """A small function in a half's place, with one parameter, by which it is known what depends on it."""
+    """A small function in a sublayer's place, with one parameter, by which it is known what depends on it."""
 
-    def __init__(self, gives: Gives, phase: float, detached: bool) -> None:
+    def __init__(self, spec: OutputSpec, phase: float, detached: bool) -> None:
         super().__init__()
-        self.gives, self.phase, self.detached = gives, phase, detached
+        self.spec, self.phase, self.detached = spec, phase, detached
         self.weight = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
         self.input: torch.Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.input = Gives(argument=0).hidden(args, kwargs)
+        self.input = OutputSpec(argument=0).hidden(args, kwargs)
         seen = self.input.detach() if self.detached else self.input
-        result = self.gives.hidden(args, kwargs) + torch.sin(seen.roll(1, -1) * self.weight + self.phase)
-        return result if self.gives.rest is None else (result, *[None] * self.gives.rest)
+        result = self.spec.hidden(args, kwargs) + torch.sin(seen.roll(1, -1) * self.weight + self.phase)
+        return result if self.spec.rest is None else (result, *[None] * self.spec.rest)
 
 
-def hollow(block: nn.Module, inside: Mapping[str, nn.Module]) -> nn.Module:
+def block_skeleton(block: nn.Module, inside: Mapping[str, nn.Module]) -> nn.Module:
     """A copy of a block with random parameters, in which others stand for some of its modules."""
     instead: dict[int, Any] = {id(block.get_submodule(name)): module for name, module in inside.items()}
     for module in block.modules():

@@ -1,4 +1,4 @@
-"""Model and config classes for what lacks halves, made from any architecture's own when they are first needed.
+"""Model and config classes for what lacks sublayers, made from any architecture's own when they are first needed.
 
 In memory such a model is what it was: the config's `model_type` and the class's name stay, so that a Trainer, PEFT and
 generation treat it alike. The classes differ in how they store a config and in what they build from one.
@@ -17,10 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ...layer_map import MODEL_TYPE, LayerMap, part_config
-from ..blocks import find_stack
-from .find import find_halves
-from .pass_through import StandIn
-from .saved_config import PREFIX, restored, stored
+from ..blocks import find_blocks
+from .output_specs import find_output_specs
+from .pass_through import PassThrough
+from .saved_config import PREFIX, from_saved_config, to_saved_config
 
 _CONFIGS: dict[type, type[PreTrainedConfig]] = {}
 _MODELS: dict[type, type[PreTrainedModel]] = {}
@@ -33,13 +33,13 @@ class TrimmedConfig:
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
         config: Any = self
-        plain = stored(json.loads(config.to_json_string(use_diff=use_diff)), config)
+        plain = to_saved_config(json.loads(config.to_json_string(use_diff=use_diff)), config)
         Path(json_file_path).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         plain, rest = cls.stock_class.get_config_dict(*args, **kwargs)
-        return (restored(plain) if plain.get("model_type") == MODEL_TYPE else plain), rest
+        return (from_saved_config(plain) if plain.get("model_type") == MODEL_TYPE else plain), rest
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -53,7 +53,7 @@ class TrimmedModel:
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the architecture's
-        take_halves_out(self)  # type: ignore[arg-type]
+        remove_missing_sublayers(self)  # type: ignore[arg-type]
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -68,19 +68,19 @@ class TrimmedModel:
 
 
 def cast(found: Any) -> Any:
-    """A stock config, or one with its unused arguments, as one of a model that lacks halves, if its map says so.
+    """A stock config, or one with its unused arguments, as one of a model that lacks sublayers, if its map says so.
 
     Raises:
         ValueError: If its map is damaged or does not fit it.
     """
     config = found[0] if isinstance(found, tuple) else found
-    if not LayerMap.from_config(config).whole:
+    if not LayerMap.from_config(config).has_all_sublayers:
         config.__class__ = config_class(type(config))
     return found
 
 
 def config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """The class for configs of models that lack halves; the Auto classes know from now on what to build from it."""
+    """The class for configs of models that lack sublayers; the Auto classes know from now on what to build from it."""
     stock = getattr(stock, "stock_class", stock)
     if stock in _CONFIGS:
         return _CONFIGS[stock]
@@ -98,7 +98,7 @@ def config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 
 def model_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """The class for models that lack halves. It bears the architecture's name, by which transformers knows much."""
+    """The class for models that lack sublayers. It bears the architecture's name, by which transformers knows much."""
     if stock in _MODELS:
         return _MODELS[stock]
     fields = {"stock_class": stock, "config_class": config, "__module__": __name__, "__qualname__": PREFIX + stock.__name__}
@@ -107,23 +107,23 @@ def model_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) ->
     return made
 
 
-def class_of(model_type: type[PreTrainedModel], whole: bool) -> type[PreTrainedModel]:
-    """The class of a model of the same architecture that has all halves, or lacks some; not yet a wrapper's."""
+def class_of(model_type: type[PreTrainedModel], has_all_sublayers: bool) -> type[PreTrainedModel]:
+    """The class of a model of the same architecture that has all sublayers, or lacks some; not yet a wrapper's."""
     own = _own(model_type)
     stock: type[PreTrainedModel] = getattr(own, "stock_class", own)
     config = stock.config_class
     assert config is not None
-    return stock if whole else model_class(stock, config_class(config))
+    return stock if has_all_sublayers else model_class(stock, config_class(config))
 
 
-def update_classes(model: PreTrainedModel, whole: bool) -> None:
+def update_classes(model: PreTrainedModel, has_all_sublayers: bool) -> None:
     """Make a model and its config instances of the classes that load what it is now."""
     config: Any = model.config
     stock: Any = getattr(type(config), "stock_class", type(config))
-    config.__class__ = stock if whole else config_class(stock)
+    config.__class__ = stock if has_all_sublayers else config_class(stock)
     own = _own(type(model))
     changed: Any = model
-    changed.__class__ = _replaced(type(model), own, class_of(own, whole))
+    changed.__class__ = _replaced(type(model), own, class_of(own, has_all_sublayers))
 
 
 def _own(found: type) -> Any:
@@ -159,7 +159,7 @@ def refuse_unloadable(model: PreTrainedModel, values: dict[str, Any], layer_map:
     stock: Any = getattr(type(config), "stock_class", type(config))
     try:
         with torch.device("meta"):
-            class_of(type(model), whole=False)(cast(stock.from_dict(config.to_dict()))).initialize_weights()
+            class_of(type(model), has_all_sublayers=False)(cast(stock.from_dict(config.to_dict()))).initialize_weights()
     except Exception as error:
         raise ValueError(
             f"Expected {type(model).__name__} to be built without these sublayers, got {type(error).__name__}: {error}. "
@@ -167,19 +167,19 @@ def refuse_unloadable(model: PreTrainedModel, values: dict[str, Any], layer_map:
         ) from error
 
 
-def take_halves_out(model: PreTrainedModel) -> None:
-    """Put stand-ins for the halves that a model's map says are gone.
+def remove_missing_sublayers(model: PreTrainedModel) -> None:
+    """Put stand-ins for the sublayers that a model's map says are gone.
 
     Raises:
         ValueError: If the map is damaged, or the architecture cannot lose them.
     """
     layer_map = LayerMap.from_config(model.config)
-    if not layer_map.whole:
-        stack = find_stack(model)
-        for position, half in layer_map.missing_halves:
+    if not layer_map.has_all_sublayers:
+        stack = find_blocks(model)
+        for position, kind in layer_map.missing_sublayers:
             block = stack.blocks[position]
-            for name, gives in find_halves(block, stack.config.hidden_size).of(half).items():
-                block.set_submodule(name, StandIn(gives))
+            for name, spec in find_output_specs(block, stack.config.hidden_size).of(kind).items():
+                block.set_submodule(name, PassThrough(spec))
 
 
 def _refuse_gaps(model: PreTrainedModel, info: dict[str, Any]) -> None:
@@ -188,7 +188,7 @@ def _refuse_gaps(model: PreTrainedModel, info: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming them.
     """
-    layers = f"{find_stack(model).name.rpartition('.')[2]}."
+    layers = f"{find_blocks(model).name.rpartition('.')[2]}."
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         wrong = sorted(str(key) for key in info[what] if layers in str(key))
         if wrong:
@@ -204,5 +204,5 @@ def __getattr__(name: str) -> Any:
     if isinstance(found, type) and issubclass(found, PreTrainedConfig):
         return config_class(found)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
-        return class_of(found, whole=False)
+        return class_of(found, has_all_sublayers=False)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

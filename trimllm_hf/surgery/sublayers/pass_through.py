@@ -1,4 +1,4 @@
-"""`StandIn`: the module without parameters that stands where a sublayer was, or a norm that only it needed."""
+"""`PassThrough`: the module without parameters that stands where a sublayer was, or a norm that only it needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Gives:
+class OutputSpec:
     """What a stand-in returns.
 
     Attributes:
@@ -33,19 +33,19 @@ class Gives:
         return torch.zeros_like(tensors[0]) if self.argument is None else tensors[self.argument]
 
 
-class StandIn(nn.Module):
+class PassThrough(nn.Module):
     """Stands for a module that was dropped: no parameters, no work, nothing in the cache."""
 
-    def __init__(self, gives: Gives) -> None:
+    def __init__(self, spec: OutputSpec) -> None:
         super().__init__()
-        self.gives = gives
+        self.spec = spec
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.gives(args, kwargs)
+        return self.spec(args, kwargs)
 
     def set_attention_type(self, *_: Any, **__: Any) -> None:
         """BigBird asks its attentions to be others at a short input: this one stays what it is."""
 
     def extra_repr(self) -> str:
-        what = "zeros" if self.gives.argument is None else f"argument {self.gives.argument}"
-        return what if self.gives.rest is None else f"{what}, and {self.gives.rest} x None"
+        what = "zeros" if self.spec.argument is None else f"argument {self.spec.argument}"
+        return what if self.spec.rest is None else f"{what}, and {self.spec.rest} x None"

@@ -1,4 +1,4 @@
-"""Modelling code beside the weights, so that `trust_remote_code=True` loads a model that lacks halves without trimllm_hf."""
+"""Modelling code beside the weights: `trust_remote_code=True` loads a model that lacks sublayers without trimllm_hf."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import transformers
 from ...layer_map import MODEL_TYPE
 from ...utils import json_at
 from .classes import cast, class_of
-from .pass_through import StandIn
-from .saved_config import GONE, PREFIX, restored
+from .pass_through import PassThrough
+from .saved_config import GONE, PREFIX, from_saved_config
 
 MODULE = "modeling_trimllm"
 TEMPLATE = "modeling_trimllm.py.txt"
@@ -50,13 +50,13 @@ def write_remote_code(folder: str | Path) -> Path:
             f"Expected the folder of a saved model that lacks sublayers, got {str(folder)!r}, whose config.json is not of "
             f"the type {MODEL_TYPE!r}. A model that lost whole blocks loads as it is."
         )
-    stock = restored(plain)
+    stock = from_saved_config(plain)
     (name,) = stock["architectures"]
     model_class, config_class = getattr(transformers, name), transformers.CONFIG_MAPPING[stock["model_type"]]
     with torch.device("meta"):
-        model = class_of(model_class, whole=False)(cast(config_class.from_dict(dict(stock))))
-    found = {path: module.gives for path, module in model.named_modules() if isinstance(module, StandIn)}
-    lines = [f'    "{path}": ({gives.argument}, {gives.rest}),' for path, gives in found.items()]
+        model = class_of(model_class, has_all_sublayers=False)(cast(config_class.from_dict(dict(stock))))
+    found = {path: module.spec for path, module in model.named_modules() if isinstance(module, PassThrough)}
+    lines = [f'    "{path}": ({spec.argument}, {spec.rest}),' for path, spec in found.items()]
     values = {
         "GONE": GONE,
         "CONFIG": config_class.__name__,

@@ -1,4 +1,4 @@
-"""How the config of a model that lacks halves stands in config.json: so that nothing which does not know them loads it.
+"""How the config of a model that lacks sublayers stands in config.json: so that nothing which does not know them loads it.
 
 Its `model_type` is not the base's, and where the depth stands there is a sentence. So stock transformers says that it does
 not know the type, and a class named outright (`LlamaForCausalLM.from_pretrained`) says that the depth is no number: neither
@@ -19,7 +19,7 @@ GONE = "some layers lack their attention or MLP (see trim): run `import trimllm_
 PREFIX = "Trimmed"  # of the architecture's name
 
 
-def stored(plain: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+def to_saved_config(plain: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
     """The dict for config.json, from that of a stock config.
 
     Raises:
@@ -39,16 +39,16 @@ def stored(plain: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
     return {**plain, "model_type": MODEL_TYPE, "base_model_type": plain["model_type"], "architectures": names or None}
 
 
-def restored(plain: dict[str, Any]) -> dict[str, Any]:
+def from_saved_config(plain: dict[str, Any]) -> dict[str, Any]:
     """The stock config's dict, from what stands in config.json; nothing in it is trusted.
 
     Raises:
         ValueError: If it is damaged.
     """
     layer_map = LayerMap.from_dict(plain.get("trim"))
-    if layer_map.whole:
+    if layer_map.has_all_sublayers:
         raise ValueError(
-            "Expected config.trim to name the layers that lack a half, as the model_type says, got a map of whole layers "
+            "Expected config.trim to name the layers that lack a sublayer, as the model_type says, got one of whole layers "
             f"{shown(layer_map.kept_layers)}. The config was changed by hand or is damaged."
         )
     base = plain.get("base_model_type")

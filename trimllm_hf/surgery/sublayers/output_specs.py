@@ -1,13 +1,13 @@
 """What stands where a block's attention, or its MLP, was: learned from the block's own code, and proved on it.
 
-To drop a half with its residual means that the hidden states pass it unchanged. What that takes depends on the block: in
+To drop a sublayer with its residual means that the hidden states pass it unchanged. What that takes depends on the block: in
 one with norms in front, zeros in place of the attention's result; in one like Gemma's or OLMo 2's the norm behind the
 attention, before the sum, goes as well; in one with norms behind the sum, like BERT's, so does that norm. There is no
 table of architectures. The block's *glue*, what is left when attention and MLP are taken out (norms, sums, scales), is
-run on random numbers, with other small functions in the halves' places, and:
+run on random numbers, with other small functions in the places of the sublayers, and:
 
-- with both halves dropped it must hand on its input;
-- the block must be one half after the other, or the sum of both (parallel blocks): then each half alone is what stays
+- with both sublayers dropped it must hand on its input;
+- the block must be one sublayer after the other, or the sum of both (parallel blocks): then each alone is what stays
   when the other is dropped.
 
 A block for which this does not hold is refused.
@@ -25,32 +25,32 @@ import torch
 from torch import nn
 
 from ..blocks import find_sublayers
-from .block_skeleton import Probe, depends, hollow, numbers, same, shape_of, within
-from .pass_through import Gives, StandIn
+from .block_skeleton import Probe, block_skeleton, depends, numbers, same, shape_of, within
+from .pass_through import OutputSpec, PassThrough
 
-Paths = Mapping[str, Gives]
+Paths = Mapping[str, OutputSpec]
 ROWS, TOKENS = 3, 2  # of the random hidden states; not 2 rows: a tuple of two must not be taken for them
 MAX_WIDTH = 1_000_000
 MAX_TRIES = 1000
 
 
 @dataclass(frozen=True)
-class Halves:
+class OutputSpecs:
     """What stands for which modules of a block, by their names in it, when its attention or its MLP is dropped."""
 
-    attention: dict[str, Gives]
-    mlp: dict[str, Gives]
+    attention: dict[str, OutputSpec]
+    mlp: dict[str, OutputSpec]
 
-    def of(self, half: str) -> dict[str, Gives]:
-        """The stand-ins for "attention" or "mlp"."""
-        return self.attention if half == "attention" else self.mlp
+    def of(self, kind: str) -> dict[str, OutputSpec]:
+        """The pass-throughs for "attention" or "mlp"."""
+        return self.attention if kind == "attention" else self.mlp
 
 
-def find_halves(block: nn.Module, width: int) -> Halves:
-    """What has to stand where when one half of a block goes.
+def find_output_specs(block: nn.Module, width: int) -> OutputSpecs:
+    """What has to stand where when one sublayer of a block goes.
 
     Args:
-        block: A block with both halves; the values of its parameters are not looked at, so it may be on the meta device.
+        block: A block with both sublayers; the values of its parameters are not looked at, so it may be on the meta device.
         width: Size of the hidden states.
 
     Raises:
@@ -62,7 +62,7 @@ def find_halves(block: nn.Module, width: int) -> Halves:
     glue = _Glue(block, width, tuple(sublayers.attention), tuple(sublayers.mlp))
     try:
         with torch.device("cpu"), torch.enable_grad():
-            return glue.halves()
+            return glue.specs()
     except Exception as error:  # what cannot be run on its own shows it in as many ways as there are blocks
         raise ValueError(
             f"Expected {type(block).__name__} to be an attention and an MLP, each with a residual of its own, got one "
@@ -75,7 +75,7 @@ def _why(error: Exception) -> str:
 
 
 class _NotSeparable(Exception):
-    """Why a block cannot lose a half."""
+    """Why a block cannot lose a sublayer."""
 
 
 @dataclass
@@ -84,8 +84,8 @@ class _Run:
 
     output: torch.Tensor
     input: torch.Tensor
-    weights: dict[str, list[nn.Parameter]]  # of each half's probes
-    fed: dict[str, torch.Tensor | None]  # what each half's first module got
+    weights: dict[str, list[nn.Parameter]]  # of each sublayer's probes
+    fed: dict[str, torch.Tensor | None]  # what each sublayer's first module got
     norms: dict[str, list[nn.Parameter]]
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # of the norms that were called
 
@@ -112,36 +112,36 @@ class _Glue:
             for parameter in list(called)[1:]
             if parameter.default is parameter.empty and parameter.kind in (0, 1, 3)  # with a name, and no default
         }
-        self.gives: dict[str, Gives] = {}  # of each half's modules
+        self.found: dict[str, OutputSpec] = {}  # of each sublayer's modules
 
-    def halves(self) -> Halves:
-        """The stand-ins for each half, proved."""
-        self.gives = self._find_gives()
+    def specs(self) -> OutputSpecs:
+        """The pass-throughs for each sublayer, proved."""
+        self.found = self._find_specs()
         base = self.run()
         detached = self.run(detached=True)
         order = self._order(detached)
         closing: dict[str, list[str]] = {"attention": [], "mlp": [], "both": []}
         for norm in detached.reached():
             closing[self._owner(detached, norm, order)].append(norm)
-        found: dict[str, dict[str, Gives]] = {}
-        for half, names in self.names.items():
-            stand_ins = {name: self.gives[name] for name in names} | dict.fromkeys(closing[half], Gives(argument=0))
-            dead = base.reached() - self.run(stand_ins).reached()
-            found[half] = stand_ins | dict.fromkeys(self._whole(dead, base), Gives(argument=0))
+        found: dict[str, dict[str, OutputSpec]] = {}
+        for kind, names in self.names.items():
+            pass_throughs = {name: self.found[name] for name in names} | dict.fromkeys(closing[kind], OutputSpec(argument=0))
+            dead = base.reached() - self.run(pass_throughs).reached()
+            found[kind] = pass_throughs | dict.fromkeys(self._whole(dead, base), OutputSpec(argument=0))
         if closing["both"]:
             raise _NotSeparable(f"with {closing['both']} around the sum of both")
         self._prove(found["attention"], found["mlp"], order)
-        return Halves(found["attention"], found["mlp"])
+        return OutputSpecs(found["attention"], found["mlp"])
 
-    def _find_gives(self) -> dict[str, Gives]:
-        """How each half's modules have to answer so that, without any norm, the block hands on its input."""
+    def _find_specs(self) -> dict[str, OutputSpec]:
+        """How each sublayer's modules have to answer so that, without any norm, the block hands on its input."""
         names = [*self.names["attention"], *self.names["mlp"]]
-        norms = dict.fromkeys((name for name in self.norms if self._is_norm(name)), Gives(argument=0))
+        norms = dict.fromkeys((name for name in self.norms if self._is_norm(name)), OutputSpec(argument=0))
         why, ran = "", False
         for passed in ({}, norms):  # type: dict[str, Gives]
             for tried in _answers(len(names))[:MAX_TRIES]:
                 answers = dict(zip(names, tried, strict=True))
-                if any(gives.argument == 0 and not self._adds_its_input(name) for name, gives in answers.items()):
+                if any(spec.argument == 0 and not self._adds_its_input(name) for name, spec in answers.items()):
                     continue
                 try:
                     run = self.run({**passed, **answers})
@@ -153,7 +153,7 @@ class _Glue:
         raise _NotSeparable(why)
 
     def _adds_its_input(self, name: str) -> bool:
-        """Whether a module may be a half with its residual inside: as in BERT, the norm is inside then, too."""
+        """Whether a module may be a sublayer with its residual inside: as in BERT, the norm is inside then, too."""
         return any("norm" in type(module).__name__.lower() for module in self.block.get_submodule(name).modules())
 
     def _whole(self, dead: set[str], run: _Run) -> list[str]:
@@ -164,7 +164,7 @@ class _Glue:
 
     def _keeps_rows_apart(self, answers: Paths) -> bool:
         """Whether no row sees another: `attention(…)[0]` of a bare tensor would give the first row to all."""
-        self.gives = dict(answers)
+        self.found = dict(answers)
         run = self.run()
         (seen,) = torch.autograd.grad(run.output[1].sum(), [run.input])
         return not seen[0].any() and not seen[2].any()
@@ -173,7 +173,7 @@ class _Glue:
         return all(len(shape_of(p)) <= 1 for p in self.block.get_submodule(name).parameters(recurse=False))
 
     def _order(self, run: _Run) -> tuple[str, ...]:
-        """The halves in the order in which the one feeds the other; () if neither does."""
+        """The sublayers in the order in which the one feeds the other; () if neither does."""
         for first, second in (("attention", "mlp"), ("mlp", "attention")):
             fed = run.fed[second]
             if fed is not None and depends(fed, run.weights[first]):
@@ -181,9 +181,9 @@ class _Glue:
         return ()
 
     def _owner(self, run: _Run, norm: str, order: tuple[str, ...]) -> str:
-        """The half to which a norm belongs, of the norms through which the hidden states go when no half is asked.
+        """The sublayer to which a norm belongs, of the norms through which the hidden states go when no sublayer is asked.
 
-        As in BERT each stands behind a half, or as in MiniMax each in front of one: then one stands before both.
+        As in BERT each stands behind a sublayer, or as in MiniMax each in front of one: then one stands before both.
         """
         behind = {name: self._behind(run, name) for name in run.reached()}
         if not order:
@@ -196,7 +196,7 @@ class _Glue:
 
     def _behind(self, run: _Run, norm: str) -> list[str]:
         got = run.inputs.get(norm)
-        return [half for half in self.names if got is not None and depends(got, run.weights[half])]
+        return [kind for kind in self.names if got is not None and depends(got, run.weights[kind])]
 
     def _prove(self, attention: Paths, mlp: Paths, order: tuple[str, ...]) -> None:
         none = self.run({**attention, **mlp})
@@ -205,22 +205,22 @@ class _Glue:
         whole, only = self.run(), {"attention": self.run(mlp), "mlp": self.run(attention)}
         if order:
             rest = mlp if order[1] == "attention" else attention
-            together = self.run(rest, hidden=only[order[0]].output.detach()).output
+            both = self.run(rest, hidden=only[order[0]].output.detach()).output
         else:
-            together = sum((run.output - run.input for run in only.values()), whole.input)
-        if not same(whole.output, together):
+            both = sum((run.output - run.input for run in only.values()), whole.input)
+        if not same(whole.output, both):
             raise _NotSeparable("that is neither one after the other nor the sum of both")
 
-    def run(self, stand_ins: Paths | None = None, detached: bool = False, hidden: torch.Tensor | None = None) -> _Run:
-        """Run the glue, with stand-ins for the modules named and probes for the rest of the halves."""
-        inside: dict[str, nn.Module] = {name: StandIn(gives) for name, gives in (stand_ins or {}).items()}
+    def run(self, pass_throughs: Paths | None = None, detached: bool = False, hidden: torch.Tensor | None = None) -> _Run:
+        """Run the glue, with pass-throughs for the modules named and probes for the rest of the sublayers."""
+        inside: dict[str, nn.Module] = {name: PassThrough(spec) for name, spec in (pass_throughs or {}).items()}
         probes = {
-            half: {name: Probe(self.gives[name], phase, detached) for name in names if name not in inside}
-            for (half, names), phase in zip(self.names.items(), (0.3, 0.7), strict=True)
+            kind: {name: Probe(self.found[name], phase, detached) for name in names if name not in inside}
+            for (kind, names), phase in zip(self.names.items(), (0.3, 0.7), strict=True)
         }
         for made in probes.values():
             inside.update(made)
-        glue = hollow(self.block, inside)
+        glue = block_skeleton(self.block, inside)
         if hidden is None:
             hidden = numbers("", torch.Size((ROWS, TOKENS, self.width)))
         hidden = hidden.clone().requires_grad_()
@@ -229,7 +229,7 @@ class _Glue:
 
         def note(name: str) -> Any:
             def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-                inputs.setdefault(name, Gives(argument=0).hidden(args, kwargs))
+                inputs.setdefault(name, OutputSpec(argument=0).hidden(args, kwargs))
 
             return hook
 
@@ -242,15 +242,15 @@ class _Glue:
         return _Run(
             output,
             hidden,
-            {half: [probe.weight for probe in made.values()] for half, made in probes.items() if made},
-            {half: next(iter(made.values())).input for half, made in probes.items() if made},
+            {kind: [probe.weight for probe in made.values()] for kind, made in probes.items() if made},
+            {kind: next(iter(made.values())).input for kind, made in probes.items() if made},
             {name: list(module.parameters(recurse=False)) for name, module in norms.items()},
             inputs,
         )
 
 
-def _answers(number: int) -> list[tuple[Gives, ...]]:
+def _answers(number: int) -> list[tuple[OutputSpec, ...]]:
     """Forms of answers for so many modules, the likeliest first: zeros, bare."""
     forms = product(product((None, 0, 1), (None, 1, 2)), repeat=number)
-    found = [tuple(Gives(argument, rest) for argument, rest in form) for form in forms]
+    found = [tuple(OutputSpec(argument, rest) for argument, rest in form) for form in forms]
     return sorted(found, key=lambda form: [sum(g.argument is not None for g in form), sum(g.rest is not None for g in form)])
