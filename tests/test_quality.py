@@ -20,7 +20,7 @@ QUALITY = ROOT / "benchmarks/quality"
 def quality(monkeypatch: pytest.MonkeyPatch) -> Namespace:
     pytest.importorskip("matplotlib", reason="table.py draws: pip install 'trimllm_hf[plot]'")
     monkeypatch.syspath_prepend(str(QUALITY))
-    names = ("methods", "pretrain", "run", "sweep", "table")
+    names = ("results", "clocks", "methods", "pretrain", "tasks", "run", "sweep", "table")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     modules = Namespace(**{name: __import__(name) for name in names})
@@ -70,6 +70,48 @@ def test_a_sweep_begins_with_half_depth(quality: Any) -> None:
     assert rows == [("full", 6), ("default", 6), ("default", 3), ("default", 9), ("scratch", 6)]
 
 
+def test_a_run_is_one_line_and_replaces_the_one_before_it(quality: Any, tmp_path: Path) -> None:
+    file = tmp_path / "of/base.jsonl"
+    keys = [{"domain": "legal", "method": method, "target": 4, "seed": seed} for method in "ba" for seed in (1, 0)]
+    for loss in (1.0, 2.0):
+        for key in keys:
+            quality.results.add(file, {**key, "answer_loss": loss})
+    lines = file.read_text().splitlines()
+    assert len(lines) == len(keys)
+    assert list(quality.results.read(file)) == sorted(map(quality.results.key_of, keys))
+    assert {result["answer_loss"] for result in quality.results.read(file).values()} == {2.0}
+
+
+@pytest.mark.parametrize("file", sorted((QUALITY / "results").glob("*.jsonl")), ids=lambda file: file.stem)
+def test_what_was_measured_reads_as_it_is_written(quality: Any, file: Path, tmp_path: Path) -> None:
+    rows = quality.results.read(file)
+    quality.results.write(tmp_path / "again.jsonl", rows.values())
+    assert (tmp_path / "again.jsonl").read_text() == file.read_text()
+    assert {method for _, method, _, _ in rows} <= quality.methods.METHODS.keys()
+
+
+def test_measuring_takes_its_own_time(quality: Any) -> None:
+    """A stopwatch has the seconds of the callback between its two; a curve those of all but its own measurements."""
+    now, state, points = [0.0], Namespace(global_step=0, num_input_tokens_seen=0), []
+    watch = quality.clocks.Stopwatch(lambda: now[0])
+
+    def takes(seconds: float) -> float:
+        now[0] += seconds
+        return 1.5
+
+    curve = quality.clocks.Curve([0, 2], lambda: now[0], lambda model: takes(100.0), points.append)
+    dropping = quality.clocks.Calls(lambda: takes(5.0))
+    callbacks = [watch.before, dropping, watch.after, curve]
+    for event in ("on_train_begin", "on_step_begin", "on_step_end", "on_step_end"):
+        if event == "on_step_end":
+            takes(1.0)
+            state.global_step += 1
+        for callback in callbacks:
+            getattr(callback, event)(None, state, None, model=None)
+    assert watch.seconds == 4 * 5.0
+    assert [(point["step"], point["seconds"], point["loss"]) for point in points] == [(0, 10.0, 1.5), (2, 22.0, 1.5)]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_commands_run_in_a_row(shared: Path, tmp_path: Path) -> None:
@@ -79,7 +121,7 @@ def test_the_commands_run_in_a_row(shared: Path, tmp_path: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, str(QUALITY / script), *flags], check=True, env=environment, timeout=600)
 
-    base, results, page = tmp_path / "tiny", tmp_path / "results/tiny", tmp_path / "README.md"
+    base, results, page = tmp_path / "tiny", tmp_path / "results/tiny.jsonl", tmp_path / "README.md"
     data = ("--data", str(shared / "data"))
     call("pretrain.py", *data, "--output_dir", str(base), "--layers", "4", "--steps", "2", "--batch_size", "4")
     flags = ("--base", str(base), "--results", str(results), "--steps", "8", "--questions", "20")

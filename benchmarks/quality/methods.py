@@ -57,6 +57,7 @@ METHODS: dict[str, Method] = {
     "scan-late": Method("scan, drops from 50% to 90%", {"healing_ratio": 0.1}, warm_up=0.5),
     "scan-once": Method("scan, all before the first step", {"warm_up_importance": "none", **ONCE}),
     "influence-once": Method("block influence, all before the first step", INFLUENCE),
+    "influence-ranked": Method("block influence, one ranking, all before the first step", {**INFLUENCE, "rescore": False}),
     "influence-once-time": Method(
         "block influence, all before the first step, for the CPU time of the defaults", INFLUENCE, time_of="default"
     ),

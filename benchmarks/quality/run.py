@@ -1,47 +1,40 @@
-"""Fine-tune the small base on one domain by one method, and measure what came of it: one file of results.
+"""Fine-tune a base on one domain by one method, and measure what came of it: one line of results.
 
     python benchmarks/quality/run.py --domain legal --method default --layers 6 --seed 0
 
-Domains, each a question with choices, answered with the choice of the highest log-likelihood:
+Domains; all but the last are questions with choices, answered with the choice of the highest log-likelihood:
 
     medical   what a passage of MedQuAD tells about: the most frequent types of question
     legal     what kind of clause a passage of CUAD is: the most frequent types
     finance   whether a financial tweet is bearish, bullish or neutral
     answers   which passage answers a question of MedQuAD, among four to the same type of question about other diseases
+    writing   the answer to a question of MedQuAD, as much of it as fits: loss per token
 
-Every method sees the same questions in the same order in a seed, and as many of them; 64 of the training questions are set
-aside to score layers by, for all methods alike. Models are tested on the test split (of the tweets, the validation split).
-The loss on a held-out book tells what is left of general English.
+Every method sees the same questions in the same order in a seed, and as many of them; some of the training questions are
+set aside to score layers by, for all methods alike. Models are tested on the test split (of the tweets, the validation
+split). The loss on a book tells what is left of general English.
 
 Time is that of training, scores and drops included: on the CPU the seconds of one thread, so that waiting for another
-process does not count; on a GPU those of a clock, and none with --shared, when other runs use it at the same time.
+process does not count; on a GPU those of a clock, and none with --shared, when other runs use it at the same time. With
+--evaluate_at the loss is measured along the way as well, on its own time; with --constant the learning rate stays where it
+is after its warm-up, and each point is what a run of that length ends with.
 """
 
 import argparse
-import json
 import platform
-import random
-import sys
 import time
 from collections import Counter
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 import transformers
+from clocks import Curve, Stopwatch
 from methods import METHODS, Method
-from pretrain import HELD_OUT
+from tasks import DOMAINS, Example, examples, load_encoder, loss_per_token, make_questions, pieces_of_book
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers
@@ -49,54 +42,7 @@ from trimllm_hf.choice_accuracy import Question, QuestionEncoder, score_question
 from trimllm_hf.training import schedule
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[1] / "recipes"))
-
-from domain.general_text import general_loss  # noqa: E402
-from domain.questions import Asking  # noqa: E402
-from domain.questions import make_questions as ask  # noqa: E402
-
-DOMAINS = {  # folder, test split, field of the text, field of the label, the question
-    "medical": ("medquad", "test", "answer", "qtype", "What is this about?"),
-    "legal": ("cuad_clauses", "test", "text", "label", "What kind of clause is this?"),
-    "finance": ("twitter_financial_news", "valid", "text", "label", "Is this bearish, bullish or neutral?"),
-    "answers": ("medquad", "test", "answer", "qtype", ""),  # each row has its question
-}
-MAX_LENGTH = 128
-CALIBRATION = 64  # training questions; a scan by accuracy, which reads every choice, gets a quarter of them
 WARM_UP = schedule.WARM_UP
-
-
-@cache
-def load_encoder(base: Path) -> QuestionEncoder:
-    """The base's encoder, which keeps what it has encoded: once for all runs of a process."""
-    return QuestionEncoder(AutoTokenizer.from_pretrained(base), MAX_LENGTH)
-
-
-def read(args: argparse.Namespace, split: str) -> list[dict[str, str]]:
-    """The rows of a split, their passages cut to the first words."""
-    folder, _, text, label, _ = DOMAINS[args.domain]
-    with (args.data / folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return [{**row, text: " ".join(row[text].split()[: args.words]), label: row[label].lower()} for row in rows]
-
-
-def make_questions(args: argparse.Namespace, encoder: QuestionEncoder) -> tuple[list[Question], list[Question]]:
-    """Questions to train and to test on, in the order of the seed; no passage is in both."""
-    _, test, text, label, asked = DOMAINS[args.domain]
-    rows = {split: read(args, split) for split in ("train", test)}
-    labels = tuple(label for label, _ in Counter(row[label] for row in rows["train"]).most_common(args.labels))
-    held_out = {row[text] for row in rows[test]}
-    made = []
-    for split, of_split in rows.items():
-        kept = [row for row in of_split if split == test or row[text] not in held_out]
-        if asked:
-            pairs = sorted({(row[text], row[label]) for row in kept if row[label] in labels})
-            random.Random(args.seed).shuffle(pairs)
-            made.append([Question(asked, labels, labels.index(right), context=passage) for passage, right in pairs])
-        else:
-            random.Random(args.seed).shuffle(kept)
-            made.append(ask(kept, split, encoder, args.seed, Asking("")))
-    return made[0], made[1][: args.questions]
 
 
 def length(question: Question) -> int:
@@ -131,63 +77,61 @@ class Drops(TrainerCallback):
             self.found[state.global_step] = int(logs["trim/num_layers"])
 
 
-def pieces_of_book(data: Path, encoder: QuestionEncoder) -> list[dict[str, list[int]]]:
-    """Pieces of the book that the base has not read, each as long as the context."""
-    ids = encoder.tokenizer((data / "general_books" / HELD_OUT).read_text(encoding="utf-8"), verbose=False).input_ids
-    pieces = [ids[start : start + MAX_LENGTH] for start in range(0, 100 * MAX_LENGTH, MAX_LENGTH)]
-    return [{"input_ids": piece, "labels": piece} for piece in pieces]
-
-
 def steps_for_the_time_of(args: argparse.Namespace) -> int:
     """How many steps this method gets in the time of another, by what both took at this seed, or at the first.
 
     Raises:
-        FileNotFoundError: If the other, or the same method at equal steps, was not run yet.
+        ValueError: If the other, or the same method at equal steps, was not run yet, or neither was timed.
     """
-    both = METHODS[args.method].time_of, args.method.removesuffix("-time")
+    both = str(METHODS[args.method].time_of), args.method.removesuffix("-time")
+    found = results.read(args.results)
     for seed in (args.seed, 0):
-        other, same = (json.loads(file_of(args, str(name), seed).read_text())["seconds"] for name in both)
+        runs = [found.get((args.domain, name, args.layers, seed)) for name in both]
+        other, same = (run and run["seconds"] for run in runs)
         if other and same:
             return round(args.steps * other / same)
-    raise FileNotFoundError(f"Expected the seconds of {' and '.join(map(str, both))}, got --shared runs: run both alone.")
+    raise ValueError(f"Expected the seconds of {both[0]} and {both[1]} in {args.results}, got none. Run both first, alone.")
 
 
-def file_of(args: argparse.Namespace, method: str, seed: int) -> Path:
-    layers = "full" if method == "full" else args.layers
-    return args.results / f"{args.domain}-{method}-{layers}-{seed}.json"
-
-
-def train(args: argparse.Namespace, train: list[Question], encoder: QuestionEncoder) -> tuple[nn.Module, dict[str, Any]]:
+def train(
+    args: argparse.Namespace, train: list[Question], test: list[Example], encoder: QuestionEncoder
+) -> tuple[nn.Module, dict[str, Any]]:
     """The model that the method makes, and what it took."""
     method = METHODS[args.method]
     steps = args.steps if method.time_of is None else steps_for_the_time_of(args)
-    held, rest = sorted(train[:CALIBRATION], key=length), train[CALIBRATION:]
+    held, rest = train[: args.set_aside][: args.calibration], train[args.set_aside :]
+    held = sorted(held, key=length)
     set_seed(args.seed)
-    model = AutoModelForCausalLM.from_pretrained(args.base)
+    model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
     depth = model.config.num_hidden_layers
     if method.from_scratch:
         model.config.num_hidden_layers = args.layers
         model = LlamaForCausalLM(model.config)
     arguments = TrainingArguments(
-        output_dir=str(args.results),  # nothing is saved
+        output_dir=str(args.results.parent),  # nothing is saved
         max_steps=steps,
         train_sampling_strategy="group_by_length",
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if args.constant else "linear",
         warmup_steps=20,
+        bf16=args.bf16,
         logging_steps=steps,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        include_num_input_tokens_seen="non_padding",
         use_cpu=args.device == "cpu",
         seed=args.seed,
     )
-    drops = Drops()
+    clock = time.process_time if args.device == "cpu" else time.perf_counter
+    drops, choosing = Drops(), Stopwatch(clock)
+    curve = Curve([*args.evaluate_at, steps], clock, lambda model: measure(model, test, encoder, args), print)
     common: dict[str, Any] = {
-        "train_dataset": [encoder.example(question, question.right) for question in rest],
+        "train_dataset": examples(rest, encoder),
         "data_collator": encoder.collate,
         "processing_class": encoder.tokenizer,
-        "callbacks": [drops],
+        "callbacks": [drops, choosing.before],
     }
     if method.only_head:
         drop_layers(model, list(range(args.layers, depth)))
@@ -196,14 +140,27 @@ def train(args: argparse.Namespace, train: list[Question], encoder: QuestionEnco
         trainer: Trainer = Trainer(model, arguments, **common)
     else:
         schedule.WARM_UP = WARM_UP if method.warm_up is None else method.warm_up
-        calibration = encoder.rows(held[::4]) if method.by_choices else [encoder.example(q, q.right) for q in held]
+        calibration: Any = encoder.rows(held[::4]) if method.by_choices else examples(held, encoder)
         trim = make_trim(method, method.trim, args.layers, depth, steps, args.seed)
         trainer = TrimTrainer(model, arguments, trim=trim, calibration_dataset=calibration, **common)
-    clock = time.process_time if args.device == "cpu" else time.perf_counter
-    start = clock()
+    trainer.add_callback(choosing.after)  # behind what drops layers
+    trainer.add_callback(curve)
+    start = curve.began = clock()
     trainer.train()
-    seconds = None if args.shared else clock() - start
-    return model, {"seconds": seconds, "steps": steps, "depth_after_step": drops.found}
+    seconds = clock() - start - curve.seconds
+    return model, {
+        "seconds": None if args.shared else seconds,
+        "choosing_seconds": None if args.shared else choosing.seconds,
+        "steps": steps,
+        "depth_after_step": drops.found,
+        "curve": curve.points,
+    }
+
+
+def measure(model: nn.Module, pieces: list[Example], encoder: QuestionEncoder, args: argparse.Namespace) -> float:
+    """Loss per labelled token."""
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+        return loss_per_token(model, pieces, encoder, 8 if args.device == "cpu" else 32)
 
 
 def main(flags: list[str] | None = None) -> None:
@@ -217,10 +174,17 @@ def main(flags: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--constant", action="store_true", help="whether the learning rate does not fall after its warm-up")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, with weights in float32")
+    parser.add_argument("--evaluate_at", nargs="*", type=int, default=[], help="steps, beside the last; 0: before the first")
     parser.add_argument("--questions", type=int, default=300, help="to test on, at most")
+    parser.add_argument("--set_aside", type=int, default=64, help="training questions that no method trains on")
+    parser.add_argument("--calibration", type=int, default=64, help="how many of these score the layers")
     parser.add_argument("--words", type=int, default=32, help="of a passage")
+    parser.add_argument("--max_length", type=int, default=128, help="tokens that a model reads")
     parser.add_argument("--labels", type=int, default=6, help="to choose from, at most")
-    parser.add_argument("--results", type=Path, default=HERE / "results/12x96")
+    parser.add_argument("--book_pieces", type=int, default=100, help="of the book")
+    parser.add_argument("--results", type=Path, default=HERE / "results/12x96.jsonl", help="the base's file")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shared", action="store_true", help="other runs use the GPU too: no time is recorded")
     args = parser.parse_args(flags)
@@ -229,35 +193,51 @@ def main(flags: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU; nothing on a CPU
     logging.set_verbosity_error()
 
-    encoder = load_encoder(args.base)
+    encoder = load_encoder(args.base, args.max_length)
     learned, tested = make_questions(args, encoder)
-    model, cost = train(args, learned, encoder)
-    right = [encoder.example(question, question.right) for question in tested]
-    frequent = Counter(question.answer for question in tested).most_common(1)[0][1]
+    model, cost = train(args, learned, examples(tested, encoder), encoder)
+    chosen: dict[str, Any] = {"questions": len(tested)}
+    if len(tested[0].choices) > 1:
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            chosen = score_questions(model, tested, encoder, 64)
+        frequent = Counter(question.answer for question in tested).most_common(1)[0][1]
+        chosen["always_the_same_answer"] = frequent / len(tested)
+    book = pieces_of_book(args.data, encoder, args.book_pieces)
+    layers = model.config.num_hidden_layers
     told = {
         "domain": args.domain,
         "method": args.method,
-        "layers": model.config.num_hidden_layers,
+        "layers": layers,
+        "target": layers if args.method == "full" else args.layers,
         "seed": args.seed,
         **cost,
-        **score_questions(model, tested, encoder, 64),
-        "always_the_same_answer": frequent / len(tested),
-        "answer_loss": general_loss(model, right, encoder, 32)["loss"],
-        "book_loss": general_loss(model, pieces_of_book(args.data, encoder), encoder, 25)["loss"],
+        **chosen,
+        "answer_loss": cost["curve"][-1]["loss"],
+        "book_loss": measure(model, book, encoder, args),
         "kept_layers": list(LayerMap.from_config(model.config).kept_layers),
         "trained_questions": cost["steps"] * args.batch_size,
         "learning_rate": args.learning_rate,
+        "constant": args.constant,
+        "bf16": args.bf16,
+        "calibration": args.calibration,
         "words": args.words,
-        "base": json.loads((args.base / "base.json").read_text())["tokens_seen"],
-        "machine": platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(),
+        "max_length": args.max_length,
+        "machine": machine(args.device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    file = file_of(args, args.method, args.seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(told, indent=2) + "\n")
+    results.add(args.results, told)
     took = "" if args.shared else f", {told['seconds']:.0f} s"
-    print(f"{file.stem}: accuracy {told['accuracy']:.3f}, loss {told['answer_loss']:.3f}{took}", flush=True)
+    named = f"{args.domain}-{args.method}-{told['target']}-{args.seed}"
+    print(f"{named}: accuracy {told.get('accuracy', '-')}, loss {told['answer_loss']:.3f}{took}", flush=True)
+
+
+def machine(device: str) -> str:
+    """What the processor calls itself."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    told = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in told if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

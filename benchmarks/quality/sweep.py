@@ -1,7 +1,7 @@
-"""Run every row of the comparison that has no file of results yet, several at once.
+"""Run every row of the comparison that has no line of results yet, several at once.
 
     python benchmarks/quality/sweep.py --processes 2
-    python benchmarks/quality/sweep.py --processes 12 --device cuda --base BASE --results benchmarks/quality/results/24x384
+    python benchmarks/quality/sweep.py --processes 12 --device cuda --base BASE --results 24x384.jsonl
 
 Full depth and every method at half of it; the methods of `EVERY_DEPTH` at a quarter, a third and three quarters as well.
 What sweep.py does not know of is a flag of run.py's, for every row. Stopped, it goes on where it was.
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import results
 import run
 from methods import METHODS
 from transformers import AutoConfig
@@ -45,23 +46,31 @@ def main() -> None:
     more += ["--base", str(args.base), "--results", str(args.results)]
     depth = AutoConfig.from_pretrained(args.base).num_hidden_layers
     wanted = [
-        (args.results / f"{domain}-{method}-{'full' if method == 'full' else layers}-{seed}.json",
-         ["--domain", domain, "--method", method, "--layers", str(layers), "--seed", str(seed), *more])
+        (domain, method, layers, seed)
         for method, layers in rows(depth, args.methods, args.more_depths)
         for seed in args.seeds
         for domain in args.domains
-    ]  # fmt: skip
-    missing = [flags for file, flags in wanted if not file.exists()]
+    ]
+    there = results.read(args.results)
+    missing = [key for key in wanted if (key if key[1] != "full" else (key[0], "full", depth, key[3])) not in there]
     print(f"{len(missing)} of {len(wanted)} rows are missing", flush=True)
     failed = 0
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(run.main, flags): flags for flags in missing}
-        for done in as_completed(waiting):
-            if error := done.exception():
-                failed += 1
-                print(f"{' '.join(waiting[done][:8])}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        for later in (False, True):  # who gets the time of another waits until that one has run
+            due = [key for key in missing if (METHODS[key[1]].time_of is not None) == later]
+            waiting = {pool.submit(run.main, [*flags_of(key), *more]): key for key in due}
+            for done in as_completed(waiting):
+                if error := done.exception():
+                    failed += 1
+                    print(f"{waiting[done]}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     if failed:
         raise SystemExit(f"{failed} of {len(missing)} rows failed.")
+
+
+def flags_of(key: results.Key) -> list[str]:
+    """What tells run.py which row to run."""
+    names = ("--domain", "--method", "--layers", "--seed")
+    return [text for name, value in zip(names, key, strict=True) for text in (name, str(value))]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/quality/table.py            # from benchmarks/quality/results; also writes benchmarks/quality.png
 
-A folder of results is a base. ± at an accuracy is the larger of two standard errors of the mean over the seeds: that from
+A file of results is a base. ± at an accuracy is the larger of two standard errors of the mean over the seeds: that from
 the seeds' own spread, and that from the number of questions. What a method is above or below full depth, and its time, are
 of the full-depth runs of the same seeds, and ± is the standard error of that difference. The picture is of the first
 base. How fast each depth decodes is what `speed.py` measured.
@@ -22,6 +22,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import results
 from methods import METHODS
 
 HERE = Path(__file__).parent
@@ -31,14 +32,11 @@ Result = dict[str, Any]
 Runs = dict[tuple[str, str, int], dict[int, Result]]  # domain, method, layers: by seed
 
 
-def read(folder: Path) -> Runs:
+def read(file: Path) -> Runs:
     """All results, by domain, method and depth, and then by seed."""
     found: Runs = defaultdict(dict)
-    for file in sorted(folder.glob("*.json")):
-        result = json.loads(file.read_text())
-        # a sublayer model has all of its blocks; the file's name says how deep it is counted
-        layers = result["layers"] if result["method"] == "full" else int(file.stem.split("-")[-2])
-        found[result["domain"], result["method"], layers][result["seed"]] = result
+    for (domain, method, target, seed), result in results.read(file).items():
+        found[domain, method, target][seed] = result
     return dict(found)
 
 
@@ -188,7 +186,7 @@ def draw(panels: Iterable[tuple[str, str, dict[str, list[tuple[int, float, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="a folder for each base")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="with a file for each base")
     parser.add_argument(
         "--bases", type=Path, default=HERE, help="where base-NAME.json lies, and speed-NAME.json if there is one"
     )
@@ -197,9 +195,9 @@ def main() -> None:
     told: list[str] = []
     for base in sorted(args.bases.glob("base-*.json")):
         name = base.stem.removeprefix("base-")
-        found, speed = read(args.results / name), args.bases / f"speed-{name}.json"
+        found, speed = read(args.results / f"{name}.jsonl"), args.bases / f"speed-{name}.json"
         if not domains_of(found):
-            raise SystemExit(f"Expected a result of method 'full' in {args.results / name}, got none. Run it first.")
+            raise SystemExit(f"Expected a result of method 'full' in {args.results / name}.jsonl, got none. Run it first.")
         decode = json.loads(speed.read_text()) if speed.exists() else None
         if not told:
             picture(found, decode, args.page.with_name("quality.png"))
