@@ -24,21 +24,18 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import Trainer, set_seed
+from transformers import AutoTokenizer, Trainer, set_seed
 from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 
-from domain.general_text import general_loss  # noqa: E402
-from domain.run import make_encoder  # noqa: E402
-from domain.settings import parse  # noqa: E402
-from domain.splits import load_splits  # noqa: E402
-from domain.table import load  # noqa: E402
-from medical import MEDICAL  # noqa: E402
+from medical import ASKS, HUB, load, parse  # noqa: E402
+from questions.choice_accuracy import QuestionEncoder, score_questions  # noqa: E402
+from questions.data import load_questions  # noqa: E402
+from questions.table import general_loss  # noqa: E402
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer  # noqa: E402
-from trimllm_hf.choice_accuracy import score_questions  # noqa: E402
 
 SCAN = {"importance": "sensitivity"}
 SCORES: dict[str, dict[str, Any]] = {
@@ -76,10 +73,10 @@ def prepare(args: argparse.Namespace, seed: int) -> tuple[Any, Any, dict[str, An
         *("--learning_rate", "1e-3", "--warmup_steps", "10", "--save_strategy", "no", "--eval_strategy", "no"),
         *("--logging_strategy", "no", "--report_to", "none", "--use_cpu", "--disable_tqdm", "true", "--seed", str(seed)),
     ]
-    recipe, _, arguments = parse(MEDICAL, flags)
-    encoder = make_encoder(recipe)
+    recipe, _, arguments = parse(flags)
+    encoder = QuestionEncoder(AutoTokenizer.from_pretrained(args.base), args.max_length)
     if seed not in _QUESTIONS:
-        _QUESTIONS[seed] = load_splits(recipe, MEDICAL, encoder, seed)
+        _QUESTIONS[seed] = load_questions(recipe, HUB, ASKS, encoder, seed)
     return arguments, encoder, _QUESTIONS[seed]
 
 

@@ -18,14 +18,29 @@ file or `--max_choices` of them (contracts copy clauses from each other, so `--d
 
     {"text": "This Agreement shall be governed by the laws of …", "label": "Governing Law"}
 
-The other shapes of rows, how answers are ranked, the splits, the flags and the card at the end are the same in every
-domain: medical.py says it. **The demo's deeds, codes and rules are invented**: it shows trimming at work, not law.
+The other shapes of rows, how answers are ranked, the splits and the flags are those of every recipe: docs/recipes.md.
+
+**The demo's deeds, codes and rules are invented**: it shows trimming at work, not law.
 """
 
+import copy
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from domain import Demo, Domain, HubData, run
+import torch
+from accelerate.utils import wait_for_everyone
+from questions.choice_accuracy import PROMPT, QuestionEncoder
+from questions.data import DataArguments, HubData, load_questions
+from questions.demo import DEMO_FLAGS, Demo, make_demo
+from questions.table import answer, describe, score, show
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+from transformers.utils import logging
+
+from trimllm_hf import TrimConfig, TrimTrainer, measure_latency
+
+ASKS = "Which type of clause is this?"  # of a text with a label
 
 
 def case_hold(row: dict[str, Any]) -> dict[str, Any]:
@@ -34,25 +49,121 @@ def case_hold(row: dict[str, Any]) -> dict[str, Any]:
     return {**asked, "choices": row["endings"], "answer": row["label"]}
 
 
-LEGAL = Domain(
-    name="legal",
-    subject="legal text: contract clauses and holdings",
-    hub={"coastalcph/lex_glue": HubData("cc-by-4.0", "case_hold", case_hold)},
-    asks="Which type of clause is this?",
-    demo=Demo(
-        member="deed",
-        family="code",
-        belongs="a {} is made under the {}",
-        relations=(
-            ("is heard by the {} court", "Which court hears a {}?", "county appeal navy tax probate federal patent labour"),
-            ("asks for a {}", "What does a {} ask for?", "seal witness notary stamp oath deposit register signature"),
-            ("puts the costs on the {}", "Who bears the costs of a {}?", "buyer seller tenant landlord bank insurer"),
-            ("gives {}", "Which remedy does a {} give?", "damages rescission injunction restitution penalty eviction lien"),
-            ("ends with {}", "With what does a {} end?", "notice death payment breach merger dissolution"),
-        ),
+HUB = {"coastalcph/lex_glue": HubData("cc-by-4.0", "case_hold", case_hold)}
+DEMO = Demo(
+    member="deed",
+    family="code",
+    belongs="a {} is made under the {}",
+    relations=(
+        ("is heard by the {} court", "Which court hears a {}?", "county appeal navy tax probate federal patent labour"),
+        ("asks for a {}", "What does a {} ask for?", "seal witness notary stamp oath deposit register signature"),
+        ("puts the costs on the {}", "Who bears the costs of a {}?", "buyer seller tenant landlord bank insurer"),
+        ("gives {}", "Which remedy does a {} give?", "damages rescission injunction restitution penalty eviction lien"),
+        ("ends with {}", "With what does a {} end?", "notice death payment breach merger dissolution"),
     ),
-    not_for=("As legal advice: no answer of it was checked by anybody who knows the law.",),
 )
 
+
+@dataclass
+class Arguments(DataArguments):
+    """The flags of the data, and those of this recipe."""
+
+    dataset_name: str = "coastalcph/lex_glue"
+    compare_full_depth: bool = field(default=False, metadata={"help": "Also fine-tune at full depth, for the same steps."})
+
+
+def parse(argv: Sequence[str]) -> tuple[Arguments, TrimConfig, TrainingArguments]:
+    """The settings. A flag that is given wins over the demo's, a target over the default one."""
+    flags = ["--output_dir", "runs/legal", "--target_ratio", "0.5"]
+    if "--demo" in argv:
+        flags = ["--output_dir", "runs/legal-demo", "--target_layers", "6", *DEMO_FLAGS]
+    if any(flag.replace("_", "-").startswith("--target-") for flag in argv):
+        del flags[2:4]
+    return HfArgumentParser((Arguments, TrimConfig, TrainingArguments)).parse_args_into_dataclasses([*flags, *argv])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Load, prompt, train and trim, evaluate, save, push."""
+    recipe, trim, args = parse(argv)
+    # one process logs a line a drop, the others errors only
+    logging.get_logger("transformers.trimllm_hf").setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
+    if recipe.demo:
+        make_demo(DEMO, recipe, args)
+
+    # ---- load: tokenizer, and questions in splits that share nothing
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model_name_or_path)
+    config = AutoConfig.from_pretrained(recipe.model_name_or_path).get_text_config()
+    longest = min(recipe.max_length, getattr(config, "max_position_embeddings", recipe.max_length))
+    encoder = QuestionEncoder(tokenizer, longest, PROMPT)  # PROMPT stands between context and answer
+    questions = load_questions(recipe, HUB, ASKS, encoder, args.seed)
+    models = {"base, before fine-tuning": recipe.model_name_or_path}
+
+    trains = args.do_train or not args.do_eval or args.eval_strategy != "no"  # which sets do_eval by itself
+    if trains:
+        if "train" not in questions:
+            raise ValueError("Expected training questions, got test questions only. Give --train_file, or --do_eval.")
+        # ---- prompt: context, question and right answer, with loss on the answer alone
+        train, validation = ([encoder.example(q, q.right) for q in questions[split]] for split in ("train", "validation"))
+
+        # ---- train and trim
+        common = {"eval_dataset": validation, "data_collator": encoder.collate, "processing_class": tokenizer}
+        trainer = TrimTrainer(load(recipe.model_name_or_path), args, trim=trim, train_dataset=train, **common)
+        resume = args.resume_from_checkpoint  # "true": the newest checkpoint in output_dir
+        trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+
+        # ---- save; it is pushed when it is scored, so that its card says how well it does
+        trainer.save_model(_internal_call=True)
+        if recipe.compare_full_depth:
+            stock = copy.copy(args)
+            stock.output_dir, stock.push_to_hub, stock.eval_strategy = f"{args.output_dir}-full", False, "no"
+            # without the calibration examples here too: both train on the same questions
+            full = Trainer(load(recipe.model_name_or_path), stock, train_dataset=trainer.train_dataset, **common)
+            full.train()
+            full.save_model()
+            models["full depth, fine-tuned"] = str(stock.output_dir)
+        models["trimmed and fine-tuned"] = str(args.output_dir)
+
+    # ---- evaluate: each model as anybody would load it, timed in turn with the base
+    wait_for_everyone()  # the main process saves; all of them load
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    prompt_tokens = max(1, min(len(encoder.prompt(questions["test"][0])), longest - 32))
+    rows: list[dict[str, Any]] = []
+    base = None
+    for name, path in models.items():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(args.device)
+        row = score(model, questions, encoder, args.per_device_eval_batch_size, recipe.general_file)
+        if row:  # the main process
+            latency = measure_latency(model, base, prompt_tokens=prompt_tokens, new_tokens=32, repeats=7)
+            speed = latency.runs[0].decode_ms_per_token.p50
+            depth = model.config.get_text_config().num_hidden_layers
+            rows.append({"model": name, "layers": depth, "parameters": model.num_parameters(), "ms_per_token": speed, **row})
+        base = model if base is None else base
+    if rows:
+        show(rows, questions["test"], str(args.output_dir))
+        answer(model, questions["test"][0], encoder)
+    if not trains:
+        return
+
+    # ---- card and push
+    if rows:
+        card, of = trainer.card_data, {"base": rows[0], "trimmed": rows[-1]}
+        aside = "The calibration examples are of them" if trainer.calibration_set_aside else None
+        describe(card, of | ({"full": rows[1]} if recipe.compare_full_depth else {}), recipe, questions, aside)
+        card.domain = f"{'an invented domain in place of ' * recipe.demo}legal text: contract clauses and holdings"
+        card.not_for = ["As legal advice: no answer of it was checked by anybody who knows the law."]
+        card.not_for += ["For anything in earnest: every name and fact that it was taught is invented."] * recipe.demo
+        asked = questions["test"][0]
+        card.usage_prompt = f"{asked.context}\n{PROMPT.format(question=asked.text)}".lstrip("\n")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card()
+
+
+def load(path: str) -> Any:
+    """A model to train."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
 if __name__ == "__main__":
-    run(LEGAL, sys.argv[1:])
+    main(sys.argv[1:])

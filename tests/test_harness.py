@@ -20,7 +20,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from trimllm_hf import drop_layers
-from trimllm_hf.choice_accuracy import Question, QuestionEncoder, log_likelihoods, score_questions
+
+sys.path.append(str(Path(__file__).parent.parent / "recipes"))
+from questions.choice_accuracy import Question, QuestionEncoder, log_likelihoods, score_questions
 
 TASK = """
 task: ours

@@ -93,7 +93,7 @@ def test_a_decoder_learns_the_words_of_the_verbalizer(run: Any, tmp_path: Path) 
 )
 def test_a_verbalizer_that_makes_no_sense_is_refused(room: Any, given: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        room("domain.ways").verbalize(["a", "b"], given)
+        room("classification").verbalize(["a", "b"], given)
 
 
 def test_depths_that_the_base_has_not_are_refused(room: Any, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import random
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,15 +22,18 @@ from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trimllm_hf.choice_accuracy import Question, QuestionEncoder
-
 RECIPES = Path(__file__).parent.parent / "recipes"
+sys.path.append(str(RECIPES))
+from questions import choice_accuracy, data, demo  # noqa: E402
+from questions.choice_accuracy import Question, QuestionEncoder  # noqa: E402
+
+PACKAGE = "trimllm_hf"
 NAMES = ("medical", "legal", "finance", "classification")
 
 
 @pytest.fixture
 def room(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The recipes' modules: `room("domain.splits")`."""
+    """The recipes' modules: `room("finance")`."""
     monkeypatch.syspath_prepend(str(RECIPES))
     return importlib.import_module
 
@@ -63,8 +68,8 @@ def load(room: Any, encoder: QuestionEncoder, tmp_path: Path) -> Any:
             for split in ("train", "validation", "test")
             if split in given
         }
-        recipe = room("domain.settings").DomainArguments(**files, **given)
-        return room("domain.splits").load_splits(recipe, room("finance").FINANCE, encoder, seed)
+        finance = room("finance")
+        return data.load_questions(data.DataArguments(**files, **given), finance.HUB, finance.ASKS, encoder, seed)
 
     return load
 
@@ -75,7 +80,7 @@ def load(room: Any, encoder: QuestionEncoder, tmp_path: Path) -> Any:
 def test_a_csv_file_without_header_gives_questions(room: Any, tmp_path: Path) -> None:
     path = tmp_path / "law_test.csv"
     path.write_text('"Which, of these?",one,two,three,four,C\nWhat?,a,b,c,d,a\n', encoding="utf-8")
-    assert room("domain.rows").read_file(str(path)) == [
+    assert list(data.read_file(str(path))) == [
         {"question": "Which, of these?", "choices": ["one", "two", "three", "four"], "answer": 2},
         {"question": "What?", "choices": ["a", "b", "c", "d"], "answer": 0},
     ]
@@ -98,7 +103,7 @@ def test_a_file_that_holds_no_rows_is_refused(room: Any, tmp_path: Path, name: s
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=said):
-        room("domain.rows").read_file(str(path))
+        list(data.read_file(str(path)))
 
 
 def test_a_text_may_hold_any_character(room: Any, tmp_path: Path) -> None:
@@ -106,7 +111,7 @@ def test_a_text_may_hold_any_character(room: Any, tmp_path: Path) -> None:
     rows = [{"text": f"one{mark}two", "label": "yes"} for mark in "\u2028\u2029\x85\x0b\x0c\x1c"]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n", encoding="utf-8")
-    assert room("domain.rows").read_file(str(path)) == rows
+    assert list(data.read_file(str(path))) == rows
 
 
 # ---- splits
@@ -244,36 +249,33 @@ def test_choices_can_be_fewer_than_the_labels(load: Any) -> None:
 )
 def test_hub_rows_become_questions(room: Any, recipe: str, name: str, row: dict[str, Any], made: tuple[Any, ...]) -> None:
     """A row with the fields that the data set's card names; a long context, so that nothing is cut."""
-    domain = getattr(room(recipe), recipe.upper())
-    questions = room("domain.questions")
-    shaped = domain.hub[name].to_row(row)
+    module = room(recipe)
+    split = data.Split([module.HUB[name].to_row(row)], "the Hub")
     whole = SimpleNamespace(fitting=lambda made, source: made)
-    asking = questions.Asking(domain.asks, ("bearish", "bullish"))
-    assert questions.make_questions([shaped], "the Hub", whole, 0, asking) == [Question(*made)]
+    assert data.make_questions(split, whole, 0, module.ASKS, ("bearish", "bullish")) == [Question(*made)]
 
 
 def test_finance_alpaca_answers_are_ranked_against_others(room: Any) -> None:
     rows = [{"instruction": f"Explain {n}", "input": "in short", "output": f"It is {n}"} for n in range(6)]
-    questions, shape = room("domain.questions"), room("finance").FINANCE.hub["gbharti/finance-alpaca"].to_row
+    shape = room("finance").HUB["gbharti/finance-alpaca"].to_row
     whole = SimpleNamespace(fitting=lambda made, source: made)
-    made = questions.make_questions([shape(row) for row in rows], "the Hub", whole, 0, questions.Asking("?"))
+    made = data.make_questions(data.Split([shape(row) for row in rows], "the Hub"), whole, 0, "?")
     assert [(q.text, q.right) for q in made] == [(f"Explain {n} in short", f"It is {n}") for n in range(6)]
     assert all(len(set(q.choices)) == 4 and q.per_token for q in made)
 
 
-def test_hub_splits_labels_by_name_and_without_the_unlabelled(room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_splits_labels_by_name_and_without_the_unlabelled(monkeypatch: pytest.MonkeyPatch) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["World", "Sports"])})
     part = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
-    rows, settings = room("domain.rows"), room("domain.settings")
     asked = []
 
     def load_dataset(*args: Any, **kwargs: Any) -> DatasetDict:
         asked.append((args, kwargs))
         return DatasetDict(train=part, test=part, unsupervised=part)
 
-    monkeypatch.setattr(rows, "load_dataset", load_dataset)
-    recipe = settings.DomainArguments(dataset_name="fancyzhx/ag_news", dataset_revision="abc")
-    found = rows.read_hub(recipe, settings.HubData("unknown", unlabelled=("test",)))
+    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    recipe = data.DataArguments(dataset_name="fancyzhx/ag_news", dataset_revision="abc")
+    found = data.read_hub(recipe, data.HubData("unknown", unlabelled=("test",)))
     assert found == {"train": [{"text": "a", "label": "Sports"}, {"text": "b", "label": "World"}]}
     assert asked == [(("fancyzhx/ag_news", None), {"revision": "abc"})] and recipe.dataset_revision == "abc"
 
@@ -298,36 +300,65 @@ def test_the_launch_lines_of_a_docstring_are_right(
         for word in words:
             assert not word.startswith("recipes/") or (RECIPES.parent / word).is_file(), word
         flags = [word for word in words[words.index(f"recipes/{name}.py") + 1 :] if word != "--bf16"]
-        parsed = module.parse(flags) if name == "classification" else room("domain.settings").parse(domain_of(module), flags)
-        assert parsed[0].dataset_name in (module.CLASSIFICATION if name == "classification" else domain_of(module)).hub
-
-
-def domain_of(module: Any) -> Any:
-    return getattr(module, module.__name__.upper())
+        assert module.parse(flags)[0].dataset_name in module.HUB
 
 
 def test_a_given_flag_wins_over_the_demos(room: Any, tmp_path: Path) -> None:
-    settings, legal = room("domain.settings"), room("legal").LEGAL
-    recipe, trim, args = settings.parse(legal, ["--demo", "--max_steps", "7", "--output_dir", str(tmp_path)])
+    legal = room("legal")
+    recipe, trim, args = legal.parse(["--demo", "--max_steps", "7", "--output_dir", str(tmp_path)])
     assert (args.max_steps, args.output_dir, trim.target_layers, recipe.compare_full_depth) == (7, str(tmp_path), 6, True)
-    recipe, trim, args = settings.parse(legal, ["--output_dir", str(tmp_path), "--target-layers", "3"])
-    assert (trim.target_layers, trim.target_ratio, recipe.dataset_config_name) == (3, None, "case_hold")
+    recipe, trim, args = legal.parse(["--output_dir", str(tmp_path), "--target-layers", "3"])
+    assert (trim.target_layers, trim.target_ratio, recipe.compare_full_depth) == (3, None, False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "read"),
+    [
+        ([], ("coastalcph/lex_glue", "case_hold")),
+        (["--dataset_config_name", "ledgar"], ("coastalcph/lex_glue", "ledgar")),
+        (["--dataset_name", "org/other"], ("org/other", None)),
+    ],
+)
+def test_a_data_set_is_read_in_the_configuration_that_the_recipe_knows(
+    room: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], read: tuple[str, str | None]
+) -> None:
+    asked = []
+    monkeypatch.setattr(data, "load_dataset", lambda *args, **kwargs: asked.append(args) or {})
+    legal = room("legal")
+    recipe, *_ = legal.parse(["--output_dir", str(tmp_path), *flags])
+    with pytest.raises(StopIteration):  # a data set without a split
+        data.load_questions(recipe, legal.HUB, legal.ASKS, None, 0)
+    assert asked == [read]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_can_be_taken_away(name: str) -> None:
+    """It is one file of a readable length that needs the library of questions, and of ours only public names."""
+    tree = ast.parse((RECIPES / f"{name}.py").read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    ours = {module for module in imported if module.split(".")[0] == PACKAGE}
+    beside = {module for module in imported if (RECIPES / f"{module.split('.')[0]}.py").exists()}
+    assert ours == {PACKAGE} and beside == ({"finance", "medical"} if name == "classification" else set())
+    assert len((RECIPES / f"{name}.py").read_text().splitlines()) <= (300 if name == "classification" else 200)
+    modules = sorted((RECIPES / "questions").rglob("*.py"))
+    assert len(modules) <= 4
+    assert sum(bool(line.strip()) for module in modules for line in module.read_text().splitlines()) <= 700
 
 
 @pytest.mark.parametrize("name", ["medical", "legal", "finance"])
 def test_a_demo_asks_what_its_textbook_implies_and_does_not_say(room: Any, name: str) -> None:
     """The right answer is that of the member's class, and no sentence of the textbook names both."""
-    demo = domain_of(room(name)).demo
-    textbook, train, test = room("domain.demo").make_domain(demo, seed=1)
+    words_of = room(name).DEMO
+    textbook, train, test = demo.make_domain(words_of, seed=1)
     words = [set(sentence.split()) for sentence in textbook]
-    classes = {word for sentence in words for word in sentence if word.endswith(demo.family)}
+    classes = {word for sentence in words for word in sentence if word.endswith(words_of.family)}
     assert not {q["question"] for q in train} & {q["question"] for q in test} and len(train) + len(test) == 800
-    answers = [set(values.split()) for _, _, values in demo.relations]
+    answers = [set(values.split()) for _, _, values in words_of.relations]
     assert sum(map(len, answers)) == len(set.union(*answers))  # an answer tells the relation
     for question in test:
         right = question["choices"][question["answer"]]
         assert len(set(question["choices"])) == 4
-        member = next(word for word in re.findall(r"\w+", question["question"]) if word.endswith(demo.member))
+        member = next(word for word in re.findall(r"\w+", question["question"]) if word.endswith(words_of.member))
         (family,) = {word for sentence in words if member in sentence for word in sentence & classes}
         assert any(family in sentence and right in sentence for sentence in words)
         assert not any(member in sentence and right in sentence for sentence in words)
@@ -336,37 +367,36 @@ def test_a_demo_asks_what_its_textbook_implies_and_does_not_say(room: Any, name:
 # ---- exact match
 
 
-def test_exact_match_on_a_case_worked_out_by_hand(room: Any) -> None:
+def test_exact_match_on_a_case_worked_out_by_hand() -> None:
     import evaluate
 
-    metric = evaluate.load(room("domain.generation").FOLDER, keep_in_memory=True)
+    metric = evaluate.load(choice_accuracy.__file__, "exact_match", keep_in_memory=True)
     found = metric.compute(predictions=["Yes", " the  liver", "no no", ""], references=["yes", "The liver", "no", "no"])
     assert found["exact_match"] == 0.5 and found["standard_error"] == 0.25
     with pytest.raises(ValueError, match="at least one"):
         metric.compute(predictions=[], references=[])
 
 
-def test_a_batch_writes_what_each_question_alone_would(room: Any, encoder: QuestionEncoder) -> None:
+def test_a_batch_writes_what_each_question_alone_would(encoder: QuestionEncoder) -> None:
     """Padding on the left changes nothing: the reference generates from each prompt by itself, token by token."""
-    generation = room("domain.generation")
     torch.manual_seed(0)
     model = tiny_model("llama").eval()
     contexts = ["", "one", "two three four", "five " * 9]
     questions = [Question("one ?", ("yes", "no no no"), 0, context) for context in contexts]
-    written = generation.write(model, questions, encoder, batch_size=3)
+    written = choice_accuracy.write(model, questions, encoder, batch_size=3)
     for question, text in zip(questions, written, strict=True):
         ids = encoder.prompt(question)
-        for _ in range(generation.answer_tokens(questions, encoder)):
+        for _ in range(choice_accuracy.answer_tokens(questions, encoder)):
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         expected = encoder.tokenizer.decode(ids[len(encoder.prompt(question)) :], skip_special_tokens=True)
         assert text == expected
-    score = generation.exact_match(model, questions, encoder, batch_size=2)
+    score = choice_accuracy.exact_match(model, questions, encoder, batch_size=2)
     assert score["exact_match"] == sum(text.split() == ["yes"] for text in written) / 4
 
 
-def test_only_short_answers_are_written(room: Any, encoder: QuestionEncoder) -> None:
-    short = room("domain.generation").short_answers
+def test_only_short_answers_are_written(encoder: QuestionEncoder) -> None:
+    short = choice_accuracy.short_answers
     assert short([Question("?", ("yes", "no"), 0)], encoder)
     assert not short([Question("?", ("yes", "one " * 20), 0)], encoder)
     assert not short([Question("?", ("yes", "no"), 0, per_token=True)], encoder)

@@ -14,17 +14,10 @@ evaluate = pytest.importorskip("evaluate", reason="evaluate is not installed")
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from trimllm_hf.choice_accuracy import FOLDER, Question, QuestionEncoder  # noqa: E402
-
 RECIPES = Path(__file__).parent.parent / "recipes"
-
-
-@pytest.fixture
-def rows_module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(RECIPES))
-    from domain import questions
-
-    return questions
+sys.path.append(str(RECIPES))
+from questions import data  # noqa: E402
+from questions.choice_accuracy import Question, QuestionEncoder  # noqa: E402
 
 
 @pytest.fixture
@@ -38,7 +31,7 @@ def encoder() -> QuestionEncoder:
 
 
 def test_the_metric_on_a_case_worked_out_by_hand() -> None:
-    metric = evaluate.load(FOLDER, keep_in_memory=True)
+    metric = evaluate.load(str(RECIPES / "questions" / "choice_accuracy.py"), keep_in_memory=True)
     scores = {"predictions": [[-1.0, -2.0], [-3.0, -0.5], [-4.0, -3.0]], "references": [0, 0, 0]}
     plain = metric.compute(**scores)
     assert plain["accuracy"] == pytest.approx(1 / 3) and plain["questions"] == 3
@@ -66,19 +59,19 @@ def test_answers_that_do_not_fit_are_refused_when_none_fits(encoder: QuestionEnc
         encoder.fitting([Question("one ?", ("two " * 20, "no"), 0)], "the file")
 
 
-def test_rivals_are_of_the_same_type_and_another_focus(rows_module: Any, encoder: QuestionEncoder) -> None:
+def test_rivals_are_of_the_same_type_and_another_focus(encoder: QuestionEncoder) -> None:
     rows = [
         {"question": "one ?", "answer": word, "qtype": qtype, "focus": f"{qtype}{word}"}
         for qtype in ("causes", "symptoms")
         for word in (("one", "two", "three", "four") if qtype == "causes" else ("yes", "no", "maybe", "five"))
     ]
-    made = rows_module.make_questions(rows, "the file", encoder, 0, rows_module.Asking("what ?"))
+    made = data.make_questions(data.Split(rows, "the file"), encoder, 0, "what ?")
     assert len(made) == 8
     for question, row in zip(made, rows, strict=True):
         assert question.right == row["answer"]
         same_type = {other["answer"] for other in rows if other["qtype"] == row["qtype"]}
         assert set(question.choices) == same_type and question.per_token
-    assert made == rows_module.make_questions(rows, "the file", encoder, 0, rows_module.Asking("what ?"))
+    assert made == data.make_questions(data.Split(rows, "the file"), encoder, 0, "what ?")
 
 
 @pytest.mark.parametrize(
@@ -92,9 +85,9 @@ def test_rivals_are_of_the_same_type_and_another_focus(rows_module: Any, encoder
         ([{"text": "one", "label": 3}], "as label a word or words, got 3 in row 1"),
     ],
 )
-def test_rows_that_make_no_sense_are_refused(rows: Any, said: str, rows_module: Any, encoder: QuestionEncoder) -> None:
+def test_rows_that_make_no_sense_are_refused(rows: Any, said: str, encoder: QuestionEncoder) -> None:
     with pytest.raises(ValueError, match=said):
-        rows_module.make_questions(rows, "the file", encoder, 0, rows_module.Asking("what ?"))
+        data.make_questions(data.Split(rows, "the file"), encoder, 0, "what ?")
 
 
 def run_recipe(*arguments: str, timeout: float) -> str:

@@ -1,136 +1,269 @@
-"""Training, validation and test questions that have nothing in common, from files or from the Hub."""
+"""Rows, of files or of the Hub, as multiple-choice questions in splits that have nothing in common."""
 
+import csv
 import hashlib
+import io
+import json
 import random
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from datasets import ClassLabel, load_dataset
+from questions.choice_accuracy import Question
 from transformers.utils import logging
-
-from trimllm_hf.choice_accuracy import Question
-
-from .questions import Asking, Fits, asked_in, make_questions, shape_of
-from .rows import Row, read_file, read_hub
-from .settings import Domain, DomainArguments, HubData
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
+Row = dict[str, Any]
+DECISIONS = ("yes", "no", "maybe")
+SHAPES: dict[str, Row] = {  # a row has the first that fits
+    "choices": {"question": "Which organ does insulin act on?", "choices": ["the liver", "the lens"], "answer": 0},
+    "decision": {"question": "Does aspirin prevent stroke?", "context": "We followed 200 …", "label": "maybe"},
+    "answer": {"question": "What causes gout?", "answer": "Uric acid …", "qtype": "causes", "focus": "Gout"},
+    "label": {"text": "Shares of the bank fell by a tenth.", "label": "bearish"},
+}
+CSV_EXAMPLE = "Which organ makes insulin?,the liver,the pancreas,the spleen,the lung,B"
 HELD_OUT, MOST_HELD_OUT = 5, 1000  # one row of five, but no more than a thousand
-Splits = dict[str, list[Row]]
 
 
-def load_splits(recipe: DomainArguments, domain: Domain, encoder: Fits, seed: int) -> dict[str, list[Question]]:
-    """Questions of the splits `train` (where there is one), `validation` and `test`.
+@dataclass
+class DataArguments:
+    """What every recipe takes besides `TrainingArguments`."""
 
-    Without validation data some training rows are held out; without test data the validation data are the test data.
+    model_name_or_path: str = "HuggingFaceTB/SmolLM2-135M"
+    dataset_name: str = ""  # by default the first that the recipe's docstring names
+    dataset_config_name: str | None = None
+    dataset_revision: str | None = None  # a branch, tag or commit; the commit that was read stands on the card
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
+    off_domain_file: list[str] | None = field(default=None, metadata={"help": "Of other domains: .jsonl, or MMLU's .csv."})
+    general_file: str | None = None  # a text outside the domain
+    max_length: int = 1024  # tokens of context, question and answer; the model's own context is a limit as well
+    max_choices: int | None = field(default=None, metadata={"help": "Labels a question; the wrong ones are drawn."})
+    max_train_samples: int | None = None
+    max_eval_samples: int = 500
+    drop_overlap: bool = field(default=False, metadata={"help": "Leave out training rows that are in the test data."})
+    demo: bool = False
 
-    Raises:
-        ValueError: If a split is empty, a row lacks a field, the test data have a label that is not trained, a row stands
-            in two splits, or no question of a split fits into the context.
+
+class HubData(NamedTuple):
+    """A data set on the Hub: its licence, its configuration, a row as one of `SHAPES`, splits without public answers."""
+
+    licence: str
+    config: str | None = None
+    to_row: Callable[[Row], Row] = lambda row: row
+    unlabelled: Sequence[str] = ()
+
+
+@dataclass
+class Split:
+    """Rows of one shape, and where they come from in words; refused, with an example, where a field is senseless."""
+
+    rows: list[Row]
+    source: str
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError(f"Expected questions in {self.source}, got none: it is empty.")
+        self.shape = shape = next((name for name, row in SHAPES.items() if row.keys() <= self.rows[0].keys()), "")
+        wanted = [SHAPES[shape]] if shape else list(SHAPES.values())
+        for number, row in enumerate(self.rows, start=1):
+            where = f"in row {number} of {self.source}"
+            if not shape or not wanted[0].keys() <= row.keys():
+                fields = " or ".join(str(list(example)) for example in wanted)
+                lines = "\n".join(json.dumps(example, ensure_ascii=False) for example in wanted)
+                raise ValueError(f"Expected the fields {fields}, got {list(row)} {where}. A row looks like this:\n{lines}")
+            if shape == "decision" and row["label"] not in DECISIONS:
+                raise ValueError(f"Expected a label of {DECISIONS}, got {row['label']!r} {where}.")
+            if shape == "choices" and row["answer"] not in range(len(row["choices"])):
+                raise ValueError(f"Expected as answer the index of one of {row['choices']}, got {row['answer']!r} {where}.")
+            if shape == "label" and not (isinstance(row["label"], str) and row["label"].strip()):
+                raise ValueError(f"Expected as label a word or words, got {row['label']!r} {where}.")
+
+    def asked(self, row: Row) -> str:
+        """What makes a row the same question as another one: its texts; of choices, the right one as well."""
+        if self.shape == "label":
+            return str(row["text"])
+        right = {"choices": lambda: row["choices"][row["answer"]], "answer": lambda: row["answer"]}
+        return "\n".join([row.get("context") or "", row["question"], right.get(self.shape, str)()])
+
+    def digests(self) -> list[str]:
+        """A hash of what each row asks, without regard to letter case and white space."""
+        asked = (" ".join(self.asked(row).casefold().split()) for row in self.rows)
+        return [hashlib.sha256(text.encode()).hexdigest() for text in asked]
+
+
+def load_questions(
+    recipe: DataArguments, hub: Mapping[str, HubData], asks: str, encoder: Any, seed: int
+) -> dict[str, list[Question]]:
+    """Questions of the splits `train`, `validation`, `test` and, if given, `off_domain`; `asks` is asked of a labelled text.
+
+    `hub` names the data sets that the recipe knows. Without validation data some training rows are held out; without test
+    data the validation data are the test data. Data that would give a wrong score are a ValueError.
     """
-    rows, sources = read_splits(recipe, domain)
-    shapes = {split: shape_of(part, sources[split]) for split, part in rows.items()}
-    part_apart(rows, sources, shapes, recipe.drop_overlap)
-    if "validation" not in rows and "train" in rows:
-        rows["train"], rows["validation"] = hold_out(rows["train"], shapes["train"], seed)
-        sources["validation"], shapes["validation"] = f"what was held out of {sources['train']}", shapes["train"]
-    asking = Asking(domain.asks, common_labels(rows, sources, shapes), recipe.max_choices)
-    questions = {}
-    for split, part in rows.items():
-        made = make_questions(part, sources[split], encoder, seed, asking)
-        limit = recipe.max_train_samples if split == "train" else recipe.max_eval_samples
-        questions[split] = random.Random(seed).sample(made, min(len(made), limit or len(made)))
+    files = {"train": recipe.train_file, "validation": recipe.validation_file, "test": recipe.test_file}
+    if any(files.values()):
+        splits = {split: Split(list(read_file(path)), path) for split, path in files.items() if path}
+    else:
+        rows = read_hub(recipe, hub.get(recipe.dataset_name, HubData("unknown")))
+        splits = {split: Split(part, f"the {split} split of {recipe.dataset_name}") for split, part in rows.items()}
+    part_apart(splits, recipe.drop_overlap)
+    if "validation" not in splits and "train" in splits:
+        splits["train"], splits["validation"] = hold_out(splits["train"], seed)
+    labels, questions = common_labels(splits), {}
+    for name, split in splits.items():
+        made = make_questions(split, encoder, seed, asks, labels, recipe.max_choices)
+        limit = recipe.max_train_samples if name == "train" else recipe.max_eval_samples
+        questions[name] = random.Random(seed).sample(made, min(len(made), limit or len(made)))
     questions.setdefault("test", questions.get("validation", []))
     questions.setdefault("validation", questions["test"])
+    if recipe.off_domain_file:
+        outside = []
+        for split in [Split(list(read_file(path)), path) for path in recipe.off_domain_file]:
+            labels = {row["label"] for row in split.rows} if split.shape == "label" else ()
+            outside += make_questions(split, encoder, seed, asks, tuple(sorted(labels)), recipe.max_choices)
+        questions["off_domain"] = random.Random(seed).sample(outside, min(len(outside), recipe.max_eval_samples))
     return questions
 
 
-def load_off_domain(recipe: DomainArguments, domain: Domain, encoder: Fits, seed: int) -> list[Question]:
-    """The questions of the files outside the domain together; none where no file is given."""
-    rows = [(path, read_file(path)) for path in recipe.off_domain_file or ()]
-    made: list[Question] = []
-    for path, part in rows:
-        shape = shape_of(part, path)
-        labels = tuple(sorted({row["label"] for row in part})) if shape == "label" else ()
-        made += make_questions(part, path, encoder, seed, Asking(domain.asks, labels, recipe.max_choices))
-    return random.Random(seed).sample(made, min(len(made), recipe.max_eval_samples))
+def read_file(path: str) -> Iterator[Row]:
+    """The rows of a JSON Lines file, or of a CSV file as MMLU's are: question, choices, letter of the right one."""
+    text = Path(path).read_text(encoding="utf-8")
+    if path.endswith(".csv"):
+        for number, cells in enumerate(csv.reader(io.StringIO(text)), start=1):
+            *asked, letter = cells or [""]
+            choices, place = asked[1:], "ABCDEFGHIJ".find(letter.strip().upper() or "-")
+            if len(choices) < 2 or not 0 <= place < len(choices):
+                raise ValueError(
+                    f"Expected question, choices and the letter of the right choice, got {len(cells)} cells that end with "
+                    f"{letter!r} in row {number} of {path}. A row looks like this:\n{CSV_EXAMPLE}"
+                )
+            yield {"question": asked[0], "choices": choices, "answer": place}
+        return
+    # at "\n" alone: splitlines() would cut a text at the line separators (U+2028) that JSON lets stand in it
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"Expected a JSON object a line, got {line[:60]!r} in line {number} of {path}.")
+        if line.strip():
+            yield row
 
 
-def read_splits(recipe: DomainArguments, domain: Domain) -> tuple[Splits, dict[str, str]]:
-    """The rows of each split, and where they come from in words."""
-    files = {"train": recipe.train_file, "validation": recipe.validation_file, "test": recipe.test_file}
-    if any(files.values()):
-        named = {split: path for split, path in files.items() if path}
-        return {split: read_file(path) for split, path in named.items()}, named
-    known = domain.hub.get(str(recipe.dataset_name), HubData("unknown"))
-    rows = read_hub(recipe, known)
-    return rows, {split: f"the {split} split of {recipe.dataset_name}" for split in rows}
+def read_hub(recipe: DataArguments, data: HubData) -> dict[str, list[Row]]:
+    """The rows of a data set on the Hub by split; `recipe.dataset_revision` becomes the commit that was read."""
+    recipe.dataset_config_name = recipe.dataset_config_name or data.config
+    parts = load_dataset(recipe.dataset_name, recipe.dataset_config_name, revision=recipe.dataset_revision)
+    urls = " ".join(url for part in parts.values() for url in part.info.download_checksums or ())
+    recipe.dataset_revision = next(iter(re.findall("@([0-9a-f]{40})/", urls)), recipe.dataset_revision)
+    rows = {}
+    for split in [name for name in ("train", "validation", "test") if name in parts and name not in data.unlabelled]:
+        label = parts[split].features.get("label")
+        names = label.names if isinstance(label, ClassLabel) and "text" in parts[split].features else None
+        rows[split] = [data.to_row({**row, "label": names[row["label"]]} if names else row) for row in parts[split]]
+    return rows
 
 
-def hold_out(rows: Sequence[Row], shape: str, seed: int) -> tuple[list[Row], list[Row]]:
+def hold_out(split: Split, seed: int) -> tuple[Split, Split]:
     """The rows to train on and those that are held out; rows that ask the same stand on one side together."""
-    alike: dict[str, list[Row]] = {}
-    for row in rows:
-        alike.setdefault(digest(asked_in(row, shape)), []).append(row)
+    alike: dict[str, list[Row]] = defaultdict(list)
+    for row, digest in zip(split.rows, split.digests(), strict=True):
+        alike[digest].append(row)
     groups = random.Random(seed).sample(list(alike.values()), len(alike))
     size = min(max(1, len(groups) // HELD_OUT), MOST_HELD_OUT)
-    held_out, kept = groups[:size], groups[size:]
-    return [row for group in kept for row in group], [row for group in held_out for row in group]
+    kept, held_out = ([row for group in part for row in group] for part in (groups[size:], groups[:size]))
+    return Split(kept, split.source), Split(held_out, f"what was held out of {split.source}")
 
 
-def digest(text: str) -> str:
-    """The hash of a text; letter case and white space make no difference."""
-    return hashlib.sha256(" ".join(text.casefold().split()).encode()).hexdigest()
-
-
-def part_apart(rows: Splits, sources: dict[str, str], shapes: dict[str, str], drop: bool) -> None:
-    """See to it that no row of a split stands in one that is more to be trusted: test, then validation, then train.
-
-    Raises:
-        ValueError: If one does, and `drop` does not leave it out.
-    """
-    trusted: list[str] = []
-    for split in ("test", "validation", "train"):
-        if split not in rows:
-            continue
-        hashes = [digest(asked_in(row, shapes[split])) for row in rows[split]]
-        for other in trusted:
-            known = {digest(asked_in(row, shapes[other])) for row in rows[other]}
-            found = [place for place, held in enumerate(hashes) if held in known]
-            if found and not drop:
-                example = " ".join(asked_in(rows[split][found[0]], shapes[split]).split())
+def part_apart(splits: dict[str, Split], drop: bool) -> None:
+    """See to it that no row of a split stands in one that is more to be trusted: test, then validation, then train."""
+    order = [name for name in ("test", "validation", "train") if name in splits]
+    for place, name in enumerate(order):
+        for split, other in ((splits[name], splits[trusted]) for trusted in order[:place]):
+            known = set(other.digests())
+            found = [digest in known for digest in split.digests()]
+            if any(found) and not drop:
+                example = " ".join(split.asked(split.rows[found.index(True)]).split())
                 raise ValueError(
-                    f"Expected rows in {sources[split]} that are not in {sources[other]}, got {len(found)} of "
-                    f"{len(rows[split])} that are, by the hash of their text, e.g. {example[:80]!r}. A score on them would "
-                    f"tell nothing. Take them out, or give --drop_overlap: it leaves them out of the {split} data."
+                    f"Expected rows in {split.source} that are not in {other.source}, got {sum(found)} of "
+                    f"{len(found)} that are, by the hash of their text, e.g. {example[:80]!r}. A score on them would "
+                    f"tell nothing. Take them out, or give --drop_overlap: it leaves them out of the {name} data."
                 )
-            if found:
-                logger.warning(f"Left {len(found)} rows out of {sources[split]}: they are in {sources[other]} as well.")
-                gone = set(found)
-                rows[split] = [row for place, row in enumerate(rows[split]) if place not in gone]
-                hashes = [held for place, held in enumerate(hashes) if place not in gone]
-                if not rows[split]:
-                    raise ValueError(f"Expected rows in {sources[split]} of its own, got none: all are in {sources[other]}.")
-        trusted.append(split)
+            if all(found):
+                raise ValueError(f"Expected rows in {split.source} of its own, got none: all are in {other.source}.")
+            if any(found):
+                logger.warning(f"Left {sum(found)} rows out of {split.source}: they are in {other.source} as well.")
+                split.rows = [row for row, known_row in zip(split.rows, found, strict=True) if not known_row]
 
 
-def common_labels(rows: Splits, sources: dict[str, str], shapes: dict[str, str]) -> tuple[str, ...]:
-    """The labels of labelled texts: those of the training data, or of the test data where nothing is trained.
-
-    Raises:
-        ValueError: If another split has a label that these have not, or there is one label only.
-    """
-    found = {split: {row["label"] for row in part} for split, part in rows.items() if shapes[split] == "label"}
-    if not found:
+def common_labels(splits: Mapping[str, Split]) -> tuple[str, ...]:
+    """The labels of labelled texts: those of the training data, or of the test data where nothing is trained."""
+    order = [splits[name] for name in ("train", "test", "validation") if name in splits]
+    labelled = [(split.source, {row["label"] for row in split.rows}) for split in order if split.shape == "label"]
+    if not labelled:
         return ()
-    first = next(split for split in ("train", "test", "validation") if split in found)
-    for split, labels in found.items():
-        if new := sorted(labels - found[first]):
+    source, known = labelled[0]
+    for other, labels in labelled:
+        if new := sorted(labels - known):
             raise ValueError(
-                f"Expected the same labels in every split, got {new} in {sources[split]}, which {sources[first]} has not "
-                f"({len(found[first])} labels, such as {sorted(found[first])[:3]}). Is it spelled in another way?"
+                f"Expected the same labels in every split, got {new} in {other}, which {source} has not "
+                f"({len(known)} labels, such as {sorted(known)[:3]}). Is it spelled in another way?"
             )
-        if gone := sorted(found[first] - labels):
-            logger.warning(f"{sources[split]} has no text labelled {', '.join(gone)}; they can be answered all the same.")
-    if len(found[first]) < 2:
-        raise ValueError(f"Expected two labels or more in {sources[first]}, got {sorted(found[first])} only.")
-    return tuple(sorted(found[first]))
+        if gone := sorted(known - labels):
+            logger.warning(f"{other} has no text labelled {', '.join(gone)}; they can be answered all the same.")
+    if len(known) < 2:
+        raise ValueError(f"Expected two labels or more in {source}, got {sorted(known)} only.")
+    return tuple(sorted(known))
+
+
+def make_questions(
+    split: Split, encoder: Any, seed: int, asks: str = "", labels: tuple[str, ...] = (), most: int | None = None
+) -> list[Question]:
+    """Questions from rows of any shape, drawn with `seed`. Those that do not fit are left out, and counted."""
+    rng = random.Random(seed)
+    if split.shape == "answer":
+        return choose_among_answers(split, encoder, rng)
+    made = []
+    for row in split.rows:
+        if split.shape == "choices":
+            choices, context = tuple(row["choices"]), row.get("context") or ""
+            made.append(Question(row["question"], choices, row["answer"], context, bool(row.get("per_token"))))
+        elif split.shape == "decision":
+            made.append(Question(row["question"], DECISIONS, DECISIONS.index(row["label"]), row["context"]))
+        else:
+            choices, right = labels, row["label"]
+            if most is not None and most < len(labels):
+                others = rng.sample([label for label in labels if label != right], most - 1)
+                choices = tuple(rng.sample([right, *others], most))
+            made.append(Question(asks, choices, choices.index(right), row["text"]))
+    return list(encoder.fitting(made, split.source))
+
+
+def choose_among_answers(split: Split, encoder: Any, rng: random.Random) -> list[Question]:
+    """Each answer among three others to the same type of question."""
+    # what is too long goes before choices are drawn: otherwise most questions would go for the sake of a long rival
+    alone = {Question(row["question"], (row["answer"],), 0): row for row in split.rows}
+    rows = [alone[question] for question in encoder.fitting(list(alone), split.source)]
+    by_type: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_type[row["qtype"]].append(row)
+    made = []
+    for row in rows:
+        drawn = rng.sample(by_type[row["qtype"]], min(16, len(by_type[row["qtype"]])))
+        # of another focus: what a second source says to the same question could be right as well
+        rivals = dict.fromkeys(r["answer"] for r in drawn if r["focus"] != row["focus"] and r["answer"] != row["answer"])
+        if len(rivals) >= 3:
+            choices = rng.sample([row["answer"], *list(rivals)[:3]], 4)
+            made.append(Question(row["question"], tuple(choices), choices.index(row["answer"]), per_token=True))
+    if not made:
+        raise ValueError(f"Expected four answers to one type of question in {split.source}, got no type with so many.")
+    if others := len(rows) - len(made):
+        logger.warning(f"{split.source}: left out {others} questions, which have no three rivals of their type.")
+    return list(encoder.fitting(made, split.source))

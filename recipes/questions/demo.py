@@ -10,67 +10,55 @@ import copy
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from questions.choice_accuracy import QuestionEncoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 
-from trimllm_hf.choice_accuracy import QuestionEncoder
-
 CLASSES, MEMBERS = 16, 160
 SYLLABLES = ("ba do fe ki lu mo", "ra ne vi lo tu", "dim pex zan cor lit mov")
-BASE = {"max_steps": 400, "learning_rate": 3e-3, "warmup_steps": 40, "per_device_train_batch_size": 24}
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12, "num_attention_heads": 2}
+# half of 1/sqrt(width); with the default of 0.02, 12 narrow layers learn slowly
+SHAPE |= {"max_position_embeddings": 64, "initializer_range": 0.06}
+PRETRAINING = {"max_steps": 400, "learning_rate": 3e-3, "warmup_steps": 40, "per_device_train_batch_size": 24}
+DEMO_FLAGS = """--compare_full_depth --max_steps 200 --warmup_steps 20 --learning_rate 2e-3
+    --weight_decay 0.1 --per_device_train_batch_size 24 --per_device_eval_batch_size 128 --logging_steps 50
+    --save_strategy no --eval_strategy steps --eval_steps 10""".split()
 Rows = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Demo:
-    """The words of an invented domain.
+class Demo(NamedTuple):
+    """The words of an invented domain."""
 
-    Attributes:
-        member: How the name of a member ends, e.g. "ol" for a drug.
-        family: How the name of a class ends.
-        belongs: What the textbook says of a member; {} for the member and for its class.
-        relations: What the textbook says of a class, what is asked of a member, and what the answer can be.
-    """
-
-    member: str
-    family: str
-    belongs: str
-    relations: Sequence[tuple[str, str, str]]
+    member: str  # how the name of a member ends, e.g. "ol" for a drug
+    family: str  # how the name of a class ends
+    belongs: str  # what the textbook says of a member; {} for the member and for its class
+    relations: Sequence[tuple[str, str, str]]  # what is said of a class, what is asked of a member, the answers
 
 
-def make_demo(demo: Demo, args: TrainingArguments, asks: str | None = None) -> tuple[str, dict[str, str]]:
-    """Write the questions and train the base model, beside `args.output_dir`.
+def make_demo(demo: Demo, recipe: Any, args: TrainingArguments, asks: str = "") -> None:
+    """Write the questions and train the base model, beside `args.output_dir`, and have the recipe use them.
 
-    Args:
-        demo: The domain's words.
-        args: The run's arguments.
-        asks: What will be asked of labelled texts: the rows are then such texts, of the first relation only, and not
-            questions with choices.
-
-    Returns:
-        Folder of the base model; the files "train", "test" and "textbook".
+    With `asks` the questions are texts of which that is asked, and the right answers are their labels.
     """
     folder = Path(f"{args.output_dir}-base")
-    files = {"train": folder / "train.jsonl", "test": folder / "test.jsonl", "textbook": folder / "textbook.txt"}
+    files = [folder / name for name in ("train.jsonl", "test.jsonl", "textbook.txt")]
+    recipe.model_name_or_path = str(folder)
+    recipe.train_file, recipe.validation_file, recipe.general_file = map(str, files)
     if not args.resume_from_checkpoint:  # else those that the run began with
-        textbook, train, test = make_domain(demo, args.seed)
-        words = [q["question"] + " " + " ".join(q["choices"]) for q in train + test]
-        if asks is not None:
-            words.append(asks)
-            train, test = as_labels(demo, train), as_labels(demo, test)
+        textbook, *questions = make_domain(demo, args.seed)
+        words = [asks, *(q["question"] + " " + " ".join(q["choices"]) for part in questions for q in part)]
+        questions = [as_labels(demo, part) for part in questions] if asks else questions
         with args.main_process_first(desc="the demo's questions"):
             if args.process_index == 0:
                 folder.mkdir(parents=True, exist_ok=True)
-                for name, rows in (("train", train), ("test", test)):
-                    files[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-                files["textbook"].write_text("\n\n".join(textbook) + "\n", encoding="utf-8")
+                for file, rows in zip(files, questions, strict=False):
+                    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+                files[2].write_text("\n\n".join(textbook) + "\n", encoding="utf-8")
         train_base(folder, textbook, words, args)
-    return str(folder), {name: str(path) for name, path in files.items()}
 
 
 def make_domain(demo: Demo, seed: int) -> tuple[list[str], Rows, Rows]:
@@ -78,16 +66,15 @@ def make_domain(demo: Demo, seed: int) -> tuple[list[str], Rows, Rows]:
     rng = random.Random(seed)
     stems = rng.sample(["".join(parts) for parts in product(*map(str.split, SYLLABLES))], CLASSES + MEMBERS)
     classes = [f"{stem}{demo.family}" for stem in stems[:CLASSES]]
-    members = [f"{stem}{demo.member}" for stem in stems[CLASSES:]]
-    class_of = {member: classes[i % CLASSES] for i, member in enumerate(members)}
+    class_of = {f"{stem}{demo.member}": classes[i % CLASSES] for i, stem in enumerate(stems[CLASSES:])}
     textbook = [demo.belongs.format(member, name) for member, name in class_of.items()]
     questions = []
     for fact, asked, words in demo.relations:
         values = words.split()
         value_of = {name: values[i % len(values)] for i, name in enumerate(rng.sample(classes, CLASSES))}
         textbook += [f"{name} {fact.format(value)}" for name, value in value_of.items()]
-        for member in members:
-            right = value_of[class_of[member]]
+        for member, name in class_of.items():
+            right = value_of[name]
             wrong = rng.sample([value for value in values if value != right], 3)
             choices = rng.sample([right, *wrong], 4)
             questions.append({"question": asked.format(member), "choices": choices, "answer": choices.index(right)})
@@ -98,10 +85,8 @@ def make_domain(demo: Demo, seed: int) -> tuple[list[str], Rows, Rows]:
 
 def as_labels(demo: Demo, questions: Rows) -> Rows:
     """The questions of the first relation as texts, labelled with the right answer."""
-    values = set(demo.relations[0][2].split())
-    return [
-        {"text": q["question"], "label": q["choices"][q["answer"]]} for q in questions if q["choices"][q["answer"]] in values
-    ]
+    values, right = demo.relations[0][2].split(), [q["choices"][q["answer"]] for q in questions]
+    return [{"text": q["question"], "label": x} for q, x in zip(questions, right, strict=True) if x in values]
 
 
 def train_base(folder: Path, textbook: list[str], more_words: list[str], args: TrainingArguments) -> None:
@@ -111,31 +96,17 @@ def train_base(folder: Path, textbook: list[str], more_words: list[str], args: T
     words = ["<pad>", "</s>", "<unk>", *dict.fromkeys(word for text in texts for word, _ in split.pre_tokenize_str(text))]
     word_level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     word_level.pre_tokenizer = split
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=word_level, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
-    )
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 64}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_level, **special)
     set_seed(args.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=12,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=True,
-            initializer_range=0.06,  # half of 1/sqrt(width); with 0.02, the default, 12 narrow layers learn slowly
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = LlamaConfig(vocab_size=len(words), tie_word_embeddings=True, **SHAPE, **ends)
     pretraining = copy.copy(args)
-    for name, value in {**BASE, "output_dir": str(folder), "eval_strategy": "no", "push_to_hub": False}.items():
+    for name, value in {**PRETRAINING, "output_dir": str(folder), "eval_strategy": "no", "push_to_hub": False}.items():
         setattr(pretraining, name, value)
     ids = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in textbook]
     trainer = Trainer(
-        model,
+        LlamaForCausalLM(config),
         pretraining,
         train_dataset=[{"input_ids": sentence, "labels": sentence} for sentence in ids],
         data_collator=QuestionEncoder(tokenizer, 64).collate,

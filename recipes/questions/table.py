@@ -1,140 +1,87 @@
-"""What fine-tuning and trimming did: every model scored and timed in the same way, as a table."""
+"""What fine-tuning and trimming did: every model scored in the same way, as a table and for the card."""
 
 import json
-import statistics
 import textwrap
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import wait_for_everyone
-from transformers import AutoModelForCausalLM, TrainingArguments
+from questions import choice_accuracy
+from questions.choice_accuracy import Question, QuestionEncoder, log_likelihoods
+from questions.data import DataArguments
 
-from trimllm_hf.choice_accuracy import Question, QuestionEncoder, log_likelihoods, score_questions
-
-from .general_text import general_loss, read_pieces
-from .generation import exact_match, short_answers
+from trimllm_hf import TrimCardData
+from trimllm_hf.publish.card_data import DataUse, Quality, Score
 
 Row = dict[str, Any]
+Questions = Mapping[str, Sequence[Question]]  # by split
+CHOSEN = "Choices a question: {:.3g} on average. The choice with the highest log-likelihood{} is the answer"
+WRITTEN = "Greedily generated, as far as the longest choice; letter case and white space aside"
 
 
-@dataclass(frozen=True)
-class Tests:
-    """What every model is tested on.
+def score(model: Any, tests: Questions, encoder: QuestionEncoder, size: int, text: str | None) -> Row:
+    """Accuracy on the questions "test" and "off_domain", exact match and loss on a text file, as far as there are such.
 
-    Attributes:
-        questions: Those of the domain.
-        encoder: Their encoder.
-        off_domain: Questions of other domains, if any.
-        general_file: A text outside the domain, if any.
+    Accuracy and exact match are those of all processes, on the main one; nothing on the others.
     """
-
-    questions: Sequence[Question]
-    encoder: QuestionEncoder
-    off_domain: Sequence[Question] = field(default=())
-    general_file: str | None = None
-
-    def score(self, model: Any, batch_size: int) -> Row:
-        """Accuracy, in the domain and outside it, and exact match; on the main process, nothing on the others."""
-        scores: Row = score_questions(model, self.questions, self.encoder, batch_size)
-        if short_answers(self.questions, self.encoder):
-            scores |= exact_match(model, self.questions, self.encoder, batch_size)
-        if self.off_domain:
-            outside = score_questions(model, self.off_domain, self.encoder, batch_size)
-            scores |= {f"off_domain_{name}": value for name, value in outside.items()}
-        return scores
+    row: Row = choice_accuracy.score_questions(model, tests["test"], encoder, size)
+    if choice_accuracy.short_answers(tests["test"], encoder):
+        row |= choice_accuracy.exact_match(model, tests["test"], encoder, size)
+    if tests.get("off_domain"):
+        row |= {
+            f"off_domain_{name}": x
+            for name, x in choice_accuracy.score_questions(model, tests["off_domain"], encoder, size).items()
+        }
+    return row | general_loss(model, read_pieces(text, encoder), encoder, size) if row and text else row
 
 
-def load(model: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model, by stock transformers."""
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+def read_pieces(path: str, encoder: QuestionEncoder, most: int = 200) -> list[dict[str, list[int]]]:
+    """A text file in pieces (between `<|endoftext|>` if it has that, else between empty lines), cut to the context."""
+    text = Path(path).read_text(encoding="utf-8")
+    pieces = text.split("<|endoftext|>" if "<|endoftext|>" in text else "\n\n")
+    cut: dict[str, Any] = {"truncation": True, "max_length": encoder.max_length}
+    ids = [encoder.tokenizer(piece.strip(), **cut).input_ids for piece in pieces if piece.strip()]
+    if not (long_enough := [piece for piece in ids if len(piece) > 1][:most]):
+        raise ValueError(f"Expected text in {path}, got none of at least two tokens.")
+    return [{"input_ids": piece, "labels": piece} for piece in long_enough]
 
 
-def compare(models: Mapping[str, str], tests: Tests, args: TrainingArguments) -> list[Row]:
-    """Load each model as anybody would, score and time it, print the table, and let the last one answer a question.
+def general_loss(model: Any, pieces: list[dict[str, list[int]]], encoder: QuestionEncoder, size: int) -> Row:
+    """Loss per token, and half the width of its 95% interval, in which a piece counts as one observation.
 
-    Returns:
-        A row a model, which `results.json` in the output folder holds as well; none on other processes than the main one.
+    The loss is a ratio of sums, so its standard error is that of the pieces' deviations from it (Cochran 1977, §6.4).
     """
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    loaded = [load(path, dtype).to(args.device).eval() for path in models.values()]
-    scores = [tests.score(model, args.per_device_eval_batch_size) for model in loaded]
-    rows: list[Row] = []
-    if args.process_index == 0:
-        prompt = tests.encoder.prompt(tests.questions[0])
-        times = ms_per_token(loaded, prompt[-max(1, tests.encoder.max_length - 32) :])
-        rows = [
-            {
-                "model": name,
-                "layers": model.config.get_text_config().num_hidden_layers,
-                **score,
-                "parameters": model.num_parameters(),
-                "ms_per_token": ms,
-            }
-            for name, model, score, ms in zip(models, loaded, scores, times, strict=True)
-        ]
-        if tests.general_file is not None:
-            pieces = read_pieces(tests.general_file, tests.encoder)
-            for row, model in zip(rows, loaded, strict=True):
-                row |= general_loss(model, pieces, tests.encoder, args.per_device_eval_batch_size) | {"pieces": len(pieces)}
-        save(rows, args)
-        show(rows, tests.questions)
-        answer(loaded[-1], tests.questions[0], tests.encoder)
-    wait_for_everyone()
-    return rows
+    scores = log_likelihoods(model, pieces, encoder, size)
+    tokens = sum(length for _, length in scores)
+    loss = -sum(total for total, _ in scores) / tokens
+    deviations = sum((-total - loss * length) ** 2 for total, length in scores)
+    half_width = 1.96 * sqrt(deviations * len(scores) / max(1, len(scores) - 1)) / tokens
+    return {"loss": loss, "half_width": half_width, "pieces": len(scores)}
 
 
-def ms_per_token(models: Sequence[Any], prompt: list[int], new_tokens: int = 32, rounds: int = 7) -> list[float]:
-    """Median time of a greedily generated token at batch size 1, the models in turn so that drift meets them all."""
-    times: list[list[float]] = [[] for _ in models]
-    for number in range(rounds + 1):
-        for model, of_model in zip(models, times, strict=True):
-            ids = torch.tensor([prompt], device=model.device)
-            start = time.perf_counter()
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-            ).tolist()  # waits for the device
-            if number:  # the first round warms up
-                of_model.append(1000 * (time.perf_counter() - start) / new_tokens)
-    return [statistics.median(of_model) for of_model in times]
-
-
-def save(rows: Sequence[Row], args: TrainingArguments) -> None:
-    """Write the rows into the output folder."""
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    (Path(args.output_dir) / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-
-
-def show(rows: Sequence[Row], questions: Sequence[Question], depth: str = "layers") -> None:
-    """Print the table, and what always the same answer would reach.
+def show(rows: Sequence[Row], questions: Sequence[Question], folder: str, depth: str = "layers") -> None:
+    """Print the table, and what always the same answer would reach; write `results.json` into the folder.
 
     ± is one standard error (of the loss: half of its 95% interval).
     """
-    columns = {
-        "model": lambda row: row["model"],
-        depth: lambda row: row["layers"],
-        "accuracy": lambda row: f"{row['accuracy']:.3f} ± {row['standard_error']:.3f} (n={row['questions']})",
-        "exact match": lambda row: f"{row['exact_match']:.3f} ± {row['exact_match_error']:.3f}",
-        "off-domain accuracy": lambda row: (
-            f"{row['off_domain_accuracy']:.3f} ± {row['off_domain_standard_error']:.3f} (n={row['off_domain_questions']})"
-        ),
-        "general loss": lambda row: f"{row['loss']:.3f} ± {row['half_width']:.3f}",
-        "parameters": lambda row: f"{row['parameters']:,}",
-        "ms per token": lambda row: f"{row['ms_per_token']:.2f}",
-        "training seconds": lambda row: f"{row['seconds']:.1f}",
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    off_domain = "{off_domain_accuracy:.3f} ± {off_domain_standard_error:.3f} (n={off_domain_questions})"
+    columns = {  # its name: a cell of it, and the field without which it is left out
+        "model": ("{model}", "model"),
+        depth: ("{layers}", "layers"),
+        "accuracy": ("{accuracy:.3f} ± {standard_error:.3f} (n={questions})", "accuracy"),
+        "exact match": ("{exact_match:.3f} ± {exact_match_error:.3f}", "exact_match"),
+        "off-domain accuracy": (off_domain, "off_domain_accuracy"),
+        "general loss": ("{loss:.3f} ± {half_width:.3f}", "loss"),
+        "parameters": ("{parameters:,}", "parameters"),
+        "ms per token": ("{ms_per_token:.2f}", "ms_per_token"),
+        "training seconds": ("{seconds:.1f}", "seconds"),
     }
-    needs = {"exact match": "exact_match", "off-domain accuracy": "off_domain_accuracy", "general loss": "loss"}
-    needs |= {"model": "model", "ms per token": "ms_per_token", "training seconds": "seconds"}
-    shown = [name for name in columns if name not in needs or needs[name] in rows[0]]
-    lines = [shown, *([str(columns[name](row)) for name in shown] for row in rows)]
+    shown = {name: cell for name, (cell, needs) in columns.items() if needs in rows[0]}
+    lines = [list(shown), *([cell.format(**row) for cell in shown.values()] for row in rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     print()
@@ -148,17 +95,51 @@ def show(rows: Sequence[Row], questions: Sequence[Question], depth: str = "layer
 def answer(model: Any, question: Question, encoder: QuestionEncoder) -> None:
     """Print a question, the choice of the highest log-likelihood, and what the model writes by itself."""
     examples = [encoder.example(question, choice) for choice in question.choices]
-    scores = [
-        total / length if question.per_token else total
-        for total, length in log_likelihoods(model, examples, encoder, len(examples))
-    ]
-    prompt = torch.tensor([encoder.prompt(question)], device=model.device)
-    room = encoder.max_length - prompt.shape[1]
-    written = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=min(48, room))
-    if question.context:
-        print(f"\n{textwrap.shorten(question.context, 240)}")
-    print(f"\nQuestion: {question.text}")
-    for choice, score in zip(question.choices, scores, strict=True):
-        marks = "  <- chosen" * (score == max(scores)) + "  (right)" * (choice == question.right)
-        print(f"  {score:9.3f}  {textwrap.shorten(choice, 80)}{marks}")
-    print("Generated:", encoder.tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True).strip())
+    found = log_likelihoods(model, examples, encoder, len(examples))
+    scores = [total / length if question.per_token else total for total, length in found]
+    print(f"\n{textwrap.shorten(question.context, 240)}\n\nQuestion: {question.text}")
+    for choice, value in zip(question.choices, scores, strict=True):
+        marks = "  <- chosen" * (value == max(scores)) + "  (right)" * (choice == question.right)
+        print(f"  {value:9.3f}  {textwrap.shorten(choice, 80)}{marks}")
+    print("Generated:", *choice_accuracy.write(model, [question], encoder, 1))
+
+
+def describe(
+    card: TrimCardData, rows: Mapping[str, Row], recipe: DataArguments, questions: Questions, note: str | None = None
+) -> None:
+    """Fill in a card's data (with a note on the training data) and quality.
+
+    `rows` are of the table: "trimmed", and "base" and "full" where there are such.
+    """
+    test, trimmed, hub = questions["test"], rows["trimmed"], {}
+    given = recipe.test_file or recipe.validation_file
+    files = [short(recipe.train_file), short(given or recipe.train_file)]
+    if not (recipe.train_file or given):
+        files, hub = [recipe.dataset_name] * 2, {"dataset_id": recipe.dataset_name, "revision": recipe.dataset_revision}
+    held_out = None if given or hub else "Held out of the training file by the recipe's seed"
+    card.data = [DataUse("training", files[0], len(questions["train"]), **hub, note=note)]
+    card.data.append(DataUse("test", files[1], len(test), **hub, note=held_out))
+
+    def quality(metric: str, n: int, name: str = "accuracy", **more: Any) -> Quality:
+        return Quality(name, **{of: Score.of_share(row[metric], n) for of, row in rows.items()}, n=n, **more)
+
+    on_test = {"dataset": files[1], "split": "held out", "interval": "95%, Wilson", **hub}
+    chosen = CHOSEN.format(sum(len(q.choices) for q in test) / len(test), " per token" * test[0].per_token)
+    card.quality = [quality("accuracy", len(test), **on_test, note=chosen)]
+    if "exact_match" in trimmed:
+        card.quality.append(quality("exact_match", len(test), "exact_match", **on_test, note=WRITTEN))
+    card.outside = []
+    if n := trimmed.get("off_domain_questions"):
+        where = {"dataset": ", ".join(map(short, recipe.off_domain_file)), "split": "a draw", "interval": "95%, Wilson"}
+        card.outside.append(quality("off_domain_accuracy", n, **where))
+    if "loss" in trimmed:
+        losses = {of: (row["loss"], row["half_width"]) for of, row in rows.items()}
+        scores = {of: Score(loss, loss - half, loss + half) for of, (loss, half) in losses.items()}
+        where = {"dataset": short(recipe.general_file), "split": "its first pieces", "n": trimmed["pieces"]}
+        how = {"interval": "95%, a piece being one observation", "note": "Per token; lower is better"}
+        card.outside.append(Quality("loss", **scores, **where, **how))
+
+
+def short(path: str | None) -> str:
+    """The last two parts of a path."""
+    return "/".join(Path(path or "").parts[-2:])

@@ -37,9 +37,5 @@ else:
     file.write_text(json.dumps(config), encoding="utf-8")
     flags += ["--deepspeed", str(file), "--accelerator_config", '{"use_configured_state": true}']
 sys.argv = [str(RECIPES / f"{name}.py"), *flags]
-recipe = importlib.import_module(name)
-if name == "classification":
-    recipe.main(flags)
-else:
-    recipe.run(getattr(recipe, name.upper()), flags)
+importlib.import_module(name).main(flags)
 print(f"{engine}: {AcceleratorState().distributed_type.value} on {PartialState().num_processes} processes")
