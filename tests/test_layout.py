@@ -27,7 +27,6 @@ FLOORS = {
     "publish": 5,
     "training": 6,
     "cli": 6,
-    "choice_accuracy": 1,
     "__init__": 7,
 }
 
