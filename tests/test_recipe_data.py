@@ -326,7 +326,7 @@ def test_a_data_set_is_read_in_the_configuration_that_the_recipe_knows(
     monkeypatch.setattr(data, "load_dataset", lambda *args, **kwargs: asked.append(args) or {})
     legal = room("legal")
     recipe, *_ = legal.parse(["--output_dir", str(tmp_path), *flags])
-    with pytest.raises(StopIteration):  # a data set without a split
+    with pytest.raises(ValueError, match=rf"train, validation or test in {read[0]}, got \[\]"):
         data.load_questions(recipe, legal.HUB, legal.ASKS, None, 0)
     assert asked == [read]
 

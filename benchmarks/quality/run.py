@@ -22,6 +22,7 @@ is after its warm-up, and each point is what a run of that length ends with.
 
 import argparse
 import platform
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -38,10 +39,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traine
 from transformers.utils import logging
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers
-from trimllm_hf.choice_accuracy import Question, QuestionEncoder, score_questions
 from trimllm_hf.training import schedule
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parents[1] / "recipes"))
+
+from questions.choice_accuracy import Question, QuestionEncoder, score_questions  # noqa: E402
+
 WARM_UP = schedule.WARM_UP
 
 

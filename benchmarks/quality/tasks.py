@@ -14,12 +14,11 @@ from typing import Any
 from pretrain import HELD_OUT
 from transformers import AutoTokenizer
 
-from trimllm_hf.choice_accuracy import Question, QuestionEncoder, log_likelihoods
-
 sys.path.append(str(Path(__file__).resolve().parents[2] / "recipes"))
 
-from domain.questions import Asking
-from domain.questions import make_questions as ask
+from questions.choice_accuracy import Question, QuestionEncoder, log_likelihoods
+from questions.data import Split
+from questions.data import make_questions as ask
 
 DOMAINS = {  # folder, test split, field of the text, field of the label, the question
     "medical": ("medquad", "test", "answer", "qtype", "What is this about?"),
@@ -63,7 +62,7 @@ def make_questions(args: argparse.Namespace, encoder: QuestionEncoder) -> tuple[
             continue
         random.Random(args.seed).shuffle(kept)
         if args.domain == "answers":
-            made.append(ask(kept, split, encoder, args.seed, Asking("")))
+            made.append(ask(Split(kept, split), encoder, args.seed))
         else:
             written = [Question(row["question"], (row[text],), 0) for row in kept]
             made.append([question for question in written if len(encoder.prompt(question)) <= encoder.max_length // 2])

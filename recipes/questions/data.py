@@ -168,6 +168,8 @@ def read_hub(recipe: DataArguments, data: HubData) -> dict[str, list[Row]]:
         label = parts[split].features.get("label")
         names = label.names if isinstance(label, ClassLabel) and "text" in parts[split].features else None
         rows[split] = [data.to_row({**row, "label": names[row["label"]]} if names else row) for row in parts[split]]
+    if not rows:
+        raise ValueError(f"Expected a split train, validation or test in {recipe.dataset_name}, got {list(parts)}.")
     return rows
 
 
