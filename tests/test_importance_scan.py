@@ -242,7 +242,7 @@ def test_calibration_without_labels_is_refused() -> None:
 
 
 def test_no_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match="Give more calibration examples, or a stand_in"):
+    with pytest.raises(ValueError, match="Give more calibration examples, or a filler_batch"):
         score_layers(make_model("LlamaForCausalLM"), [])
 
 

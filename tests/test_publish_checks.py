@@ -364,7 +364,13 @@ def test_what_is_no_secret(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_sizes_are_told_as_people_read_them() -> None:
-    assert [format_bytes(n) for n in (0, 999, 12_345, 13.5e9, 2e12)] == ["0 B", "999 B", "12.3 kB", "13.5 GB", "2 TB"]
+    assert [format_bytes(n) for n in (0, 999, 12_345, 13.5e9, 2e12)] == [
+        "0 bytes",
+        "999 bytes",
+        "12.35 kB",
+        "13.50 GB",
+        "2.00 TB",
+    ]
 
 
 def test_without_a_network(folder: Path) -> None:

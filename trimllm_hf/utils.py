@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+from torch import nn
 
 
 def is_count(value: Any) -> TypeGuard[int]:
@@ -23,6 +24,11 @@ def is_count(value: Any) -> TypeGuard[int]:
 def is_list_of(value: Any, test: Callable[[Any], Any]) -> TypeGuard[list[Any]]:
     """Whether a value is a list whose items all pass a test."""
     return isinstance(value, list | tuple) and all(test(item) for item in value)
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list as a list, None as an empty one, and anything else as a list of one: what YAML and Trainers let users write."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple | set) else [value]
 
 
 def shown(value: Any) -> str:
@@ -44,7 +50,9 @@ def json_at(file: Path, *path: str) -> Any:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected JSON in {file}, got: {error}. It is half written: use another checkpoint.") from None
+        raise ValueError(
+            f"Expected JSON in {file}, got: {error}. A save was not finished: save again, or use an earlier checkpoint."
+        ) from None
     for key in path:
         found = found.get(key) if isinstance(found, dict) else None
     return found
@@ -65,6 +73,23 @@ def isolated_rng(seed: int) -> Iterator[None]:
         np.random.set_state(states[1])
 
 
+@contextmanager
+def evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Evaluation mode; every module's own mode afterwards as before."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    for module, _ in modes:
+        # bitsandbytes packs 4-bit weights anew for evaluation on a CPU, and does not train on rightly with them (0.50)
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.training = True
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def checksum(path: Path, large: bool) -> str:
     """A file's checksum as the Hub tells it: git's of a small file, sha256 of a large one. Once per state of the file."""
     status = path.stat()
@@ -80,10 +105,11 @@ def _checksum(path: Path, large: bool, size: int, changed: int) -> str:
     return digest.hexdigest()
 
 
-def format_bytes(size: float) -> str:
-    """A size as people read it, in powers of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB" if size < 1000 else f"{size / 1000:.3g} TB"
+def format_bytes(size: float | None) -> str:
+    """A size for a person, in powers of 1000: 1.50 GB."""
+    if size is None:
+        return "unknown"
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size:.0f} bytes"

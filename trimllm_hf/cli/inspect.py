@@ -51,7 +51,7 @@ def inspect(
 
 def _what_if(model: str, config: Any, as_json: bool) -> None:
     from ..latency.depths import depths
-    from ..publish.figures import size
+    from ..utils import format_bytes
 
     found, equal = depths(config)
     plain = {"model": model, "equal_blocks": equal, "depths": [asdict(depth) for depth in found]}
@@ -61,8 +61,8 @@ def _what_if(model: str, config: Any, as_json: bool) -> None:
             (
                 d.num_layers,
                 f"{d.parameters:,}",
-                size(d.weight_bytes),
-                "-" if d.kv_cache_bytes_per_token is None else size(d.kv_cache_bytes_per_token),
+                format_bytes(d.weight_bytes),
+                "-" if d.kv_cache_bytes_per_token is None else format_bytes(d.kv_cache_bytes_per_token),
                 "-" if d.byte_bound is None else f"{d.byte_bound:.2f}",
             )
             for d in found
@@ -75,7 +75,8 @@ def _what_if(model: str, config: Any, as_json: bool) -> None:
 
 
 def _shown(plain: dict[str, Any], layer_map: Any) -> list[RenderableType]:
-    from ..publish.figures import dropped, history_rows, size
+    from ..publish.figures import dropped, history_rows
+    from ..utils import format_bytes
 
     held = plain["weights"]
     base = layer_map.base_model or "a base that is not named"
@@ -90,7 +91,7 @@ def _shown(plain: dict[str, Any], layer_map: Any) -> list[RenderableType]:
     shown: list[RenderableType] = [
         f"{plain['model']} ({plain['model_type']}): {what}",
         plain["strip"],
-        f"{held['parameters']:,} parameters in the files, {size(held['bytes'])} ({dtypes}), {len(held['files'])} file(s)",
+        f"{held['parameters']:,} parameters in the files, {format_bytes(held['bytes'])} ({dtypes}), {len(held['files'])} file(s)",
     ]
     if layer_map.history:
         heads = ("step", "dropped", "by", "score")

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..layer_map import LayerMap
+from ..utils import evaluating
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def to_be_scored(model: nn.Module, part: str | None) -> Iterator[None]:
         ValueError: If the model has no such part.
     """
     # a stance is in force once it is made, not once it is entered: so it is made in the with statement
-    with torch.compiler.set_stance("force_eager"), _evaluating(model), _of_part(model, part), _plain_outputs(model):
+    with torch.compiler.set_stance("force_eager"), evaluating([model]), _of_part(model, part), _plain_outputs(model):
         with torch.no_grad():
             yield
 
@@ -39,22 +40,6 @@ def _of_part(model: nn.Module, part: str | None) -> Iterator[None]:
     finally:
         if missing:
             del config.trim
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module's own mode afterwards as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for module in model.modules():
-        # bitsandbytes packs 4-bit weights anew for evaluation on a CPU, and does not train on rightly with them (0.50)
-        if type(module).__module__.startswith("bitsandbytes"):
-            module.training = True
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -186,7 +186,7 @@ def score_layers(
     batches = list(batches)
     if unit_ms is not None:
         refuse_not_per_ms(importance)
-        processes: dict[str, Any] = {"part": part, "together": process_group, "stand_in": filler_batch}
+        processes: dict[str, Any] = {"part": part, "process_group": process_group, "filler_batch": filler_batch}
         how: dict[str, Any] = {"metric": metric, "seed": seed, "memory_gb": memory_gb, "progress": progress}
         scores = score_layers(model, batches, importance, unit, **how, **processes)
         return per_ms(scores, _of_none(importance, model, batches, metric, processes), unit_ms)
@@ -249,7 +249,7 @@ def _padded(
     if passes == 0 or not all(share or stands_in for share, stands_in in shares):
         raise ValueError(
             f"Expected calibration batches on every process to score by {what!r}, got none on at least one. Give more "
-            "calibration examples, or a stand_in."
+            "calibration examples, or a filler_batch."
         )
     spare = [batches[-1] if batches else filler_batch] * (passes - len(batches))
     return [send_to_device(batch, next(model.parameters()).device) for batch in batches + spare]

@@ -32,7 +32,8 @@ def layer_redundancy(model: nn.Module, batches: Sequence[Batch], unit: str) -> t
 
     `block_influence` - 1, so both rank alike. The paper scales it to [0, 1] over the layers, which ranks alike too.
     """
-    return _mean_over_tokens(model, batches, unit, lambda x, y: -torch.cosine_similarity(x, y, dim=-1))
+    totals, count = block_influence(model, batches, unit)
+    return totals - count, count
 
 
 def activation_norm(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:

@@ -194,8 +194,8 @@ class Sweep:
 
     def _affordable(self, hidden: torch.Tensor, workspace: int, num_candidates: int) -> int:
         """How many candidates to run at a time."""
-        left = self.budget - (num_candidates + 1) * size_of(hidden)
-        by_memory = int(left // max(1, workspace + 2 * size_of(hidden)))
+        left = self.budget - (num_candidates + 1) * hidden.nbytes
+        by_memory = int(left // max(1, workspace + 2 * hidden.nbytes))
         if hidden.device.type == "cpu":
             by_memory = min(by_memory, CPU_TOKENS // max(1, hidden.shape[:-1].numel()))
         return max(1, by_memory)
@@ -251,7 +251,7 @@ def measured(block: nn.Module, on: bool) -> Iterator[list[int]]:
     sizes: list[int] = []
     modules = list(block.modules()) if on else []
     handles = [
-        module.register_forward_hook(lambda _, args, output: sizes.append(sum(map(size_of, _tensors(output)))))
+        module.register_forward_hook(lambda _, args, output: sizes.append(sum(tensor.nbytes for tensor in _tensors(output))))
         for module in modules
     ]
     try:
@@ -275,11 +275,6 @@ def free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return int(psutil.virtual_memory().available)
-
-
-def size_of(tensor: torch.Tensor) -> int:
-    """A tensor's size in bytes."""
-    return tensor.numel() * tensor.element_size()
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

@@ -17,8 +17,9 @@ from torch.utils.benchmark.utils.timer import timer  # waits for the accelerator
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from ..surgery.blocks import find_blocks
+from ..utils import evaluating
 from .report import LatencyReport, Run, Speedup, Spread, median_interval
-from .sizes import byte_bound, evaluating, sizes_of
+from .sizes import byte_bound, sizes_of
 
 
 def measure_latency(

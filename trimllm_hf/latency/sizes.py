@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..layer_map import num_hidden_layers
+from ..utils import evaluating
 
 
 @dataclass(frozen=True)
@@ -80,16 +78,3 @@ def kv_cache_bytes_per_token(model: PreTrainedModel, length: int = 8) -> float |
         return None
     held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
     return sum(tensor.nbytes for tensor in held if isinstance(tensor, torch.Tensor)) / length
-
-
-@contextmanager
-def evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode; every module's own mode afterwards as before."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..layer_map import TRAINER_STATE
+from ..utils import json_at
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -43,13 +43,11 @@ def callback_attributes(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: If the checkpoint's state cannot be read.
     """
-    try:
-        state = json.loads((Path(folder) / TRAINER_STATE).read_text(encoding="utf-8"))
-        saved = state.get("stateful_callbacks", {}).get("TrimCallback") or {}
-        attributes: dict[str, Any] = saved.get("attributes", {})
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"Expected a complete {TRAINER_STATE} in {folder}, got: {error}. Use another checkpoint.") from None
-    return attributes
+    file = Path(folder) / TRAINER_STATE
+    if not file.is_file():
+        raise ValueError(f"Expected a complete {TRAINER_STATE} in {folder}, got none. Use another checkpoint.")
+    found: Any = json_at(file, "stateful_callbacks", "TrimCallback", "attributes")
+    return found if isinstance(found, dict) else {}
 
 
 def unfinished(folder: Path) -> str | None:
@@ -59,10 +57,9 @@ def unfinished(folder: Path) -> str | None:
     that of their random state, for which it does not wait.
     """
     try:
-        state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"{TRAINER_STATE}: {error}"
-    processes = _processes(state) or 1
+        processes = callback_attributes(folder).get("num_processes") or 1
+    except ValueError as error:
+        return str(error)
     if processes > 1 and any(folder.glob("rng_state_*.pth")):  # none at all: only the model was to be saved
         for rank in range(processes):
             if not zipfile.is_zipfile(folder / f"rng_state_{rank}.pth"):
@@ -72,11 +69,4 @@ def unfinished(folder: Path) -> str | None:
 
 def processes_of(folder: str | Path) -> int | None:
     """How many processes made a checkpoint; None if it does not say."""
-    path = Path(folder) / TRAINER_STATE
-    return _processes(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-
-
-def _processes(state: dict[str, Any]) -> int | None:
-    saved = state.get("stateful_callbacks", {}).get("TrimCallback") or {}
-    processes: int | None = saved.get("attributes", {}).get("num_processes")
-    return processes
+    return callback_attributes(folder).get("num_processes") if (Path(folder) / TRAINER_STATE).is_file() else None

@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..layer_map import LayerMap
-from ..utils import checksum
+from ..utils import as_list, checksum, json_at
 from .card import REPORT
-from .contents import CARD, Contents, read_json
+from .contents import CARD, Contents
 from .folder import is_repo_id
 
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
@@ -50,7 +50,7 @@ def _check_report(contents: Contents, layer_map: LayerMap) -> None:
     """The report that the card is rendered from must be of these weights, not of those of an earlier run."""
     if REPORT not in contents.sizes:
         return
-    report: Any = read_json(contents.folder / REPORT)
+    report: Any = json_at(contents.folder / REPORT)
     trimmed = (report.get("trimmed") if isinstance(report, dict) else None) or {}
     kept = (trimmed.get("map") or {}).get("kept_layers", list(layer_map.kept_layers))
     stale = [
@@ -72,7 +72,7 @@ def _problems(data: dict[str, Any]) -> list[str]:
         return ["no metadata (the block between two lines of --- at its head)"]
     if not data.get("library_name"):
         found.append("no library_name (without 'transformers' the Hub shows no way to load it)")
-    for base in _as_list(data.get("base_model")):
+    for base in as_list(data.get("base_model")):
         if not is_repo_id(base):
             found.append(f"base_model {base!r}, which is no model id of the Hub (leave it out for a base of your own)")
     relation = data.get("base_model_relation")
@@ -83,7 +83,3 @@ def _problems(data: dict[str, Any]) -> list[str]:
         if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             found.append(f"{name} {value!r}, which is no list of texts")
     return found
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]

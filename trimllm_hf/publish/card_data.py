@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ..layer_map import LayerMap
+from ..utils import as_list
 
 VERSION = 1
 TAGS = ("trimmed", "pruned", "layer-pruning")  # the Hub knows no relation for a pruned model, so tags say it
@@ -241,8 +242,8 @@ class TrimCardData(ModelCardData):
         kinds = [tag for kind, tag in PIPELINES.items() if (trimmed.get("architecture") or "").endswith(kind)]
         data_dict["pipeline_tag"] = self.pipeline_tag or (kinds[0] if kinds else None)
         used = [use.dataset_id for use in self.data if use.dataset_id and use.use == "training"]
-        data_dict["datasets"] = list(dict.fromkeys([*_as_list(self.datasets), *used])) or None
-        data_dict["metrics"] = list(dict.fromkeys([*_as_list(self.metrics), *(q.metric for q in self.quality)])) or None
+        data_dict["datasets"] = list(dict.fromkeys([*as_list(self.datasets), *used])) or None
+        data_dict["metrics"] = list(dict.fromkeys([*as_list(self.metrics), *(q.metric for q in self.quality)])) or None
         if results := [_result(quality, data_dict["pipeline_tag"]) for quality in (*self.quality, *self.outside)]:
             data_dict["model-index"] = eval_results_to_model_index(self.name, results)
 
@@ -259,7 +260,3 @@ def _result(quality: Quality, task: str | None) -> EvalResult:
         metric_name=quality.metric,
         metric_value=quality.trimmed.value,
     )
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]

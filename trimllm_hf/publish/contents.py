@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..utils import format_bytes
+from ..utils import format_bytes, json_at
 from .credentials import refuse_credentials
 
 CARD = "README.md"
@@ -67,7 +66,7 @@ def contents_of(folder: str | Path, known_secrets: Mapping[str, str] | None = No
             advice = "It holds an adapter: merge it into its trimmed base (merge_and_unload), save that, and push it."
         raise ValueError(f"Expected a model's folder with a config.json, got {str(folder)!r} without one. {advice}")
     weights = weight_files(folder)
-    config = read_json(folder / "config.json")
+    config = json_at(folder / "config.json")
     pictures = shown_pictures(folder)
     code = ("*.py",) if isinstance(config, dict) and "auto_map" in config else ()
     chosen: list[str] = list(weights)
@@ -86,7 +85,7 @@ def contents_of(folder: str | Path, known_secrets: Mapping[str, str] | None = No
     chosen = sorted({*chosen, *pictures})
     for name in chosen:
         if name.endswith(".json"):
-            read_json(folder / name)
+            json_at(folder / name)
     refuse_credentials(folder, chosen, known_secrets or {})
     return Contents(folder, {name: (folder / name).stat().st_size for name in chosen}, tuple(left_out))
 
@@ -111,7 +110,7 @@ def weight_files(folder: Path) -> tuple[str, ...]:
         raise ValueError(
             f"Expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME} in {str(folder)!r}, got neither. {advice}"
         )
-    plain = read_json(index)
+    plain = json_at(index)
     weight_map = plain.get("weight_map") if isinstance(plain, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"Expected a weight_map in {index}, got none. A save was not finished: save the model again.")
@@ -147,15 +146,3 @@ def shown_pictures(folder: Path) -> tuple[str, ...]:
             )
         pictures.append(Path(target).as_posix())
     return tuple(pictures)
-
-
-def read_json(file: Path) -> object:
-    """A JSON file's content.
-
-    Raises:
-        ValueError: If it is no JSON: half written.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"Expected JSON in {file}, got: {error}. A save was not finished: save the model again.") from None

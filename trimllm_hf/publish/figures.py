@@ -7,6 +7,7 @@ from typing import Any
 
 from ..latency.report import LatencyReport, Run
 from ..layer_map import SUBLAYER_KINDS, LayerMap
+from ..utils import format_bytes
 from .card_data import Quality, Score, TrimCardData
 
 Rows = list[tuple[str, ...]]
@@ -88,14 +89,14 @@ def cost_rows(data: TrimCardData) -> Rows:
         rows.append(_row("parameters", base.get("parameters"), ours["parameters"], "{:,}".format))
         kinds = [", ".join(held["parameters_by_dtype"]) for held in (base, ours) if held]
         what = f"weights on disk ({kinds[0]})" if len(set(kinds)) == 1 else f"weights on disk ({' and '.join(kinds)})"
-        rows.append(_row(what, base.get("bytes"), ours["bytes"], size))
+        rows.append(_row(what, base.get("bytes"), ours["bytes"], format_bytes))
     report = latency_of(data)
     if report is None:
         return rows
     base_sizes = report.base_sizes
     if report.sizes.kv_cache_bytes_per_token is not None:
         theirs = None if base_sizes is None else base_sizes.kv_cache_bytes_per_token
-        rows.append(_row("KV cache per token", theirs, report.sizes.kv_cache_bytes_per_token, size))
+        rows.append(_row("KV cache per token", theirs, report.sizes.kv_cache_bytes_per_token, format_bytes))
     for number, run in enumerate(report.runs):
         rows += speed_rows(report, report.base_runs[number] if report.base_runs else None, run)
     return rows
@@ -104,7 +105,7 @@ def cost_rows(data: TrimCardData) -> Rows:
 def speed_rows(report: LatencyReport, base: Run | None, ours: Run) -> Rows:
     """Memory and speed at one batch size: what | base | trimmed | change."""
     at = f"batch {ours.batch_size}"
-    rows = [_row(f"peak memory, {at}", getattr(base, "peak_memory_bytes", None), ours.peak_memory_bytes, size)]
+    rows = [_row(f"peak memory, {at}", getattr(base, "peak_memory_bytes", None), ours.peak_memory_bytes, format_bytes)]
     kinds = {"prefill": "prefill_ms", "forward": "forward_ms"}
     for what, name in kinds.items():
         spread, other = getattr(ours, name), base and getattr(base, name)
@@ -160,16 +161,6 @@ def score(measured: Score | None) -> str:
     if measured.low is None or measured.high is None:
         return f"{measured.value:.4g}"
     return f"{measured.value:.3f} [{measured.low:.3f}, {measured.high:.3f}]"
-
-
-def size(count: float | None) -> str:
-    """Bytes for a person, in powers of ten: 1.50 GB."""
-    if count is None:
-        return "unknown"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count:.0f} bytes"
 
 
 def _row(what: str, base: float | None, ours: float, shown: Any) -> tuple[str, ...]:

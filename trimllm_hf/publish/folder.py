@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file, logging  # type: ignore[attr-defined]  # re-exported there
 
 from ..layer_map import LayerMap
+from ..utils import checksum
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -66,7 +66,12 @@ def describe_trimmed(folder: Path) -> dict[str, Any]:
         "architecture": (config.architectures or [None])[0],
         "remote_code": hasattr(config, "auto_map"),
         "weights": weights,
-        "sha256": {path.name: sha256(path) for pattern in LOADED for path in sorted(folder.glob(pattern)) if path.is_file()},
+        "sha256": {
+            path.name: checksum(path, large=True)
+            for pattern in LOADED
+            for path in sorted(folder.glob(pattern))
+            if path.is_file()
+        },
     }
 
 
@@ -106,9 +111,3 @@ def is_repo_id(name: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def sha256(path: Path) -> str:
-    """A file's checksum."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

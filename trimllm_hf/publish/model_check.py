@@ -18,7 +18,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 from ..layer_map import MODEL_TYPE, LayerMap
 from ..loading.checkpoints import unfinished
 from ..surgery.sublayers import class_of
-from .contents import Contents, read_json
+from ..utils import json_at
+from .contents import Contents
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -42,7 +43,7 @@ def check_model(contents: Contents) -> LayerMap:
     if re.fullmatch(r"checkpoint-\d+", folder.name) and (reason := unfinished(folder)) is not None:
         raise ValueError(f"Expected a complete checkpoint in {folder}, got one whose save was not finished: {reason}.")
     tensors = read_headers(contents)
-    plain = read_json(folder / "config.json")
+    plain = json_at(folder / "config.json")
     if not isinstance(plain, dict) or not plain.get("model_type"):
         raise ValueError(f"Expected a model's config in {folder / 'config.json'}, got no model_type. {SAVE_AGAIN}")
     config, model_class = _class_of(folder, plain)
@@ -109,7 +110,7 @@ def read_headers(contents: Contents) -> dict[str, torch.Tensor]:
         except (SafetensorError, OSError, KeyError) as error:
             raise ValueError(f"Expected whole safetensors weights in {path}, got: {error}. {SAVE_AGAIN}") from None
     if SAFE_WEIGHTS_INDEX_NAME in contents.sizes:
-        plain: Any = read_json(contents.folder / SAFE_WEIGHTS_INDEX_NAME)
+        plain: Any = json_at(contents.folder / SAFE_WEIGHTS_INDEX_NAME)
         if plain["weight_map"] != held:
             differ = sorted(dict(plain["weight_map"].items() ^ held.items()))
             raise ValueError(

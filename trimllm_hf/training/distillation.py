@@ -18,6 +18,7 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import Trainer
 
 from ..engines.frozen import place_frozen, refuse_shards
+from ..importance.metrics import is_causal
 from ..surgery.adapters import base_of
 from .config import TrimConfig
 from .trainer_hooks import unwrapped
@@ -125,7 +126,7 @@ class DistillationMixin(_Base):
                 "Expected a model that returns its logits for distill_weight, got none: the loss was computed without them. "
                 "Set use_liger_kernel=False, or distill_weight=0."
             )
-        causal = type(base_of(unwrapped(self))).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        causal = is_causal(unwrapped(self))
         mask = labelled_positions(logits, given, causal)
         teacher = self.teacher.logits(self.accelerator, given)
         divergence = kl_divergence(logits[mask], teacher.to(logits.device)[mask], self.trim_config.distill_temperature)

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..publish.hub import push_to_hub
 from ..publish.remote import retried
+from ..utils import as_list
 from .trainer_hooks import finish_current_push
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class PushMixin(_Base):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        tags = [*_as_list(kwargs.pop("tags", None)), *_as_list(getattr(self.model, "model_tags", None))]
+        tags = [*as_list(kwargs.pop("tags", None)), *as_list(getattr(self.model, "model_tags", None))]
         self.create_model_card(**kwargs, tags=list(dict.fromkeys(tags)) or None)
         finish_current_push(self)
         publish = partial(
@@ -83,7 +84,3 @@ class PushMixin(_Base):
             revision=revision or self.args.hub_revision, commit_message=commit_message,
         )  # fmt: skip
         return publish() if blocking else HfApi().run_as_future(publish)
-
-
-def _as_list(tags: Any) -> list[str]:
-    return [] if tags is None else [tags] if isinstance(tags, str) else list(tags)
