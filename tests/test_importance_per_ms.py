@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers, score_layers
 from trimllm_hf.engines.process_group import SingleProcess
-from trimllm_hf.importance import from_compute_metrics, known, measure, per_ms, refuse_not_per_ms
+from trimllm_hf.importance import evaluate_metric, from_compute_metrics, known, per_ms, refuse_not_per_ms
 from trimllm_hf.latency.layer_times import measure_layers
 from trimllm_hf.training.dry_run import droppable
 from trimllm_hf.training.layer_times import ms_of_layers
@@ -58,7 +58,7 @@ def test_other_scores_per_ms_by_hand() -> None:
 def test_an_accuracy_falls_and_what_changes_nothing_ties() -> None:
     """With its blocks the toy is always right; without a turn never, for the first token wins a tie of logits."""
     metric = from_compute_metrics("accuracy", token_accuracy, lambda logits, labels: logits.argmax(-1))
-    whole = measure(toy_model(), [BATCH], metric)
+    whole = evaluate_metric(toy_model(), [BATCH], metric)
     plain = score_layers(toy_model(), [BATCH], metric=metric)
     scores = score_layers(toy_model(), [BATCH], metric=metric, unit_ms=MS)
     assert whole == 1 and plain[TURN] > -1
@@ -128,7 +128,7 @@ def test_a_run_drops_what_costs_least_for_each_ms(attention: float, mlp: float, 
     model, config = tiny_model(), TrimConfig(target_layers=9, unit="sublayer")
     for record, entry in zip(history(run), logged(run), strict=True):
         names = LayerMap.from_config(model.config).sublayers
-        harm = score_layers(model, BATCHES, unit="sublayer") - measure(model, BATCHES)
+        harm = score_layers(model, BATCHES, unit="sublayer") - evaluate_metric(model, BATCHES)
         costs = {
             position: harm[position].item() * ms if harm[position] < 0 else harm[position].item() / ms
             for position in droppable(model, config)

@@ -91,7 +91,7 @@ def _shown(plain: dict[str, Any], layer_map: Any) -> list[RenderableType]:
     shown: list[RenderableType] = [
         f"{plain['model']} ({plain['model_type']}): {what}",
         plain["strip"],
-        f"{held['parameters']:,} parameters in the files, {format_bytes(held['bytes'])} ({dtypes}), {len(held['files'])} file(s)",
+        f"{held['parameters']:,} parameters in {len(held['files'])} file(s), {format_bytes(held['bytes'])} ({dtypes})",
     ]
     if layer_map.history:
         heads = ("step", "dropped", "by", "score")
