@@ -30,7 +30,7 @@ FLOORS = {
     "__init__": 7,
 }
 
-ENGINE_NAMES = re.compile(r"deepspeed|DistributedDataParallel|fully_shard|FSDPModule")
+ENGINE_NAMES = re.compile(r"deepspeed|DistributedDataParallel|fully_shard|FSDPModule|\bds_(shape|id|status|tensor)\b")
 MAX_LINES = 300
 # `import trimllm_hf` works without them.
 OPTIONAL = ("datasets", "evaluate", "deepspeed", "matplotlib", "peft", "trl")

@@ -16,7 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trimllm_hf import LayerMap, drop_layers
+from trimllm_hf.surgery import trimmable, verify
 from trimllm_hf.surgery.blocks import find_blocks
+from trimllm_hf.surgery.drop import plan_drop
+from trimllm_hf.surgery.from_config import build_from_config
 
 DROPPED, KEPT = [1, 3], (0, 2, 4, 5)
 
@@ -117,6 +120,21 @@ def test_drops_compose_in_the_base_numbering() -> None:
     assert [record.dropped for record in layer_map.history] == [(1,), (2, 4)]
     once = tiny_model()
     drop_layers(once, [1, 2, 4])
+    torch.testing.assert_close(logits(model), logits(once), rtol=0, atol=0)
+
+
+def test_plans_of_one_model_look_it_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, built, found = tiny_model(), [], []
+    monkeypatch.setattr(verify, "build_from_config", lambda *args: built.append(args) or build_from_config(*args))
+    monkeypatch.setattr(trimmable, "build_from_config", lambda *args: built.append(args) or build_from_config(*args))
+    monkeypatch.setattr(trimmable, "find_blocks", lambda *args: found.append(args) or find_blocks(*args))
+    target = trimmable.resolve_model(model)
+    plans = [plan_drop(target, [layer]) for layer in (1, 2, 3)]
+    assert len(built) == 1 + 3  # the model as it is, and one as each plan would leave it
+    assert len(found) == 2
+    plans[1].apply()
+    once = tiny_model()
+    drop_layers(once, [2])
     torch.testing.assert_close(logits(model), logits(once), rtol=0, atol=0)
 
 

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..surgery.adapters import base_of
+from ..surgery.from_config import build_from_config
 from ..surgery.sublayers import remove_missing_sublayers
-from ..surgery.verify import build_from_config
 
 
 def proxy_model(model: PreTrainedModel, part: str | None, args: TrainingArguments) -> Any:

@@ -39,10 +39,10 @@ def register() -> None:
         def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
             from transformers import CONFIG_MAPPING
 
-            from ..surgery.sublayers import cast, from_saved_config
+            from ..surgery.sublayers import from_saved_config, with_trimmed_class
 
             plain = from_saved_config(config_dict)
-            return cast(CONFIG_MAPPING[plain["model_type"]].from_dict(plain, **kwargs))
+            return with_trimmed_class(CONFIG_MAPPING[plain["model_type"]].from_dict(plain, **kwargs))
 
     AutoConfig.register(MODEL_TYPE, TrimmedConfig, exist_ok=True)
 

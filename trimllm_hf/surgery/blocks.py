@@ -1,4 +1,4 @@
-"""Finds a model's stack of blocks, and a block's attention and MLP, without a table of model names."""
+"""Finds a model's list of blocks, and the attention and the MLP of a block, without a table of architectures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class BlockStack:
         blocks: The `ModuleList` itself.
         config: The config that holds the depth: the model's own, or its text part.
         depth_name: The config's field that counts the blocks, "num_hidden_layers" in most.
-        part: Of an encoder-decoder, "decoder" or "encoder"; None in a model with one stack.
+        part: Of an encoder-decoder, "decoder" or "encoder"; None in a model with one list of blocks.
     """
 
     name: str
@@ -35,19 +35,19 @@ class BlockStack:
 
 
 def find_blocks(model: nn.Module, part: str | None = None) -> BlockStack:
-    """The stack of blocks that a model's config counts.
+    """The list of blocks whose length is the depth in a model's config.
 
     It is the `ModuleList` of that length whose items are `GradientCheckpointingLayer`s or are named in the model's
-    `_no_split_modules`: the two marks by which transformers itself knows a block. A few old architectures bear neither:
-    there it is the only list of that length whose items are of one class. Of a multimodal model's lists it is the one in
-    the module that holds the text part's config, and of an encoder-decoder's the one below a module named after the part.
+    `_no_split_modules`, the two marks by which transformers itself recognizes a block. A few old architectures have
+    neither: there it is the only list of that length whose items are of one class. In a multimodal model it is the list
+    in the module that holds the text config, in an encoder-decoder the one below a module named after the part.
 
     Args:
         model: A transformers model, unwrapped.
         part: Of an encoder-decoder, "decoder" or "encoder": by default the one that was trimmed, else the decoder.
 
     Raises:
-        ValueError: If the model is no transformers model, or has no such list, or more than one.
+        ValueError: If the model is not a transformers model, or has no such list or more than one.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
@@ -83,13 +83,13 @@ def find_blocks(model: nn.Module, part: str | None = None) -> BlockStack:
 
 
 def _part_of(name: str) -> str | None:
-    """Of which part of an encoder-decoder a module is, by the first word in its path that says so."""
+    """The part of an encoder-decoder that a module belongs to, by the first word in its path that names one."""
     words = (re.fullmatch(r"(?:\w+_)?(encoder|decoder)", word) for word in name.split("."))
     return next((word[1] for word in words if word), None)
 
 
 def _owner_config(model: nn.Module, name: str) -> type:
-    """The class of the config of the nearest module around `name` that has one."""
+    """The config class of the nearest enclosing module of `name` that has a config."""
     while name:
         name = name.rpartition(".")[0]
         config = getattr(model.get_submodule(name), "config", None)
@@ -103,16 +103,16 @@ class Sublayers:
     """The two sublayers of a block. Each is one module, or several that work together (OPT's `fc1` and `fc2`).
 
     Attributes:
-        attention: What mixes tokens (attention, or a state-space or convolution layer in its place), by its name in the
-            block; in the order in which the block defines them.
-        mlp: What works on each token alone (an MLP or a mixture of experts), by its name in the block.
+        attention: The modules that mix tokens (attention, or a state-space or convolution layer in its place), by their
+            names in the block, in the order in which the block defines them.
+        mlp: The modules that transform each token alone (an MLP or a mixture of experts), by their names in the block.
     """
 
     attention: dict[str, nn.Module]
     mlp: dict[str, nn.Module]
 
 
-# By the names of a block's own children: transformers' architectures agree on these, not on class names.
+# By the names of a block's children, on which transformers' architectures agree; on class names they do not.
 _ATTENTION = re.compile(r"(self_|linear_)?(attn|attention)|mamba|temporal_block|conv|mlstm_layer")
 _MLP = re.compile(r"(shared_)?(mlp|moe|ffn|feed_forward)|block_sparse_moe|mlp_block|intermediate|output|fc[12]")
 

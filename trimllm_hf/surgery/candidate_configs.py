@@ -1,9 +1,9 @@
-"""What a config says of its layers' places, and what it has to say when some of them are gone.
+"""Candidates for a trimmed config: the values of its fields when some layers are removed.
 
-Most configs hold a depth and lists with one entry per layer. Others number layers in lists, count the first or the last
-of them, or repeat a pattern. The rules below go by the *form* of a value and by words in its name, not by model: where
-more than one reading is possible, all are offered, and the guard of `surgery`, which builds the model that each one
-describes, picks the one that is right. None right: the architecture cannot say it.
+Most configs hold a depth and lists with one entry per layer. Others list layer numbers, count the first or the last
+layers, or repeat a pattern. The rules below go by the *form* of a value and by words in its name, not by model. Where
+more than one value is possible all are offered, and verification, which builds the model that each candidate describes,
+picks the right one. If none is right, the config has no fields for removing these layers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-MAX_CANDIDATES = 80  # each costs the guard one build without memory
+MAX_CANDIDATES = 80  # each costs one build on the meta device
 
 _FIRST = re.compile(r"first_k_dense.*|num_dense_layers|n_dense_layers|max_window_layers|n_input_layers|.*_start(_index)?")
 _FIRST_OR_EXCLUSIVE_END = re.compile(r".*layer.*_end")
@@ -32,17 +32,17 @@ _INDICES = re.compile(r".*(layers|layer_id|layers_id|layer_idx|layer_index|attn_
 def candidate_configs(
     config: PreTrainedConfig, depth_name: str, kept: Sequence[int], part: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Values to set in a config so that it describes only the layers `kept`; the likeliest reading first.
+    """Values to set in a config so that it describes only the layers `kept`; the likeliest candidate first.
 
     Args:
         config: The config that holds the depth. It is not changed.
         depth_name: The name of its field for the depth.
         kept: Positions of the layers that stay, ascending.
-        part: Of an encoder-decoder, the stack; what names the other is left alone.
+        part: Of an encoder-decoder, the part; fields that name the other one are left unchanged.
     """
     other = {"decoder": "encoder", "encoder": "decoder", None: None}[part]
     depth = getattr(config, depth_name)
-    # where the depth is the length of a list, the list says it all
+    # where the depth is the length of a list, the list is enough
     fixed: dict[str, Any] = {depth_name: len(kept)} if depth_name in vars(config) else {}
     choices: dict[str, list[Any]] = {}
     for name, value in vars(config).items():
@@ -77,7 +77,7 @@ def _others(likeliest: dict[str, Any], choices: dict[str, list[Any]]) -> Iterato
 
 
 def _options(name: str, value: Any, depth: int, kept: Sequence[int]) -> list[Any]:
-    """What a field may become, the likeliest first; empty for a field that has nothing to do with layers."""
+    """The values that a field may take, the likeliest first; empty for a field that does not describe layers."""
     if isinstance(value, list | tuple) and value:
         return _list_options(name, value, depth, kept)
     if name == "scale_depth" and isinstance(value, int | float):  # MiniCPM: used as scale_depth / sqrt(depth)
@@ -135,7 +135,7 @@ def _sparse_mlps(config: PreTrainedConfig, depth: int, kept: Sequence[int]) -> d
 
 
 def _put_exception_lists(config: PreTrainedConfig, depth: int, kept: Sequence[int], values: dict[str, Any]) -> None:
-    """What follows from other values: overrides by layer number, and the count of layers between two ends."""
+    """Set values that follow from others: overrides by layer number, and the count of layers between two ends."""
     spec = getattr(config, "_heterogeneity_spec", None)
     if spec is not None:
         overrides = spec.per_layer_overrides
@@ -146,7 +146,7 @@ def _put_exception_lists(config: PreTrainedConfig, depth: int, kept: Sequence[in
 
 
 def _patterns(config: PreTrainedConfig, depth_name: str, likeliest: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """Periods (with their offsets) under which the lists that the config derives come out as cut; {} if there are none."""
+    """Periods and offsets for which the lists that the config derives equal the cut ones; {} if there are none."""
     wanted = {
         name: [value[position] for position in kept] for name, value in _derived(config, getattr(config, depth_name)).items()
     }
@@ -181,7 +181,7 @@ def _mismatches(config: PreTrainedConfig, depth_name: str, values: dict[str, Any
 
 
 def _derived(config: PreTrainedConfig, depth: int) -> dict[str, Any]:
-    """The lists with one entry per layer that a config works out by properties."""
+    """The lists with one entry per layer that a config derives by properties."""
     found = {}
     for base in type(config).__mro__:
         if base is PreTrainedConfig:

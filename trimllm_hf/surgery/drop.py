@@ -1,7 +1,7 @@
-"""`drop_layers`: takes layers out of a model, and their traces out of its config; refuses what would not come out right.
+"""`drop_layers`: removes layers from a model and their traces from its config, or refuses before anything changes.
 
-A drop is planned on copies first: each reading of the config's values (`depth_config.py`) is tried by the guard
-(`guard.py`) before anything changes.
+A drop is planned on copies first: each candidate for the trimmed config (`candidate_configs.py`) is verified (`verify.py`)
+before the model changes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..layer_map import SUBLAYER_KINDS, LayerMap
-from .adapters import adapters_of, base_of, candidate_adapter_configs, patch_adapter_save
-from .blocks import BlockStack, find_blocks
+from ..layer_map import SUBLAYER_KINDS, LayerMap, part_config
+from .adapters import candidate_adapter_configs, patch_adapter_save
+from .blocks import BlockStack
 from .candidate_configs import candidate_configs
 from .per_layer_tensors import cut
 from .position_constraints import check_position_constraints
@@ -29,32 +29,42 @@ from .sublayers import (
     update_classes,
 )
 from .sublayers.attentions import WITHOUT_CACHE
+from .trimmable import TrimmableModel, resolve_model
 from .unshare_config import unshare_config
-from .verify import Renumbering, build_from_config, verify_drop
+from .verify import Renumbering, verify_drop
 
 
 @dataclass(frozen=True)
 class PlannedDrop:
-    """A drop that has passed the guard. `apply` cannot fail halfway: it only deletes and assigns.
+    """A drop that has been verified. `apply` cannot fail halfway: it only deletes and assigns.
 
     Attributes:
-        model: The unwrapped model, without PEFT's wrapper.
+        target: The model as it was when the drop was planned.
         layer_map: The map after the drop.
+        positions: Positions of the blocks that are removed.
+        config_values: The fields of the config that change, with their new values.
+        renumbering: What else changes with the numbers of the layers.
+        pass_throughs: By its name in the model, what each dropped sublayer returns from then on.
+        adapters: The configs of the adapters as they will be, by name.
     """
 
-    model: PreTrainedModel
+    target: TrimmableModel
     layer_map: LayerMap
-    stack: BlockStack
     positions: frozenset[int]
     config_values: dict[str, Any]
     renumbering: Renumbering
-    pass_throughs: dict[str, OutputSpec]  # by the name in the model of what they stand for
-    adapters: dict[str, Any]  # the configs of its adapters as they will be
+    pass_throughs: dict[str, OutputSpec]
+    adapters: dict[str, Any]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The unwrapped model, without PEFT's wrapper."""
+        return self.target.model
 
     @property
     def removed_parameters(self) -> list[nn.Parameter]:
-        """The parameters that no module but the dropped ones holds."""
-        dropped = [self.stack.blocks[position] for position in sorted(self.positions)]
+        """The parameters that only the dropped modules hold."""
+        dropped = [self.target.stack.blocks[position] for position in sorted(self.positions)]
         dropped += [self.model.get_submodule(name) for name in self.pass_throughs]
         inside = {module for block in dropped for module in block.modules()}
         staying = {
@@ -63,25 +73,25 @@ class PlannedDrop:
             if module not in inside
             for parameter in module.parameters(recurse=False)
         }
-        removed_parameters = {id(p): p for module in dropped for p in module.parameters() if id(p) not in staying}
-        return list(removed_parameters.values())
+        return list({id(p): p for module in dropped for p in module.parameters() if id(p) not in staying}.values())
 
     def apply(self) -> LayerMap:
         """Drop the layers, in place. The model and its container of blocks stay the same objects.
 
         So do its configs, unless another model holds one of them too: then this model gets copies.
         """
-        kept = [position for position in range(len(self.stack)) if position not in self.positions]
+        stack, adapters = self.target.stack, self.target.adapters
+        kept = [position for position in range(len(stack)) if position not in self.positions]
         for (name, key), dimension in self.renumbering.per_layer.items():
             parameter = self.model.get_submodule(name).get_parameter(key)
-            parameter.data = cut(parameter.data, dimension, len(self.stack), kept)
+            parameter.data = cut(parameter.data, dimension, len(stack), kept)
             parameter.grad = None  # of another shape
         unshare_config(self.model)
-        config = find_blocks(self.model, self.stack.part).config
+        config = part_config(self.model.config, stack.part)
         for name, spec in self.pass_throughs.items():
             self.model.set_submodule(name, PassThrough(spec))
         for position in sorted(self.positions, reverse=True):
-            del self.stack.blocks[position]
+            del stack.blocks[position]
         modules = dict(self.model.named_modules())
         changed = [modules[name].config for name, _ in self.renumbering.configs if name in modules]  # some are copies
         for each in {id(held): held for held in [config, *changed]}.values():
@@ -95,15 +105,15 @@ class PlannedDrop:
             if (list(now) if isinstance(now, tuple) else now) == before:  # a value that the user changed stays
                 setattr(modules[name], attribute, after)
         self.model.config.trim = self.layer_map.to_dict()
-        for name, config in adapters_of(self.model).items():
-            vars(config).update(vars(self.adapters[name]))
-        patch_adapter_save(self.model, self.stack.name, self.layer_map)
+        for name, adapter in adapters.items():
+            vars(adapter).update(vars(self.adapters[name]))
+        patch_adapter_save(self.model, stack.name, self.layer_map)
         update_classes(self.model, self.layer_map.has_all_sublayers)
         return self.layer_map
 
 
 def plan_drop(
-    model: nn.Module,
+    model: nn.Module | TrimmableModel,
     layers: Sequence[int],
     unit: str = "block",
     step: int | None = None,
@@ -111,34 +121,40 @@ def plan_drop(
     scores: Sequence[float] | None = None,
     part: str | None = None,
 ) -> PlannedDrop:
-    """Check a drop without changing anything; see `drop_layers`. `step`, `importance`, `scores` go into the history.
+    """Verify a drop without changing anything; see `drop_layers`.
+
+    Args:
+        model: The model; or, for several plans of one model, what `resolve_model` found in it.
+        layers: As for `drop_layers`.
+        unit: As for `drop_layers`.
+        step: Optimizer step of the drop, for the map's history.
+        importance: Name of the score that chose the layers, for the history.
+        scores: Their scores, in the order of `layers`, for the history.
+        part: As for `drop_layers`; of no effect where `model` is resolved already.
 
     Raises:
         ValueError: As `drop_layers`.
     """
-    base: PreTrainedModel = base_of(model)
-    stack = find_blocks(base, part)
-    adapters = adapters_of(base)
-    before = LayerMap.from_config(base.config, part)
+    target = model if isinstance(model, TrimmableModel) else resolve_model(model, part)
+    base, stack, before = target.model, target.stack, target.layer_map
     after = before.drop(layers, step=step, importance=importance, scores=scores, unit=unit)
     kept = [position for position, layer in enumerate(before.kept_layers) if layer in set(after.kept_layers)]
     gone = frozenset(range(len(stack))) - set(kept)
     _keep_an_attention(stack, kept)
     check_position_constraints(base, stack, kept, after.has_all_sublayers)
-    full = build_from_config(base, {}, stack.part, adapters)
-    inner_name = find_blocks(full, stack.part).name
-    pass_throughs = {} if after.has_all_sublayers else _stand_ins(base, stack, before, after, full)
+    pass_throughs = {} if after.has_all_sublayers else _pass_throughs(target, after)
+    full, inner_name = target.skeleton, target.skeleton_stack.name
     refusal: ValueError | None = None
     for values in candidate_configs(stack.config, stack.depth_name, kept, stack.part) if gone else [{}]:
-        for configs in candidate_adapter_configs(adapters, full, inner_name, kept):
+        for configs in candidate_adapter_configs(target.adapters, full, inner_name, kept):
             try:
-                renumbering = verify_drop(base, stack, kept, values, full, configs) if gone else Renumbering({}, {})
+                renumbering = verify_drop(target, kept, values, configs) if gone else Renumbering({}, {})
             except ValueError as error:
-                refusal = refusal or error  # of the likeliest reading
+                refusal = refusal or error  # of the likeliest candidate
                 continue
             if not after.has_all_sublayers:
                 refuse_unloadable(base, values, after)
-            return PlannedDrop(base, after, stack, gone, values, renumbering, pass_throughs, configs)
+            return PlannedDrop(target, after, gone, values, renumbering, pass_throughs, configs)
     assert refusal is not None
     raise refusal
 
@@ -153,8 +169,8 @@ def refuse_per_layer_tensors(drop: PlannedDrop) -> None:
         names = [".".join(key) for key in drop.renumbering.per_layer]
         raise ValueError(
             f"Expected a model whose other parameters keep their shape while it trains, got {type(drop.model).__name__}, "
-            f"which holds a part for each layer in {names}. Drop its layers before training, by drop_layers. Nothing was "
-            "changed."
+            f"whose tensors {names} hold a slice for each layer. Drop its layers before training, by drop_layers. Nothing "
+            "was changed."
         )
 
 
@@ -168,32 +184,31 @@ def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block", pa
         unit: "block", a whole layer; or "sublayer", an attention or an MLP with its residual. Then `layers` are positions
             in the model's sublayers: attention and MLP of the first block, of the second, and so on, without those that
             are gone (`LayerMap.sublayers`). A block goes when both are gone.
-        part: Of an encoder-decoder (T5, BART), the stack to drop from: "decoder" or "encoder". By default the one that
+        part: Of an encoder-decoder (T5, BART), the part to drop from: "decoder" or "encoder". By default the one that
             was trimmed before, else the decoder.
 
     Returns:
         The kept-layer map, in the numbering of the base model. It also stands in `model.config.trim`.
 
     Raises:
-        ValueError: If a layer is out of range, repeated, or all are named; if the architecture has no single stack of
-            blocks, or its blocks are no attention and MLP; if its other part was trimmed before; or if the trimmed config
-            would describe another model than the trimmed one. Nothing has changed then.
+        ValueError: If a layer is out of range, repeated, or all are named; if the architecture has no single list of
+            blocks, or its blocks are not made of an attention and an MLP; if its other part was trimmed before; or if the
+            trimmed config would describe another model than the trimmed one. Nothing has changed then.
     """
     return plan_drop(model, layers, unit, part=part).apply()
 
 
-def _stand_ins(
-    model: PreTrainedModel, stack: BlockStack, before: LayerMap, after: LayerMap, full: nn.Module
-) -> dict[str, OutputSpec]:
-    """What stands where the sublayers were that go while their block stays."""
+def _pass_throughs(target: TrimmableModel, after: LayerMap) -> dict[str, OutputSpec]:
+    """The pass-throughs for the sublayers that are dropped while their block stays."""
+    model, stack, before = target.model, target.stack, target.layer_map
     if stack.part is not None:
         raise ValueError(
-            f"Expected a model with one stack of layers for unit='sublayer', got the encoder-decoder "
+            f"Expected a model with one list of blocks for unit='sublayer', got the encoder-decoder "
             f"{type(model).__name__}. Use unit='block'. Nothing was changed."
         )
-    to_saved_config(model.config.to_dict(), model.config)  # raises where the config cannot say it
+    to_saved_config(model.config.to_dict(), model.config)  # raises if the config has no field for it
     keep_attentions(stack, after, [before.kept_layers.index(layer) for layer in after.kept_layers])
-    blocks = find_blocks(full).blocks
+    blocks = target.skeleton_stack.blocks
     lost = set(before.sublayers) - set(after.sublayers)
     found: dict[str, OutputSpec] = {}
     for position, layer in enumerate(before.kept_layers):

@@ -1,4 +1,4 @@
-"""Tensors outside the blocks that hold a part for each of them, one after the other, and are cut when blocks go.
+"""Tensors outside the blocks that hold a slice for each block; they are cut when blocks are dropped.
 
 Gemma 3n and 4 keep the embeddings and the projection of every layer's own input so, in modules named `..._per_layer...`.
 """
@@ -14,7 +14,7 @@ WORD = "per_layer"
 
 
 def per_layer_dimensions(name: str, of_full: nn.Module, of_trimmed: nn.Module, depth: int, num_kept: int) -> dict[str, int]:
-    """By the name of a module's parameter, the dimension along which it holds a part for each layer; else nothing.
+    """By the name of a module's parameter, the dimension along which it holds a slice for each layer; empty if it does not.
 
     Args:
         name: The module's name in the model.
@@ -40,12 +40,12 @@ def per_layer_dimensions(name: str, of_full: nn.Module, of_trimmed: nn.Module, d
 
 
 def is_per_layer(before: int, after: int, depth: int, num_kept: int) -> bool:
-    """Whether a size is so many for each layer, before a drop and after it."""
+    """Whether a size is a multiple of the number of layers, by the same factor before and after a drop."""
     return before % depth == 0 and after == before // depth * num_kept
 
 
 def cut(tensor: torch.Tensor, dimension: int, depth: int, kept: Sequence[int]) -> torch.Tensor:
-    """A packed tensor with the parts of the layers that stay, in memory of its own."""
+    """A copy of a per-layer tensor with the slices of the layers that stay only."""
     index = torch.tensor(kept, device=tensor.device)
     parts = tensor.unflatten(dimension, (depth, -1)).index_select(dimension, index)
     return parts.flatten(dimension, dimension + 1).contiguous()

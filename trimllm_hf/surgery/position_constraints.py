@@ -1,4 +1,4 @@
-"""Places to which a model's own `forward` ties something: no module shows them, so the guard cannot see that they move."""
+"""Layers at whose number a model's `forward` does something: no module shows it, so that verification cannot see it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .blocks import BlockStack
 def check_position_constraints(
     model: PreTrainedModel, stack: BlockStack, kept: Sequence[int], has_all_sublayers: bool = True
 ) -> None:
-    """Refuse a drop after which the model's `forward` would do something at another place than now.
+    """Refuse a drop after which the model's `forward` would do something at another layer than now.
 
     Args:
-        model: The model that is to be trimmed.
+        model: The model to trim.
         stack: Its blocks.
         kept: Positions that stay.
         has_all_sublayers: Whether they keep their attention and their MLP.
@@ -40,13 +40,14 @@ def _keep_scales(model: PreTrainedModel, stack: BlockStack, fewer: bool, has_all
     every = stack.config.rescale_every
     if not has_all_sublayers:
         raise ValueError(
-            f"Expected an attention and an MLP that hand on nothing but hidden states, got those of {type(model).__name__}, "
-            "which hand on their state. Use unit='block'. Nothing was changed."
+            f"Expected an attention and an MLP that return nothing but hidden states, got those of {type(model).__name__}, "
+            "which return their state too. Use unit='block'. Nothing was changed."
         )
     if fewer and 0 < every < len(stack):
         raise ValueError(
-            f"Expected rescale_every=0 in the config of {type(model).__name__}, got {every}: in evaluation it scales the "
-            "weights of each layer by its number. Set it before the model first runs in evaluation. Nothing was changed."
+            f"Expected rescale_every=0 in the config of {type(model).__name__}, got {every}: in evaluation the "
+            "weights of each layer are scaled by its number. Set it before the model first runs in evaluation. Nothing was "
+            "changed."
         )
 
 
@@ -54,22 +55,22 @@ def _tied(
     model: PreTrainedModel, owner: nn.Module, stack: BlockStack, kept: Sequence[int]
 ) -> Iterator[tuple[str, Sequence[int]]]:
     if isinstance(getattr(owner, "conv", None), nn.Module):  # DeBERTa v2
-        yield "a convolution stands behind the first", [0]
-    yield "all later ones read what comes out of them", _marked(stack, "is_block_boundary")  # Inkling 2
+        yield "a convolution follows the first", [0]
+    yield "all later ones read their outputs", _marked(stack, "is_block_boundary")  # Inkling 2
     if set(_marked(stack, "is_kv_shared_layer")) & set(kept):  # Gemma 3n and 4
         yield "later ones read their keys and values", _marked(stack, "store_full_length_kv")
     if stack.config is not model.config:
         fed = max((_fed(config) for config in _configs(model.config)), default=0)
-        yield "what is seen in an image is added at them by their number", list(range(min(fed, len(stack))))
+        yield "features of an image are added at them by their number", list(range(min(fed, len(stack))))
 
 
 def _marked(stack: BlockStack, flag: str) -> list[int]:
-    """Layers that have a flag set, on the block or within."""
+    """The blocks that have a flag set, themselves or on a module inside."""
     return [i for i, block in enumerate(stack.blocks) if any(getattr(each, flag, False) for each in block.modules())]
 
 
 def _fed(config: PreTrainedConfig) -> int:
-    """To how many of the first text layers a vision part hands features (Qwen 3 VL: "deepstack")."""
+    """How many of the first text layers get features of the vision part (Qwen 3 VL: "deepstack")."""
     of_vision = getattr(config, "deepstack_visual_indexes", None) or ()
     pairs: Any = getattr(config, "deepstack_layer_map", None) or ()  # Granite 4: (vision layer, text layer)
     return max(len(of_vision), *(layer + 1 for _, layer in pairs), 0)

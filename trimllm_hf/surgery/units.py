@@ -1,4 +1,4 @@
-"""What a scan leaves out: a block, or an attention or an MLP of it."""
+"""The units that can be dropped: a block, or the attention or the MLP of a block; and a model run without one of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layer_map import UNITS, LayerMap
-from .adapters import base_of
-from .blocks import find_blocks
+from ..layer_map import UNITS
 from .sublayers import OutputSpec, find_output_specs
-from .verify import build_from_config
+from .trimmable import resolve_model
 
 
 @dataclass(frozen=True)
@@ -23,8 +21,8 @@ class Unit:
 
     Attributes:
         position: Position of its block.
-        parts: The modules inside the block that would go. None at all: the whole block.
-        gives: What would stand for each of them.
+        parts: The modules inside the block that would be dropped; empty for the whole block.
+        spec: What each of them would return once it is dropped.
     """
 
     position: int
@@ -32,27 +30,31 @@ class Unit:
     spec: tuple[OutputSpec, ...] = ()
 
 
-def list_units(model: nn.Module, unit: str) -> list[Unit]:
+def list_units(model: nn.Module, unit: str, part: str | None = None) -> list[Unit]:
     """The candidates of a model, in the order of their scores: the blocks, or `LayerMap.sublayers`.
+
+    Args:
+        model: A transformers model, unwrapped, or one with adapters.
+        unit: "block" or "sublayer".
+        part: Of an encoder-decoder, "decoder" or "encoder"; by default the one that was trimmed, else the decoder.
 
     Raises:
         ValueError: If there is no unit of that name, or the blocks are not made of an attention and an MLP.
     """
     if unit not in UNITS:
         raise ValueError(f"Expected unit='block' or 'sublayer', got {unit!r}.")
-    base = base_of(model)
-    stack, layer_map = find_blocks(base), LayerMap.from_config(base.config)
+    target = resolve_model(model, part)
+    stack, layer_map = target.stack, target.layer_map
     if unit == "block":
         return [Unit(position) for position in range(len(stack))]
     if stack.part is not None:
-        raise ValueError("Expected a model with one stack of layers for unit='sublayer', got an encoder-decoder.")
-    has_all_sublayers = find_blocks(
-        build_from_config(base, {})
-    ).blocks  # without weights, and with the sublayers that are gone
+        raise ValueError(
+            "Expected a model with one list of blocks for unit='sublayer', got an encoder-decoder. Use unit='block'."
+        )
     found = []
     for layer, kind in layer_map.sublayers:
         position = layer_map.kept_layers.index(layer)
-        spec = find_output_specs(has_all_sublayers[position], stack.config.hidden_size).of(kind)
+        spec = find_output_specs(target.skeleton_stack.blocks[position], stack.config.hidden_size).of(kind)
         parts = tuple(stack.blocks[position].get_submodule(name) for name in spec)
         found.append(Unit(position, parts, tuple(spec.values())))
     return found
@@ -60,21 +62,21 @@ def list_units(model: nn.Module, unit: str) -> list[Unit]:
 
 @contextmanager
 def without(unit: Unit, blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Run a model as if the unit were not there.
+    """Run a model as if the unit had been dropped.
 
-    A block hands its input on; it still runs, so that its output's form is right everywhere. A part does not run: what
-    would stand for it answers.
+    A block still runs, so that its output has the right form, but returns its input. An attention or an MLP does not run:
+    it returns what its pass-through would.
     """
     with ExitStack() as stack:
         for part, spec in zip(unit.parts, unit.spec, strict=True):
-            stack.enter_context(_answering(part, spec))
+            stack.enter_context(_passing_through(part, spec))
         if not unit.parts:
             stack.callback(blocks[unit.position].register_forward_hook(_input, with_kwargs=True).remove)
         yield
 
 
 @contextmanager
-def _answering(part: nn.Module, spec: OutputSpec) -> Iterator[None]:
+def _passing_through(part: nn.Module, spec: OutputSpec) -> Iterator[None]:
     had = vars(part).get("forward")  # a wrapper's own, if there is one
     part.forward = lambda *args, **kwargs: spec(args, kwargs)
     try:

@@ -1,14 +1,13 @@
-"""The guard: whether a model's trimmed config describes exactly the layers that stay.
+"""Verification: whether a model's trimmed config describes exactly the layers that stay.
 
-It builds, on the meta device (no memory), the model that the config describes now and the one that the trimmed config
-would describe, and compares them block by block. So it learns, without a table of names, which attributes number a layer
-(they are renumbered) and refuses a model in which anything else would change.
+Two models are built on the meta device, which takes no memory: the one that the config describes now, and the one that the
+trimmed config would describe. They are compared block by block. The comparison finds the attributes that number a layer,
+which are renumbered, without a table of names; a drop that would change anything else is refused.
 """
 
 from __future__ import annotations
 
 import ast
-import copy
 import inspect
 import re
 import textwrap
@@ -16,20 +15,17 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isclose
-from types import MappingProxyType
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
-from ..layer_map import num_hidden_layers, part_config
-from .adapters import inject
-from .blocks import BlockStack, find_blocks
+from ..layer_map import num_hidden_layers
+from .blocks import BlockStack
+from .from_config import build_from_config
 from .per_layer_tensors import is_per_layer, per_layer_dimensions
+from .trimmable import TrimmableModel
 
-WARNING = 30  # logging.WARNING
 Scalar = int | float | bool | str | None
 Changes = dict[tuple[str, str], tuple[Any, Any]]  # (module, attribute) -> (value now, value after)
 
@@ -41,7 +37,7 @@ class Renumbering:
     Attributes:
         attributes: The attributes of modules that number or count layers.
         configs: The fields of modules' configs: some modules hold a config of their own, made from the model's.
-        packed: By the name of a module's parameter, the dimension along which it holds a part for each layer.
+        per_layer: By the name of a module's parameter, the dimension along which it holds a part for each layer.
     """
 
     attributes: Changes
@@ -50,37 +46,31 @@ class Renumbering:
 
 
 def verify_drop(
-    model: PreTrainedModel,
-    stack: BlockStack,
-    kept: Sequence[int],
-    values: dict[str, Any],
-    full: nn.Module,
-    adapters: Mapping[str, Any] = MappingProxyType({}),
+    target: TrimmableModel, kept: Sequence[int], values: dict[str, Any], adapters: Mapping[str, Any]
 ) -> Renumbering:
     """Compare the model that the config describes with the one that the trimmed config would describe.
 
     Args:
-        model: The model that is to be trimmed.
-        stack: Its blocks.
-        kept: Positions that stay.
-        values: What changes in the config.
-        full: The model that the config describes now, by `rebuild(model, {})`.
-        adapters: The configs of its adapters as they would be, by name.
+        target: The model to trim.
+        kept: Positions of the blocks that stay.
+        values: The config's fields that change, with their new values.
+        adapters: The configs of the adapters as they would be, by name.
 
     Returns:
-        What numbers or counts layers, each with its value now and after.
+        The attributes and config fields that number or count layers, each with its value now and after.
 
     Raises:
         ValueError: If anything else would differ between a layer that stays and the one that would be loaded for it.
     """
+    model, stack, full = target.model, target.stack, target.skeleton
     try:
         trimmed = build_from_config(model, values, stack.part, adapters)
     except Exception as error:  # a config that cannot be built shows it in as many ways as there are architectures
         raise ValueError(
             f"Expected {type(model).__name__} to be built from its trimmed config, got {type(error).__name__}: {error}. "
-            "This architecture cannot say in its config that these layers are gone. Nothing was changed."
+            "Its config has no field for removing these layers: drop others. Nothing was changed."
         ) from error
-    inner_name = find_blocks(full, stack.part).name
+    inner_name = target.skeleton_stack.name
     attributes: Changes = {}
     configs: Changes = {}
     per_layer: dict[tuple[str, str], int] = {}
@@ -106,7 +96,7 @@ def verify_drop(
             elif isinstance(old, bool) or not _is_place(attribute, old, new, block, kept, len(stack), of_full):
                 _refuse(model, f"{name}.{attribute}" if name else attribute, "another value", old, new)
             attributes[(real_name, attribute)] = (old, new)
-    attributes |= _numbers_in_exchanged(stack, find_blocks(full, stack.part).blocks, kept)
+    attributes |= _numbers_in_exchanged(stack, target.skeleton_stack.blocks, kept)
     _keep_room_in_the_cache(model, full, trimmed, stack.part)
     return Renumbering(attributes, configs, per_layer)
 
@@ -184,34 +174,6 @@ def _in_forward(module: nn.Module, attribute: str) -> bool:
             return True
         to_read += used
     return False
-
-
-def build_from_config(
-    model: PreTrainedModel,
-    values: dict[str, Any],
-    part: str | None = None,
-    adapters: Mapping[str, Any] = MappingProxyType({}),
-    device: str | torch.device = "meta",
-) -> nn.Module:
-    """The model and its adapters once `values` are set where the config holds the depth; weights are new, or none."""
-    config = copy.deepcopy(model.config)
-    for name, value in values.items():
-        setattr(part_config(config, part), name, value)
-    # Through a dict and back, as a load from config.json would: derived values are derived again.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(max(verbosity, WARNING))  # building a model tells its whole config at INFO
-    try:
-        attention = {"": model.config._attn_implementation}
-        for name in config.sub_configs:
-            attention[name] = getattr(getattr(config, name), "_attn_implementation", None)
-        # classes that build a model without some sublayers have the architecture's own, which builds all
-        config_class = getattr(type(config), "stock_class", type(config))
-        config = config_class.from_dict(config.to_dict(), attn_implementation=attention)
-        with torch.device(device):
-            found: nn.Module = getattr(type(model), "stock_class", type(model))(config)
-            return inject(found, adapters)
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _pairs(

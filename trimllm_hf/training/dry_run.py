@@ -7,6 +7,7 @@ block of T5), and some repeat a pattern that their config cannot write out: ther
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,8 +17,9 @@ from ..layer_map import LayerMap
 from ..surgery.adapters import adapters_of, base_of
 from ..surgery.blocks import find_blocks
 from ..surgery.drop import PlannedDrop, plan_drop, refuse_per_layer_tensors
+from ..surgery.from_config import build_from_config
 from ..surgery.sublayers import attentions_that_stay
-from ..surgery.verify import build_from_config
+from ..surgery.trimmable import resolve_model
 from .config import TrimConfig
 
 Planner = Callable[[list[int]], PlannedDrop]  # plans a drop of some positions, or raises a ValueError
@@ -100,10 +102,9 @@ def dry_run(model: nn.Module, config: TrimConfig, to_drop: int) -> dict[int, int
     target, size = depth - to_drop, 1
     while depth > target:
         deepest_first = {position: -float(position) for position in droppable(copy, config)}
+        target_model = resolve_model(copy, config.part)
         try:
-            drop = least_important(
-                lambda layers: plan_drop(copy, layers, part=config.part), deepest_first, depth - target, size
-            )
+            drop = least_important(partial(plan_drop, target_model), deepest_first, depth - target, size)
         except ValueError as error:
             reached = f"It can be trimmed to {depth}; then: " if sizes else ""
             raise ValueError(

@@ -31,6 +31,7 @@ from ..importance.order import Chosen, choose, choose_window
 from ..importance.unigram_baseline import loss_at_unigram_baseline
 from ..layer_map import LayerMap
 from ..surgery.drop import PlannedDrop, plan_drop
+from ..surgery.trimmable import resolve_model
 from ..utils import isolated_rng
 from .config import TrimConfig
 from .dry_run import Planner, droppable, least_important
@@ -117,12 +118,12 @@ class LayerSelector:
             importance = self._importance(model, step)
             chosen, scores = self._choose(model, step, progress, count, importance)
             margin = chosen.margin
+            target = resolve_model(model, config.part)
 
             def plan(positions: list[int]) -> PlannedDrop:
                 of_each = chosen.scores if positions == chosen.positions else scores[positions].tolist()
                 named = f"{importance} per ms" if self.unit_ms else importance
-                how: dict[str, Any] = {"step": step, "importance": named, "part": config.part}
-                return plan_drop(model, positions, config.unit, scores=of_each, **how)
+                return plan_drop(target, positions, config.unit, step=step, importance=named, scores=of_each)
 
             try:
                 drop = plan(chosen.positions)

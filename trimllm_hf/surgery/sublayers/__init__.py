@@ -1,7 +1,7 @@
-"""Sublayers: an attention or an MLP that goes alone, and the model classes that are built without it."""
+"""Dropping an attention or an MLP alone, and the model classes that are built without it."""
 
 from .attentions import attentions_that_stay, keep_attentions, layer_types
-from .classes import cast, class_of, refuse_unloadable, remove_missing_sublayers, update_classes
+from .classes import class_of, refuse_unloadable, remove_missing_sublayers, update_classes, with_trimmed_class
 from .output_specs import OutputSpecs, find_output_specs
 from .pass_through import OutputSpec, PassThrough
 from .remote_code import write_remote_code
@@ -12,7 +12,6 @@ __all__ = [
     "OutputSpecs",
     "PassThrough",
     "attentions_that_stay",
-    "cast",
     "class_of",
     "find_output_specs",
     "from_saved_config",
@@ -22,5 +21,6 @@ __all__ = [
     "remove_missing_sublayers",
     "to_saved_config",
     "update_classes",
+    "with_trimmed_class",
     "write_remote_code",
 ]

@@ -1,4 +1,4 @@
-"""Which attentions have to stay: a cache is asked how long it is at the first attention of each type."""
+"""The attentions that cannot be dropped: the cache reports its length by the first attention of each layer type."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from ...layer_map import LayerMap
 from ..blocks import BlockStack
 
-# Layer types that keep no keys and values.
+# Layer types without keys and values.
 WITHOUT_CACHE = {"linear_attention", "conv", "moe", "recurrent", "mamba"}
 
 
 def layer_types(stack: BlockStack) -> list[str]:
-    """The type of each layer, as far as the config says it: like "full_attention" and "sliding_attention"."""
+    """The type of each block by the config, e.g. "full_attention" or "sliding_attention"; "attention" where it has none."""
     types = getattr(stack.config, "layer_types", None) or getattr(stack.config, "layers_block_type", None)
     return list(types) if isinstance(types, list | tuple) and len(types) == len(stack) else ["attention"] * len(stack)
 
 
 def attentions_that_stay(stack: BlockStack, layers: Sequence[int], positions: Sequence[int]) -> list[int]:
-    """Of some layers, those whose attention has to stay.
+    """Those of some layers whose attention cannot be dropped.
 
-    These are the first of each layer type. Of types with a state in place of keys and values, transformers asks the last.
+    These are the first of each layer type. Of types with a state instead of keys and values, it is the last.
 
     Args:
         stack: The model's blocks.
@@ -37,7 +37,7 @@ def attentions_that_stay(stack: BlockStack, layers: Sequence[int], positions: Se
 
 
 def keep_attentions(stack: BlockStack, after: LayerMap, positions: Sequence[int]) -> None:
-    """Refuse a drop after which an attention would be gone that has to stay.
+    """Refuse a drop of an attention from which the cache reports its length.
 
     Args:
         stack: The model's blocks as they are now.

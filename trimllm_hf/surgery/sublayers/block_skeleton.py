@@ -1,4 +1,4 @@
-"""A block's glue: a copy without its weights, run on random numbers with probes in the places of its sublayers."""
+"""A block's skeleton: a copy with random parameters in which small functions replace the attention and the MLP."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...engines import full_shape
 from .pass_through import OutputSpec
 
-MAX_GLUE = 2**24  # a larger parameter of the glue stays without memory; a block that needs it is refused
+MAX_ELEMENTS = 2**24  # a larger parameter of a skeleton stays without memory; a block that needs it is refused
 
 
 class Probe(nn.Module):
-    """A small function in a sublayer's place, with one parameter, by which it is known what depends on it."""
+    """A small function in place of a sublayer. Its one parameter shows, by its gradient, what depends on the sublayer."""
 
     def __init__(self, spec: OutputSpec, phase: float, detached: bool) -> None:
         super().__init__()
@@ -32,7 +33,12 @@ class Probe(nn.Module):
 
 
 def block_skeleton(block: nn.Module, inside: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of a block with random parameters, in which others stand for some of its modules."""
+    """A copy of a block with random parameters, in which some of its modules are replaced.
+
+    Args:
+        block: The block. Its parameters' values are not read.
+        inside: The replacements, by the name in the block of what they replace.
+    """
     instead: dict[int, Any] = {id(block.get_submodule(name)): module for name, module in inside.items()}
     for module in block.modules():
         if hasattr(module, "config"):
@@ -53,23 +59,18 @@ def within(name: str, modules: Iterable[str]) -> bool:
 
 
 def _random(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    shape = shape_of(tensor)
-    return torch.empty(shape, device="meta") if shape.numel() > MAX_GLUE else numbers(name, shape)
+    shape = full_shape(tensor)
+    return torch.empty(shape, device="meta") if shape.numel() > MAX_ELEMENTS else numbers(name, shape)
 
 
 def numbers(name: str, shape: torch.Size) -> torch.Tensor:
-    """Random numbers that are the same for a name in each run."""
+    """Random numbers of a shape, float64; the same for a name in each run."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
-def shape_of(tensor: torch.Tensor) -> torch.Size:
-    """A parameter's shape; one that ZeRO-3 has cut says it elsewhere."""
-    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
-
-
 def depends(tensor: torch.Tensor, parameters: list[nn.Parameter]) -> bool:
-    """Whether a tensor was made from one of these."""
+    """Whether a tensor was computed from one of these parameters."""
     if not tensor.requires_grad or not parameters:
         return False
     return any(g is not None for g in torch.autograd.grad(tensor.sum(), parameters, retain_graph=True, allow_unused=True))

@@ -1,7 +1,7 @@
-"""Model and config classes for what lacks sublayers, made from any architecture's own when they are first needed.
+"""Model and config classes for models that lack sublayers, derived from an architecture's own when first needed.
 
-In memory such a model is what it was: the config's `model_type` and the class's name stay, so that a Trainer, PEFT and
-generation treat it alike. The classes differ in how they store a config and in what they build from one.
+In memory the config's `model_type` and the class's name are unchanged, so that a Trainer, PEFT and generation treat the
+model as before. The classes differ in how they save a config and in what they build from one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MODELS: dict[type, type[PreTrainedModel]] = {}
 
 
 class TrimmedConfig:
-    """What is added to an architecture's config class."""
+    """Mixin for an architecture's config class."""
 
     stock_class: ClassVar[type[PreTrainedConfig]]
 
@@ -43,11 +43,11 @@ class TrimmedConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return cast(cls.stock_class.from_dict(config_dict, **kwargs))
+        return with_trimmed_class(cls.stock_class.from_dict(config_dict, **kwargs))
 
 
 class TrimmedModel:
-    """What is added to an architecture's model class."""
+    """Mixin for an architecture's model class."""
 
     stock_class: ClassVar[type[PreTrainedModel]]
 
@@ -67,8 +67,8 @@ class TrimmedModel:
         return (model, info) if output_loading_info else model
 
 
-def cast(found: Any) -> Any:
-    """A stock config, or one with its unused arguments, as one of a model that lacks sublayers, if its map says so.
+def with_trimmed_class(found: Any) -> Any:
+    """Give a stock config, or the first of a tuple, the class for models that lack sublayers if its map says so.
 
     Raises:
         ValueError: If its map is damaged or does not fit it.
@@ -80,7 +80,7 @@ def cast(found: Any) -> Any:
 
 
 def config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """The class for configs of models that lack sublayers; the Auto classes know from now on what to build from it."""
+    """The config class for models that lack sublayers; it is registered with the Auto classes."""
     stock = getattr(stock, "stock_class", stock)
     if stock in _CONFIGS:
         return _CONFIGS[stock]
@@ -98,7 +98,7 @@ def config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 
 def model_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """The class for models that lack sublayers. It bears the architecture's name, by which transformers knows much."""
+    """The model class for models that lack sublayers. It keeps the architecture's name, which transformers looks up."""
     if stock in _MODELS:
         return _MODELS[stock]
     fields = {"stock_class": stock, "config_class": config, "__module__": __name__, "__qualname__": PREFIX + stock.__name__}
@@ -108,7 +108,7 @@ def model_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) ->
 
 
 def class_of(model_type: type[PreTrainedModel], has_all_sublayers: bool) -> type[PreTrainedModel]:
-    """The class of a model of the same architecture that has all sublayers, or lacks some; not yet a wrapper's."""
+    """The class of a model of the same architecture that has all sublayers, or lacks some, without a wrapper's subclass."""
     own = _own(model_type)
     stock: type[PreTrainedModel] = getattr(own, "stock_class", own)
     config = stock.config_class
@@ -117,7 +117,7 @@ def class_of(model_type: type[PreTrainedModel], has_all_sublayers: bool) -> type
 
 
 def update_classes(model: PreTrainedModel, has_all_sublayers: bool) -> None:
-    """Make a model and its config instances of the classes that load what it is now."""
+    """Set the classes of a model and its config to those that can load the model as it is now."""
     config: Any = model.config
     stock: Any = getattr(type(config), "stock_class", type(config))
     config.__class__ = stock if has_all_sublayers else config_class(stock)
@@ -127,12 +127,12 @@ def update_classes(model: PreTrainedModel, has_all_sublayers: bool) -> None:
 
 
 def _own(found: type) -> Any:
-    """The class below those that a wrapper made."""
+    """The class below those that wrappers (`torch.…`) derive."""
     return next(base for base in found.__mro__ if not base.__module__.startswith("torch."))
 
 
 def _replaced(found: type, old: type, new: type) -> type:
-    """A class in which another one stands for one of its bases."""
+    """A class with one of its bases replaced."""
     if found is old or old is new:
         return new if found is old else found
     bases = tuple(new if base is old else base for base in found.__bases__)
@@ -140,12 +140,12 @@ def _replaced(found: type, old: type, new: type) -> type:
 
 
 def refuse_unloadable(model: PreTrainedModel, values: dict[str, Any], layer_map: LayerMap) -> None:
-    """Refuse a drop after which the model could not be built again: some architectures look into their blocks.
+    """Refuse a drop after which the model could not be built again: some architectures inspect their blocks.
 
-    It is built and initialized without memory, as a load does.
+    It is built and initialized on the meta device, as a load does.
 
     Args:
-        model: The model that is to be trimmed.
+        model: The model to trim.
         values: What changes in the config that holds the depth.
         layer_map: The map after the drop.
 
@@ -159,7 +159,9 @@ def refuse_unloadable(model: PreTrainedModel, values: dict[str, Any], layer_map:
     stock: Any = getattr(type(config), "stock_class", type(config))
     try:
         with torch.device("meta"):
-            class_of(type(model), has_all_sublayers=False)(cast(stock.from_dict(config.to_dict()))).initialize_weights()
+            class_of(type(model), has_all_sublayers=False)(
+                with_trimmed_class(stock.from_dict(config.to_dict()))
+            ).initialize_weights()
     except Exception as error:
         raise ValueError(
             f"Expected {type(model).__name__} to be built without these sublayers, got {type(error).__name__}: {error}. "
@@ -168,10 +170,10 @@ def refuse_unloadable(model: PreTrainedModel, values: dict[str, Any], layer_map:
 
 
 def remove_missing_sublayers(model: PreTrainedModel) -> None:
-    """Put stand-ins for the sublayers that a model's map says are gone.
+    """Replace the sublayers that a model's map says are dropped by pass-throughs.
 
     Raises:
-        ValueError: If the map is damaged, or the architecture cannot lose them.
+        ValueError: If the map is damaged, or the architecture's sublayers cannot be dropped.
     """
     layer_map = LayerMap.from_config(model.config)
     if not layer_map.has_all_sublayers:

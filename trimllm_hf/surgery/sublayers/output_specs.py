@@ -1,14 +1,14 @@
-"""What stands where a block's attention, or its MLP, was: learned from the block's own code, and proved on it.
+"""What replaces a block's attention, or its MLP, when it is dropped: found and verified by running the block's own code.
 
-To drop a sublayer with its residual means that the hidden states pass it unchanged. What that takes depends on the block: in
-one with norms in front, zeros in place of the attention's result; in one like Gemma's or OLMo 2's the norm behind the
-attention, before the sum, goes as well; in one with norms behind the sum, like BERT's, so does that norm. There is no
-table of architectures. The block's *glue*, what is left when attention and MLP are taken out (norms, sums, scales), is
-run on random numbers, with other small functions in the places of the sublayers, and:
+To drop a sublayer with its residual means that the hidden states pass it unchanged. What that takes depends on the block.
+In a pre-norm block the attention's output is replaced by zeros. In one like Gemma's or OLMo 2's, the norm between the
+attention and the residual sum is dropped as well; in a post-norm block like BERT's, the norm after the sum. There is no
+table of architectures. The block's *skeleton* (its norms, sums and scales, without attention and MLP) is run on random
+numbers, with small functions in place of the sublayers, to verify that:
 
-- with both sublayers dropped it must hand on its input;
-- the block must be one sublayer after the other, or the sum of both (parallel blocks): then each alone is what stays
-  when the other is dropped.
+- with both sublayers dropped it returns its input;
+- it computes one sublayer after the other, or the sum of both (parallel blocks), so that each sublayer alone is what
+  remains when the other is dropped.
 
 A block for which this does not hold is refused.
 """
@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...engines import full_shape
 from ..blocks import find_sublayers
-from .block_skeleton import Probe, block_skeleton, depends, numbers, same, shape_of, within
+from .block_skeleton import Probe, block_skeleton, depends, numbers, same, within
 from .pass_through import OutputSpec, PassThrough
 
 Paths = Mapping[str, OutputSpec]
@@ -36,7 +37,7 @@ MAX_TRIES = 1000
 
 @dataclass(frozen=True)
 class OutputSpecs:
-    """What stands for which modules of a block, by their names in it, when its attention or its MLP is dropped."""
+    """What replaces which modules of a block, by their names in it, when its attention or its MLP is dropped."""
 
     attention: dict[str, OutputSpec]
     mlp: dict[str, OutputSpec]
@@ -47,22 +48,22 @@ class OutputSpecs:
 
 
 def find_output_specs(block: nn.Module, width: int) -> OutputSpecs:
-    """What has to stand where when one sublayer of a block goes.
+    """What replaces which modules when one sublayer of a block is dropped.
 
     Args:
-        block: A block with both sublayers; the values of its parameters are not looked at, so it may be on the meta device.
+        block: A block with both sublayers. The values of its parameters are not read, so it may be on the meta device.
         width: Size of the hidden states.
 
     Raises:
-        ValueError: If the block is not made of an attention and an MLP that can go alone.
+        ValueError: If the block is not made of an attention and an MLP that can be dropped alone.
     """
     if not 0 < width <= MAX_WIDTH:
         raise ValueError(f"Expected hidden states of at most {MAX_WIDTH} numbers, got {width}.")
     sublayers = find_sublayers(block)
-    glue = _Glue(block, width, tuple(sublayers.attention), tuple(sublayers.mlp))
+    skeleton = _Skeleton(block, width, tuple(sublayers.attention), tuple(sublayers.mlp))
     try:
         with torch.device("cpu"), torch.enable_grad():
-            return glue.specs()
+            return skeleton.specs()
     except Exception as error:  # what cannot be run on its own shows it in as many ways as there are blocks
         raise ValueError(
             f"Expected {type(block).__name__} to be an attention and an MLP, each with a residual of its own, got one "
@@ -80,12 +81,12 @@ class _NotSeparable(Exception):
 
 @dataclass
 class _Run:
-    """One run of the glue: what came out, of what went in, and what each norm got."""
+    """One run of a skeleton: its output and input, and the input of each norm."""
 
     output: torch.Tensor
     input: torch.Tensor
     weights: dict[str, list[nn.Parameter]]  # of each sublayer's probes
-    fed: dict[str, torch.Tensor | None]  # what each sublayer's first module got
+    fed: dict[str, torch.Tensor | None]  # the input of each sublayer's first module
     norms: dict[str, list[nn.Parameter]]
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # of the norms that were called
 
@@ -94,7 +95,7 @@ class _Run:
         return {name for name, parameters in self.norms.items() if depends(self.output, parameters)}
 
 
-class _Glue:
+class _Skeleton:
     """A block without its attention and MLP."""
 
     def __init__(self, block: nn.Module, width: int, attention: tuple[str, ...], mlp: tuple[str, ...]) -> None:
@@ -115,7 +116,7 @@ class _Glue:
         self.found: dict[str, OutputSpec] = {}  # of each sublayer's modules
 
     def specs(self) -> OutputSpecs:
-        """The pass-throughs for each sublayer, proved."""
+        """The pass-throughs for each sublayer, verified."""
         self.found = self._find_specs()
         base = self.run()
         detached = self.run(detached=True)
@@ -130,15 +131,15 @@ class _Glue:
             found[kind] = pass_throughs | dict.fromkeys(self._whole(dead, base), OutputSpec(argument=0))
         if closing["both"]:
             raise _NotSeparable(f"with {closing['both']} around the sum of both")
-        self._prove(found["attention"], found["mlp"], order)
+        self._verify(found["attention"], found["mlp"], order)
         return OutputSpecs(found["attention"], found["mlp"])
 
     def _find_specs(self) -> dict[str, OutputSpec]:
-        """How each sublayer's modules have to answer so that, without any norm, the block hands on its input."""
+        """The form of each sublayer's output with which the block, without any norm, returns its input."""
         names = [*self.names["attention"], *self.names["mlp"]]
         norms = dict.fromkeys((name for name in self.norms if self._is_norm(name)), OutputSpec(argument=0))
         why, ran = "", False
-        for passed in ({}, norms):  # type: dict[str, Gives]
+        for passed in ({}, norms):  # type: dict[str, OutputSpec]
             for tried in _answers(len(names))[:MAX_TRIES]:
                 answers = dict(zip(names, tried, strict=True))
                 if any(spec.argument == 0 and not self._adds_its_input(name) for name, spec in answers.items()):
@@ -170,7 +171,7 @@ class _Glue:
         return not seen[0].any() and not seen[2].any()
 
     def _is_norm(self, name: str) -> bool:
-        return all(len(shape_of(p)) <= 1 for p in self.block.get_submodule(name).parameters(recurse=False))
+        return all(len(full_shape(p)) <= 1 for p in self.block.get_submodule(name).parameters(recurse=False))
 
     def _order(self, run: _Run) -> tuple[str, ...]:
         """The sublayers in the order in which the one feeds the other; () if neither does."""
@@ -198,7 +199,7 @@ class _Glue:
         got = run.inputs.get(norm)
         return [kind for kind in self.names if got is not None and depends(got, run.weights[kind])]
 
-    def _prove(self, attention: Paths, mlp: Paths, order: tuple[str, ...]) -> None:
+    def _verify(self, attention: Paths, mlp: Paths, order: tuple[str, ...]) -> None:
         none = self.run({**attention, **mlp})
         if not same(none.output, none.input):
             raise _NotSeparable("that changes the hidden states when both are gone")
@@ -212,7 +213,7 @@ class _Glue:
             raise _NotSeparable("that is neither one after the other nor the sum of both")
 
     def run(self, pass_throughs: Paths | None = None, detached: bool = False, hidden: torch.Tensor | None = None) -> _Run:
-        """Run the glue, with pass-throughs for the modules named and probes for the rest of the sublayers."""
+        """Run the skeleton, with pass-throughs for the modules named and probes for the rest of the sublayers."""
         inside: dict[str, nn.Module] = {name: PassThrough(spec) for name, spec in (pass_throughs or {}).items()}
         probes = {
             kind: {name: Probe(self.found[name], phase, detached) for name in names if name not in inside}
@@ -220,11 +221,11 @@ class _Glue:
         }
         for made in probes.values():
             inside.update(made)
-        glue = block_skeleton(self.block, inside)
+        skeleton = block_skeleton(self.block, inside)
         if hidden is None:
             hidden = numbers("", torch.Size((ROWS, TOKENS, self.width)))
         hidden = hidden.clone().requires_grad_()
-        norms = {name: glue.get_submodule(name) for name in self.norms if not within(name, inside)}
+        norms = {name: skeleton.get_submodule(name) for name in self.norms if not within(name, inside)}
         inputs: dict[str, torch.Tensor] = {}
 
         def note(name: str) -> Any:
@@ -234,8 +235,8 @@ class _Glue:
             return hook
 
         for name in {*norms, *(name.partition(".")[0] for name in norms)}:
-            glue.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
-        output = glue.forward(hidden, **self.needed)
+            skeleton.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
+        output = skeleton.forward(hidden, **self.needed)
         output = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(output, torch.Tensor) or output.shape != hidden.shape:
             raise _NotSeparable("that does not return hidden states")
@@ -250,7 +251,7 @@ class _Glue:
 
 
 def _answers(number: int) -> list[tuple[OutputSpec, ...]]:
-    """Forms of answers for so many modules, the likeliest first: zeros, bare."""
+    """Forms of output for so many modules, the likeliest first: zeros, as a bare tensor."""
     forms = product(product((None, 0, 1), (None, 1, 2)), repeat=number)
     found = [tuple(OutputSpec(argument, rest) for argument, rest in form) for form in forms]
     return sorted(found, key=lambda form: [sum(g.argument is not None for g in form), sum(g.rest is not None for g in form)])

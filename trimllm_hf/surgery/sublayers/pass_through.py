@@ -1,4 +1,4 @@
-"""`PassThrough`: the module without parameters that stands where a sublayer was, or a norm that only it needed."""
+"""`PassThrough`: the module without parameters that replaces a dropped sublayer, or a norm that only it needed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """What a stand-in returns.
+    """What a pass-through returns.
 
     Attributes:
-        argument: The number of the tensor argument that it hands on; None: zeros of the first one's shape.
+        argument: The number of the tensor argument that it returns; None: zeros of the first one's shape.
         rest: How many Nones follow in a tuple, where the module returned one; None: the bare tensor.
     """
 
@@ -34,7 +34,7 @@ class OutputSpec:
 
 
 class PassThrough(nn.Module):
-    """Stands for a module that was dropped: no parameters, no work, nothing in the cache."""
+    """Replaces a dropped module: it has no parameters, computes nothing and writes nothing to the cache."""
 
     def __init__(self, spec: OutputSpec) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class PassThrough(nn.Module):
         return self.spec(args, kwargs)
 
     def set_attention_type(self, *_: Any, **__: Any) -> None:
-        """BigBird asks its attentions to be others at a short input: this one stays what it is."""
+        """No-op: BigBird switches the type of its attentions at a short input."""
 
     def extra_repr(self) -> str:
         what = "zeros" if self.spec.argument is None else f"argument {self.spec.argument}"

@@ -12,7 +12,7 @@ import transformers
 
 from ...layer_map import MODEL_TYPE
 from ...utils import json_at
-from .classes import cast, class_of
+from .classes import class_of, with_trimmed_class
 from .pass_through import PassThrough
 from .saved_config import GONE, PREFIX, from_saved_config
 
@@ -54,7 +54,7 @@ def write_remote_code(folder: str | Path) -> Path:
     (name,) = stock["architectures"]
     model_class, config_class = getattr(transformers, name), transformers.CONFIG_MAPPING[stock["model_type"]]
     with torch.device("meta"):
-        model = class_of(model_class, has_all_sublayers=False)(cast(config_class.from_dict(dict(stock))))
+        model = class_of(model_class, has_all_sublayers=False)(with_trimmed_class(config_class.from_dict(dict(stock))))
     found = {path: module.spec for path, module in model.named_modules() if isinstance(module, PassThrough)}
     lines = [f'    "{path}": ({spec.argument}, {spec.rest}),' for path, spec in found.items()]
     values = {

@@ -1,8 +1,8 @@
-"""How the config of a model that lacks sublayers stands in config.json: so that nothing which does not know them loads it.
+"""How the config of a model that lacks sublayers is saved: so that code which does not know such models refuses it.
 
-Its `model_type` is not the base's, and where the depth stands there is a sentence. So stock transformers says that it does
-not know the type, and a class named outright (`LlamaForCausalLM.from_pretrained`) says that the depth is no number: neither
-can fill the gaps with random weights.
+In config.json the `model_type` is not the base's, and the field of the depth holds a sentence. Stock transformers then
+refuses the unknown type, and a class named outright (`LlamaForCausalLM.from_pretrained`) refuses a depth that is no number:
+neither fills the missing weights with random ones.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ PREFIX = "Trimmed"  # of the architecture's name
 
 
 def to_saved_config(plain: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
-    """The dict for config.json, from that of a stock config.
+    """The dict to save in config.json, from that of a stock config.
 
     Raises:
-        ValueError: If the depth does not stand in the config as a number.
+        ValueError: If the config does not hold the depth as a number.
     """
     plain = copy.deepcopy(plain)
     holder: Any = plain
@@ -40,7 +40,7 @@ def to_saved_config(plain: dict[str, Any], config: PreTrainedConfig) -> dict[str
 
 
 def from_saved_config(plain: dict[str, Any]) -> dict[str, Any]:
-    """The stock config's dict, from what stands in config.json; nothing in it is trusted.
+    """The stock config's dict, from a saved one; nothing in it is trusted.
 
     Raises:
         ValueError: If it is damaged.
@@ -63,7 +63,7 @@ def from_saved_config(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def _path(config: PreTrainedConfig, holder: PreTrainedConfig) -> list[str]:
-    """The names by which a config is reached from the model's."""
+    """The path of attributes from the model's config to one of its sub-configs."""
     if holder is config:
         return []
     for name in config.sub_configs:

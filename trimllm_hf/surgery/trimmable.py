@@ -1,0 +1,58 @@
+"""`TrimmableModel`: what a drop is about, looked up once and handed on: model, blocks, layer map, adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..layer_map import LayerMap
+from .adapters import adapters_of, base_of
+from .blocks import BlockStack, find_blocks
+from .from_config import build_from_config
+
+
+@dataclass(frozen=True)
+class TrimmableModel:
+    """A model as it is now, with all that plans of drops read from it. After a drop it is out of date.
+
+    Attributes:
+        model: The unwrapped model, without PEFT's wrapper.
+        stack: Its blocks, and the config that describes them.
+        layer_map: The layers that it keeps of its base.
+        adapters: The configs of its adapters, by name.
+    """
+
+    model: PreTrainedModel
+    stack: BlockStack
+    layer_map: LayerMap
+    adapters: Mapping[str, Any]
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The model that the config describes, with all sublayers and the adapters, on the meta device."""
+        return build_from_config(self.model, {}, self.stack.part, self.adapters)
+
+    @cached_property
+    def skeleton_stack(self) -> BlockStack:
+        """The blocks of `skeleton`."""
+        return find_blocks(self.skeleton, self.stack.part)
+
+
+def resolve_model(model: nn.Module, part: str | None = None) -> TrimmableModel:
+    """Look up a model's blocks, layer map and adapters; nothing is changed.
+
+    Args:
+        model: A transformers model, or one with adapters, that no engine has wrapped.
+        part: Of an encoder-decoder, "decoder" or "encoder"; by default the one that was trimmed, else the decoder.
+
+    Raises:
+        ValueError: If the model has no single list of blocks, or `config.trim` does not fit it.
+    """
+    base: PreTrainedModel = base_of(model)
+    stack = find_blocks(base, part)
+    return TrimmableModel(base, stack, LayerMap.from_config(base.config, part), adapters_of(base))
