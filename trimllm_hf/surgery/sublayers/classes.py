@@ -18,6 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from ...layer_map import MODEL_TYPE, LayerMap, part_config
 from ..blocks import find_blocks
+from ..older_spellings import file_of, with_older_spellings
 from .output_specs import find_output_specs
 from .pass_through import PassThrough
 from .saved_config import PREFIX, from_saved_config, to_saved_config
@@ -33,7 +34,8 @@ class TrimmedConfig:
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
         config: Any = self
-        plain = to_saved_config(json.loads(config.to_json_string(use_diff=use_diff)), config)
+        plain = with_older_spellings(json.loads(config.to_json_string(use_diff=use_diff)), config, file_of(config))
+        plain = to_saved_config(plain, config)
         Path(json_file_path).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
