@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .training.callback import TrimCallback
     from .training.config import TrimConfig
     from .training.prepared_loop import drop_prepared_layers
+    from .training.repair import RepairReport, repair_layers
     from .training.trainer import TrimTrainer, TrimTrainerMixin
 
 # models that lack sublayers become known to the Auto classes
@@ -33,6 +34,7 @@ __version__ = "0.1.0.dev0"
 _FILES = {
     "LatencyReport": "latency.report",
     "LayerMap": "layer_map.layer_map",
+    "RepairReport": "training.repair",
     "TrimCallback": "training.callback",
     "TrimCardData": "publish.card_data",
     "TrimConfig": "training.config",
@@ -44,6 +46,7 @@ _FILES = {
     "measure_latency": "latency.measure",
     "push_to_hub": "publish.hub",
     "register_importance": "importance.scores",
+    "repair_layers": "training.repair",
     "score_layers": "importance.scores",
     "trim_like": "loading.trim_like",
     "write_card": "publish.card",
@@ -54,6 +57,7 @@ _FILES = {
 __all__ = [
     "LatencyReport",
     "LayerMap",
+    "RepairReport",
     "TrimCallback",
     "TrimCardData",
     "TrimConfig",
@@ -65,6 +69,7 @@ __all__ = [
     "measure_latency",
     "push_to_hub",
     "register_importance",
+    "repair_layers",
     "score_layers",
     "trim_like",
     "write_card",
