@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.benchmark.utils.timer import timer  # waits for the accelerator before it reads the clock
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from ..surgery.blocks import find_blocks
@@ -33,6 +34,7 @@ def measure_latency(
     warmup: int = 2,
     cache: str = "dynamic",
     compile: bool = False,
+    progress: bool = False,
 ) -> LatencyReport:
     """Measure a model, or a model and its base in turn so that a machine's drift cancels.
 
@@ -50,6 +52,7 @@ def measure_latency(
         warmup: Rounds before them that are not timed.
         cache: "dynamic" or "static".
         compile: Let `generate()` compile the decoding step; needs cache="static" and an accelerator.
+        progress: Whether to show a bar, a step a round.
 
     Raises:
         ValueError: On settings that cannot be measured, a model whose blocks are not those of its config (as when two
@@ -74,19 +77,22 @@ def measure_latency(
         cache_implementation="static" if cache == "static" else None,
         disable_compile=not compile,
     )
-    with _ready(models):
+    rounds = len(batch_sizes) * (warmup + repeats)
+    with _ready(models), tqdm(total=rounds, desc="Measuring latency", disable=not progress) as bar:
         for batch_size in batch_sizes:
             tokens = _random_tokens(model, batch_size, prompt_tokens)
             once = [_once(each, tokens, generation if generates else None) for each in models]
             for _ in range(warmup):
                 for run in once:
                     run()
+                bar.update()
             peaks = [sizes[i].weight_bytes + _peak_growth(model.device, run) for i, run in enumerate(once)]
             times: list[list[dict[str, float]]] = [[] for _ in models]
             for round_ in range(repeats):
                 order = range(len(once)) if round_ % 2 == 0 else reversed(range(len(once)))
                 for i in order:
                     times[i].append(once[i]())
+                bar.update()
             for i, runs in enumerate(all_runs):
                 runs.append(_summary(batch_size, times[i], peaks[i]))
             if base is not None:

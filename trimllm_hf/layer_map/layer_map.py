@@ -258,6 +258,8 @@ class LayerMap:
         plain = getattr(config, "trim", None)
         if plain is None:
             name = getattr(config, "_name_or_path", "") or None
+            if name and Path(name).is_dir():
+                name = str(Path(name).resolve())  # a relative path could be taken for a Hub id
             revision = getattr(config, "_commit_hash", None)
             return cls(depth, tuple(range(depth)), base_model=name, base_revision=revision, part=part)
         layer_map = cls.from_dict(plain)
