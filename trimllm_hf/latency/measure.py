@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import transformers
 from torch.utils.benchmark.utils.timer import timer  # waits for the accelerator before it reads the clock
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from ..surgery.blocks import find_blocks
 from ..utils import evaluating
+from .environment import environment_of
 from .report import LatencyReport, Run, Speedup, Spread, median_interval
 from .sizes import byte_bound, sizes_of
 
@@ -102,7 +100,7 @@ def measure_latency(
                 ]
     return LatencyReport(
         settings,
-        _environment(model),
+        environment_of(model),
         sizes[-1],
         tuple(all_runs[-1]),
         None if base is None else sizes[0],
@@ -227,32 +225,6 @@ def _speedup(
     ratio = median(ratios)
     low, high, coverage = median_interval(ratios)
     return Speedup(what, batch_size, ratio, low, high, coverage, bound, None if bound is None else ratio / bound)
-
-
-def _environment(model: PreTrainedModel) -> dict[str, Any]:
-    device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {
-        "device": device.type,
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
-
-
-def _cpu_name() -> str:
-    """The processor's name where Linux tells it; platform.processor() is empty there."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _check(
