@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 PYTEST := $(BIN)/python -m pytest --must-run
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-deepspeed demo test test-all lint format
+.PHONY: help venv venv-deepspeed demo test test-all lint format docs
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,10 @@ venv-deepspeed: .venv/.deepspeed  ## add DeepSpeed to .venv
 	$(PIP) -e '.[deepspeed]'
 	touch $@
 
+.venv/.docs: .venv/.installed
+	$(PIP) -e '.[docs]'
+	touch $@
+
 demo: venv  ## trim a small model on a synthetic medical task, without network, in under 3 minutes
 	$(BIN)/python recipes/medical.py --demo
 
@@ -40,6 +44,9 @@ lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy trimllm_hf
+
+docs: .venv/.docs  ## build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: venv  ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .

@@ -1,66 +1,75 @@
-"""The Python of README.md and of docs/ runs, page by page from top to bottom, on a tiny model."""
+"""README.md and docs/: their Python runs, their commands are right, their links lead somewhere, and the site is built.
 
+A page runs from top to bottom on tiny models. What only the test needs stands in comments of the page, `<!-- test … -->`:
+what the reader is taken to have, and what has to hold afterwards. A block after `<!-- not run: reason -->` is left out.
+"""
+
+import json
 import re
-from collections.abc import Callable
+import shlex
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+import yaml
 from tiny import tiny_model, tiny_texts
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from trimllm_hf import LayerMap, TrimCallback, TrimConfig, TrimTrainer, trim_like
+import trimllm_hf
+from trimllm_hf import LayerMap, TrimCallback, TrimConfig, TrimTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("docs/how-it-works.md", "docs/choosing-a-score.md")
+PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
+LINKED = [*PAGES, "CONTRIBUTING.md", "model_cards/README.md", "benchmarks/README.md"]
+SLOW = {"docs/publishing.md"}  # the card is measured, and its example runs in a new process
+SKIPPED = r"(?P<skipped><!-- not run: \S[^\n]*-->\n)?"
+BLOCK = re.compile(SKIPPED + r"^```(?P<kind>\w*)\n(?P<code>.*?)^```$|<!-- test\n(?P<test>.*?)-->", re.M | re.S)
 
 
-def blocks_of(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+def blocks_of(page: str, *kinds: str) -> list[tuple[int, str]]:
+    """Line and text of a page's blocks of some kinds, without those that the page says are not run."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = [(match, match["kind"] or "test") for match in BLOCK.finditer(text) if not match["skipped"]]
+    line = lambda match: text.count("\n", 0, match.start("code" if match["kind"] else "test"))  # noqa: E731
+    return [(line(match), match["code"] or match["test"]) for match, kind in found if kind in kinds]
 
 
-def names(layers: int) -> dict[str, Any]:
-    """What a page takes as given: the reader's model, arguments, data and batches."""
+# ---- Python
+
+
+def given() -> dict[str, Any]:
+    """What a page takes as given: the reader's model, arguments, data and batches; and what its tests use."""
     data = tiny_texts(160, length=8)
     batch = {name: torch.stack([row[name] for row in data[:4]]) for name in data[0]}
     settings: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
     return {
-        "model": tiny_model(num_hidden_layers=layers),
+        "model": tiny_model(num_hidden_layers=8),
         "args": TrainingArguments("out", max_steps=80, per_device_train_batch_size=16, **settings),
         "data": data,
         "batches": [batch, batch],
         "Trainer": Trainer,
+        "Path": Path,
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "pytest": pytest,
+        **{tool.__name__: tool for tool in (tiny_model, depth, same_logits, interrupt, train_adapter)},
     }
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a page is run; its base lies there under the name that the pages give it."""
-    monkeypatch.chdir(tmp_path)
-    tiny_model(num_hidden_layers=8, max_position_embeddings=256).save_pretrained(tmp_path / "org/base")
-    return tmp_path
+def depth(model: Any) -> int:
+    """How many layers a model's map keeps."""
+    return len(LayerMap.from_config(model.config).kept_layers)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_a_page_runs(page: str, folder: Path) -> None:
-    given = names(8)
-    blocks = blocks_of(page)
-    assert blocks
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"{page}, block {number}", "exec"), given)
-
-
-def test_every_page_with_code_is_run() -> None:
-    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md") if blocks_of(f"docs/{page.name}")} == set(PAGES)
-
-
-Given = dict[str, Any]
-
-
-def nothing(given: Given) -> None:
-    """The reader's own names are enough."""
+def same_logits(model: Any, other: Any) -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, other.eval()(ids).logits)
 
 
 class StopAfter(TrainerCallback):
@@ -73,73 +82,154 @@ class StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-def interrupted(given: Given) -> None:
+def interrupt(args: TrainingArguments, data: Any) -> None:
     """A run that has saved a checkpoint while it was losing layers."""
-    given["args"].save_strategy, given["args"].save_steps = "steps", 10
-    trim = TrimConfig(target_ratio=0.5)
-    trainer = TrimTrainer(
-        tiny_model(num_hidden_layers=8), given["args"], train_dataset=given["data"], trim=trim, callbacks=[StopAfter(10)]
-    )
+    args.save_strategy, args.save_steps = "steps", 10
+    model, trim = tiny_model(num_hidden_layers=8), TrimConfig(target_ratio=0.5)
+    trainer = TrimTrainer(model, args, train_dataset=data, trim=trim, callbacks=[StopAfter(10)])
     trainer.train()
     assert 4 < depth(trainer.model) < 8  # its last checkpoint is of a depth between
 
 
-def adapter(given: Given) -> None:
+def train_adapter(args: TrainingArguments, data: Any) -> None:
     """A LoRA adapter that was trained while its base lost layers."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     base = AutoModelForCausalLM.from_pretrained("org/base")
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    trim = TrimCallback(TrimConfig(target_layers=5))
-    trainer = Trainer(model, given["args"], train_dataset=given["data"], callbacks=[trim])
+    args.save_strategy = "no"
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[TrimCallback(TrimConfig(target_layers=5))])
     trainer.train()
     trainer.save_model("my-adapter")
-    given.update(AutoModelForCausalLM=AutoModelForCausalLM, PeftModel=peft.PeftModel, trim_like=trim_like)
 
 
-def loop(given: Given) -> None:
-    """What a hand-written Accelerate loop has at hand."""
-    model, given["accelerator"] = tiny_model(), Accelerator(cpu=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    given["prepared"], given["optimizer"] = given["accelerator"].prepare(model, optimizer)
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a page is run; its base lies there under the name that the pages give it, and the recipes beside it."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model(num_hidden_layers=8, max_position_embeddings=256).save_pretrained(tmp_path / "org/base")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    return tmp_path
 
 
-def depth(model: Any) -> int:
-    return len(LayerMap.from_config(model.config).kept_layers)
+WITH_PYTHON = [page for page in PAGES if blocks_of(page, "python")]
 
 
-def publishing(given: Given) -> None:
-    """The names that the README's earlier blocks have imported."""
-    given.update(TrimConfig=TrimConfig, TrimTrainer=TrimTrainer)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in WITH_PYTHON])
+def test_the_python_of_a_page_runs(page: str, folder: Path) -> None:
+    names = given()
+    for line, block in blocks_of(page, "python", "test"):
+        exec(compile("\n" * line + block, str(ROOT / page), "exec"), names)
 
 
-def has_a_card(given: Given) -> bool:
-    return "0.712" in (Path(given["args"].output_dir) / "README.md").read_text()
+def test_a_page_whose_code_is_wrong_would_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hidden blocks are run, in their place, and what is marked is not."""
+    shown = "```python\ny = x + 1\n```\n\n<!-- not run: why -->\n```python\n1 / 0\n```\n"
+    page = f"<!-- test\nx = 1\n-->\n{shown}<!-- test\nassert y == 2\n-->\n"
+    (tmp_path / "page.md").write_text(page, encoding="utf-8")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert [block for _, block in blocks_of("page.md", "python", "test")] == ["x = 1\n", "y = x + 1\n", "assert y == 2\n"]
+    assert blocks_of("page.md", "python") == [(4, "y = x + 1\n")]
 
 
-README: list[tuple[str, int, Callable[[Given], None], Callable[[Given], bool]]] = [
-    ("quick start", 32, nothing, lambda given: depth(AutoModelForCausalLM.from_pretrained("my-model")) == 16),
-    ("TrimTrainer", 8, interrupted, lambda given: depth(given["model"]) == 4 and given["trainer"].state.global_step == 80),
-    ("stop rules", 8, publishing, lambda given: True),  # that its settings go together
-    ("adapters", 8, adapter, lambda given: depth(given["model"]) == 5),
-    ("outside a Trainer", 8, loop, lambda given: depth(given["model"]) == 6 and depth(given["prepared"]) == 5),
-    ("publish", 32, publishing, has_a_card),
-]
+# ---- commands and data
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(n, id=name, marks=[pytest.mark.slow] * (name in ("adapters", "publish")))
-        for n, (name, *_) in enumerate(README)
-    ],
-)
-def test_a_block_of_the_readme_runs(number: int, folder: Path) -> None:
-    _, layers, prepare, holds = README[number]
-    given = names(layers)
-    prepare(given)
-    exec(compile(blocks_of("README.md")[number], f"README.md, block {number}", "exec"), given)
-    assert holds(given)
+def check_trimllm(words: list[str], folder: Path) -> None:
+    """The command knows these arguments; what they name is not looked for."""
+    typer = import_module("typer")
+    command = typer.main.get_command(import_module("trimllm_hf.cli").app).commands[words[0]]
+    values = [str(folder) if word in ("my-model", "runs/medical") else word for word in words[1:]]
+    command.make_context(words[0], [str(folder / "train.jsonl") if word == "train.jsonl" else word for word in values])
 
 
-def test_every_block_of_the_readme_is_run() -> None:
-    assert len(blocks_of("README.md")) == len(README)
+def check_recipe(words: list[str], folder: Path) -> None:
+    """The recipe, and what launches it, is there, and takes these flags."""
+    recipe = next(place for place, word in enumerate(words) if word.endswith(".py"))
+    for word in words:
+        assert not word.startswith(("recipes/", "benchmarks/")) or (ROOT / word).is_file(), word
+    if words[recipe].startswith("recipes/"):
+        flags = [word for word in words[recipe + 1 :] if word != "--bf16"]  # refused on a CPU
+        import_module(Path(words[recipe]).stem).parse(flags)
+
+
+def check_pip(words: list[str], folder: Path) -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    for word in words:
+        for extra in re.findall(r"\w+", (re.findall(r"^(?:\.|trimllm_hf)\[(.*)\]$", word) or [""])[0]):
+            assert extra in setup["options.extras_require"], extra
+
+
+def check_make(words: list[str], folder: Path) -> None:
+    assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M), words
+
+
+COMMANDS = {"trimllm": check_trimllm, "python": check_recipe, "torchrun": check_recipe, "accelerate": check_recipe}
+COMMANDS |= {"pip": check_pip, "make": check_make}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page, "console", "bash")])
+def test_the_commands_of_a_page_are_right(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    monkeypatch.chdir(tmp_path)  # where TrainingArguments may make folders
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n', encoding="utf-8")
+    for _, block in blocks_of(page, "console", "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                COMMANDS[words[0]](words[1:], tmp_path)
+
+
+def test_every_block_is_of_a_kind_that_is_checked() -> None:
+    """What is shown as data can be read as such; what is text or a citation is not run."""
+    for page in PAGES:
+        assert not blocks_of(page, "sh", "shell", "py", "yml", "jsonl"), f"{page}: call it console, python, yaml, json"
+        for line, block in blocks_of(page, "json", "yaml"):
+            assert (json.loads if block.lstrip().startswith("{") else yaml.safe_load)(block), f"{page}:{line}"
+        text = (ROOT / page).read_text(encoding="utf-8")
+        kinds = {match["kind"] for match in BLOCK.finditer(text) if match["kind"] is not None}
+        assert kinds <= {"python", "console", "bash", "json", "yaml", "text", "bibtex"}, page
+
+
+# ---- links, and the site
+
+
+def anchors_of(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower().strip()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", LINKED)
+def test_every_link_leads_somewhere(page: str) -> None:
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`(?!\])", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page} links to {target}, which is not there"
+        assert not anchor or anchor in anchors_of(file), f"{page} links to {target}, a heading that is not there"
+
+
+def test_every_public_name_is_in_the_reference_once() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs/api").glob("*.md")))
+    assert sorted(re.findall(r"^::: trimllm_hf\.(\w+)$", text, re.M)) == sorted(trimllm_hf.__all__)
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """Each page is in it, with the table of all settings and nothing of what only the tests read."""
+    if (mkdocs := shutil.which("mkdocs", path=str(Path(sys.executable).parent))) is None:
+        pytest.skip("needs mkdocs, which is not installed: make docs")
+    command = [mkdocs, "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shown = {
+        page.relative_to(tmp_path).parent.as_posix(): page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")
+    }
+    pages = {page.removeprefix("docs/").removesuffix(".md").removesuffix("index").strip("/") or "." for page in PAGES[1:]}
+    assert pages <= shown.keys()
+    assert all("<!-- test" not in page and "<!-- not run" not in page for page in shown.values())
+    assert all(f"<code>{name}</code>" in shown["settings"] for name in TrimConfig(target_layers=1).to_dict())

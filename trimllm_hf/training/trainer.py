@@ -42,11 +42,12 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, 
     `create_model_card`; a last push to the Hub that is checked and lands whole or not at all.
 
     Args:
+        *args: As for the Trainer.
         trim: How far to trim, which layers, and when.
         calibration_dataset: Examples to score layers by, processed like the training set. Without it,
             `trim.calibration_size` examples of the training set are set aside (of a streaming one: the first).
         card_data: What only you know and the card should say; can be filled later, as `trainer.card_data`.
-        *args, **kwargs: As for the Trainer.
+        **kwargs: As for the Trainer.
 
     Raises:
         ValueError: If `trim` is missing, a TrimCallback is passed as well, or the training set is too small.
