@@ -25,6 +25,7 @@ FLOORS = {
     "latency": 4,
     "loading": 4,
     "publish": 5,
+    "slicing": 5,
     "training": 6,
     "cli": 6,
     "__init__": 7,

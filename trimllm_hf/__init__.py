@@ -16,16 +16,19 @@ if TYPE_CHECKING:
     from .publish.card import write_card
     from .publish.card_data import TrimCardData
     from .publish.hub import push_to_hub
+    from .slicing.slice_map import SliceMap
+    from .slicing.slice_model import slice_model
     from .surgery.drop import drop_layers
     from .surgery.sublayers.remote_code import write_remote_code
     from .training.callback import TrimCallback
     from .training.config import TrimConfig
     from .training.prepared_loop import drop_prepared_layers
-    from .training.repair import RepairReport, repair_layers
     from .training.trainer import TrimTrainer, TrimTrainerMixin
 
-# models that lack sublayers become known to the Auto classes
-import_module(".loading.auto_config", __name__).register_when_imported()
+# models that lack sublayers, and sliced ones, become known to the Auto classes
+import_module(".loading.auto_config", __name__).register_when_imported(
+    {"trimllm": f"{__name__}.surgery.sublayers.classes:SUBLAYERS", "trimllm_sliced": f"{__name__}.slicing.classes:SLICED"}
+)
 import_module(".loading.old_paths", __name__).keep_old_paths()
 
 __version__ = "0.1.0.dev0"
@@ -34,7 +37,7 @@ __version__ = "0.1.0.dev0"
 _FILES = {
     "LatencyReport": "latency.report",
     "LayerMap": "layer_map.layer_map",
-    "RepairReport": "training.repair",
+    "SliceMap": "slicing.slice_map",
     "TrimCallback": "training.callback",
     "TrimCardData": "publish.card_data",
     "TrimConfig": "training.config",
@@ -46,8 +49,8 @@ _FILES = {
     "measure_latency": "latency.measure",
     "push_to_hub": "publish.hub",
     "register_importance": "importance.scores",
-    "repair_layers": "training.repair",
     "score_layers": "importance.scores",
+    "slice_model": "slicing.slice_model",
     "trim_like": "loading.trim_like",
     "write_card": "publish.card",
     "write_kept_layers": "loading.kept_layers",
@@ -57,7 +60,7 @@ _FILES = {
 __all__ = [
     "LatencyReport",
     "LayerMap",
-    "RepairReport",
+    "SliceMap",
     "TrimCallback",
     "TrimCardData",
     "TrimConfig",
@@ -69,8 +72,8 @@ __all__ = [
     "measure_latency",
     "push_to_hub",
     "register_importance",
-    "repair_layers",
     "score_layers",
+    "slice_model",
     "trim_like",
     "write_card",
     "write_kept_layers",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import Json, answer, app, refuse_unwritable, table
+from .app import Json, answer, app, table
 
 
 @app.command()
@@ -31,8 +31,6 @@ def bench(
 
     **Example:** `trimllm bench runs/medical --batch-size 1 --batch-size 8`
     """
-    if out is not None:
-        refuse_unwritable(out.parent)
     from transformers import AutoConfig
 
     from ..layer_map import LayerMap
@@ -46,7 +44,7 @@ def bench(
         base, revision = (layer_map.base_model, layer_map.base_revision) if layer_map.dropped_layers else (None, None)
     report = measure_pair(
         model, base, revision, device, dtype, batch_sizes=batch_size or [1], prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens, repeats=repeats, warmup=warmup, cache=cache, compile=compile, progress=not as_json,
+        new_tokens=new_tokens, repeats=repeats, warmup=warmup, cache=cache, compile=compile,
     )  # fmt: skip
     if out is not None:
         report.to_json(out)
@@ -64,4 +62,6 @@ def _shown(report: Any) -> list[Any]:
     env = report.environment
     said = f"{env['device_name']}, {env['threads']} thread(s), {env['dtype']}, attention {env['attention']}, "
     said += f"torch {env['torch']}, transformers {env['transformers']}"
-    return [table(None, "", *heads, rows=rows), said]
+    bounded = [speedup for speedup in report.speedups if speedup.share_of_bound is not None]
+    shares = [f"batch {found.batch_size}: {found.share_of_bound:.0%} of the byte bound" for found in bounded]
+    return [table(None, "", *heads, rows=rows), said, *shares]

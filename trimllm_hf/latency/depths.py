@@ -9,9 +9,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..layer_map import LayerMap
 from ..surgery.blocks import find_blocks
-from ..surgery.sublayers import class_of
+from ..surgery.custom_models import class_for
 from .sizes import sizes_of
 
 
@@ -24,7 +23,7 @@ class Depth:
         parameters: Number of parameters, shared ones once.
         weight_bytes: Bytes of parameters and buffers.
         kv_cache_bytes_per_token: Growth of the cache per token and sequence; None where there is none.
-        byte_bound: The ratio of the weight bytes read for each token: at full depth / at
+        byte_bound: How many times as fast decoding can be at most: weight bytes read for each token at full depth / at
             this depth. None where not all weights are read, or nothing is decoded.
     """
 
@@ -80,7 +79,7 @@ def with_random_weights(
     if named is None:
         build: Any = AutoModelForCausalLM.from_config
     else:
-        build = class_of(named, LayerMap.from_config(config).has_all_sublayers)._from_config  # it may lack sublayers
+        build = class_for(named, config)._from_config  # it may lack sublayers, or be sliced
     with torch.device(device):
         model: PreTrainedModel = build(config, dtype=kind)
     return model

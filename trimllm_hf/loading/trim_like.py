@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..layer_map import LayerMap
 from ..surgery.adapters import base_of
 from ..surgery.blocks import find_blocks
+from ..surgery.custom_models import class_as, update_classes
 from ..surgery.drop import drop_layers
-from ..surgery.sublayers import class_of, update_classes
+from ..surgery.sublayers import custom_of
 
 
 def trim_like(model: nn.Module, checkpoint: str | Path) -> LayerMap:
@@ -55,7 +56,7 @@ def restore_layers_from(model: PreTrainedModel, checkpoint: str | Path, layer_ma
         OSError: If the folder holds no model.
     """
     of_checkpoint = LayerMap.from_checkpoint(checkpoint)
-    donor_class = class_of(type(model), of_checkpoint is None or of_checkpoint.has_all_sublayers)
+    donor_class = class_as(type(model), custom_of(of_checkpoint))
     donor = donor_class.from_pretrained(checkpoint, dtype=model.dtype)
     own = find_blocks(model)
     other = find_blocks(donor, own.part)
@@ -72,6 +73,6 @@ def restore_layers_from(model: PreTrainedModel, checkpoint: str | Path, layer_ma
                     setattr(module.config, name, value)
     layer_map = layer_map or LayerMap.from_config(donor.config, own.part)
     model.config.trim = layer_map.to_dict()
-    update_classes(model, layer_map.has_all_sublayers)
+    update_classes(model, custom_of(layer_map))
     model.load_state_dict(donor.state_dict())
     return layer_map

@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..layer_map import MODEL_TYPE, LayerMap
 from ..loading.checkpoints import unfinished
-from ..surgery.sublayers import class_of
+from ..surgery.custom_models import class_for
 from ..utils import json_at
 from .contents import Contents
 
@@ -55,7 +55,7 @@ def check_model(contents: Contents) -> LayerMap:
     if model_class is None:
         _check_depth(folder, tensors, layer_map.num_layers)
         return layer_map
-    model_class = class_of(model_class, layer_map.has_all_sublayers)  # it may lack sublayers
+    model_class = class_for(model_class, config)  # it may lack sublayers, or be sliced
     with _quiet():
         try:
             told = _loading_info(model_class, config, tensors)

@@ -17,16 +17,17 @@ from ..layer_map import SUBLAYER_KINDS, LayerMap, part_config
 from .adapters import candidate_adapter_configs, patch_adapter_save
 from .blocks import BlockStack
 from .candidate_configs import candidate_configs
+from .custom_models import refuse_sliced, update_classes
 from .per_layer_tensors import cut
 from .position_constraints import check_position_constraints
 from .sublayers import (
+    SUBLAYERS,
     OutputSpec,
     PassThrough,
+    custom_of,
     find_output_specs,
     keep_attentions,
     refuse_unloadable,
-    to_saved_config,
-    update_classes,
 )
 from .sublayers.attentions import WITHOUT_CACHE
 from .trimmable import TrimmableModel, resolve_model
@@ -108,7 +109,7 @@ class PlannedDrop:
         for name, adapter in adapters.items():
             vars(adapter).update(vars(self.adapters[name]))
         patch_adapter_save(self.model, stack.name, self.layer_map)
-        update_classes(self.model, self.layer_map.has_all_sublayers)
+        update_classes(self.model, custom_of(self.layer_map))
         return self.layer_map
 
 
@@ -137,6 +138,7 @@ def plan_drop(
     """
     target = model if isinstance(model, TrimmableModel) else resolve_model(model, part)
     base, stack, before = target.model, target.stack, target.layer_map
+    refuse_sliced(base.config)
     after = before.drop(layers, step=step, importance=importance, scores=scores, unit=unit)
     kept = [position for position, layer in enumerate(before.kept_layers) if layer in set(after.kept_layers)]
     gone = frozenset(range(len(stack))) - set(kept)
@@ -206,7 +208,7 @@ def _pass_throughs(target: TrimmableModel, after: LayerMap) -> dict[str, OutputS
             f"Expected a model with one list of blocks for unit='sublayer', got the encoder-decoder "
             f"{type(model).__name__}. Use unit='block'. Nothing was changed."
         )
-    to_saved_config(model.config.to_dict(), model.config)  # raises if the config has no field for it
+    SUBLAYERS.to_saved_config(model.config.to_dict(), model.config)  # raises if the config has no field for it
     keep_attentions(stack, after, [before.kept_layers.index(layer) for layer in after.kept_layers])
     blocks = target.skeleton_stack.blocks
     lost = set(before.sublayers) - set(after.sublayers)

@@ -1,0 +1,1 @@
+"""Slicing: each layer as wide as its redundancy allows."""

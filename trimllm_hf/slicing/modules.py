@@ -1,0 +1,205 @@
+"""What a sliced model is made of: norms without gain, matrices of other sizes, and a shortcut a block.
+
+A block's own `forward` stays what it is. Its attention reads and writes in the basis of the block's input; what its MLP adds
+is in the basis of the next block. So that result is held back, and behind the block the hidden states go through the
+shortcut, from the one basis into the other, before it is added. In a parallel block both halves are held back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .slice_map import next_widths
+from .wiring import Block, Wiring
+
+SHORTCUT = "shortcut"  # the name in each block
+DROPOUTS = ("dropout", "hidden_dropout", "residual_dropout")  # by which a block that has no such module names the rate
+
+
+class SlicedNorm(nn.Module):
+    """x / sqrt(sum(x^2) / width + eps): RMSNorm of what was `width` numbers wide before the slicing.
+
+    Gains, and a LayerNorm's mean, are in the matrices around it.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = hidden_states.float()
+        scale = torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) / self.width + self.eps)
+        return (wide * scale).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, eps={self.eps}"
+
+
+def norm_eps(norm: nn.Module) -> float:
+    """A norm's epsilon.
+
+    Raises:
+        ValueError: If it names none.
+    """
+    for name in ("eps", "variance_epsilon", "epsilon"):
+        value = getattr(norm, name, None)
+        if isinstance(value, float):
+            return value
+    raise ValueError(f"Expected a norm with an epsilon, got {type(norm).__name__} without one. Nothing was changed.")
+
+
+def replace_norm(root: nn.Module, name: str, width: int) -> None:
+    """Put a norm without gain in a norm's place."""
+    root.set_submodule(name, SlicedNorm(width, norm_eps(root.get_submodule(name))))
+
+
+def assign(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Give a module other values, of any size, in a parameter of its own."""
+    path, _, attribute = name.rpartition(".")
+    module: Any = root.get_submodule(path)
+    held = getattr(module, attribute)
+    like = module.weight if held is None else held  # a bias that it did not have
+    setattr(module, attribute, nn.Parameter(tensor.to(like.dtype).contiguous(), like.requires_grad))
+    if attribute == "weight":
+        rename_sizes(module)
+
+
+def resize(module: Any, inputs: int | None = None, outputs: int | None = None, bias: bool = False) -> None:
+    """Make a matrix or a table of embeddings smaller: its first inputs and outputs stay, in tensors of their own.
+
+    Args:
+        module: A `Linear`, `Conv1D` or `Embedding`.
+        inputs: How many numbers it reads; None: as it does.
+        outputs: How many it writes.
+        bias: Whether to give it a bias, of zeros, if it has none.
+    """
+    weight: torch.Tensor = module.weight.data
+    transposed = isinstance(module, Conv1D)  # which holds (inputs, outputs), as a table holds (rows, outputs)
+    if isinstance(module, nn.Embedding):
+        weight = weight[:, :outputs]
+    else:
+        weight = weight[:inputs, :outputs] if transposed else weight[:outputs, :inputs]
+    module.weight = _like(module.weight, weight)
+    held = getattr(module, "bias", None)
+    size = weight.shape[1] if transposed else weight.shape[0]
+    if held is not None:
+        module.bias = _like(held, held.data[:size])
+    elif bias:
+        module.bias = _like(module.weight, weight.new_zeros(size))
+    rename_sizes(module)
+
+
+def rename_sizes(module: Any) -> None:
+    """Make a module's own attributes say the sizes of its weight."""
+    rows, columns = module.weight.shape
+    if isinstance(module, nn.Embedding):
+        module.embedding_dim = columns
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = rows, columns
+    else:
+        module.out_features, module.in_features = rows, columns
+
+
+def _like(parameter: Any, data: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(data.clone(memory_format=torch.contiguous_format), requires_grad=parameter.requires_grad)
+
+
+def shape_model(model: nn.Module, wiring: Wiring, widths: tuple[int, ...]) -> None:
+    """Give a stock model the modules of a sliced one, in place; the values of its weights mean nothing then.
+
+    Args:
+        model: The model; on the meta device nothing is allocated.
+        wiring: What reads and writes its hidden states.
+        widths: The width of each block.
+    """
+    for name in wiring.embeddings:
+        resize(model.get_submodule(name), outputs=widths[0])
+    for block, width, after in zip(wiring.blocks, widths, next_widths(widths), strict=True):
+        shape_block(model.get_submodule(block.name), block, wiring.width, width, after)
+    shape_head(model, wiring, widths[0])
+
+
+def shape_head(model: nn.Module, wiring: Wiring, width: int) -> None:
+    """The norm behind the blocks and the head, for a sliced model."""
+    norm, head = model.get_submodule(wiring.norm), model.get_submodule(wiring.head)
+    resize(head, inputs=width, bias=getattr(norm, "bias", None) is not None)
+    replace_norm(model, wiring.norm, wiring.width)
+
+
+def shape_block(module: Any, block: Block, full: int, width: int, after: int) -> None:
+    """Give a stock block the modules of a sliced one.
+
+    Args:
+        module: The block.
+        block: What reads and writes the hidden states in it.
+        full: How wide they were.
+        width: How wide they are in it.
+        after: How wide they are in the next.
+    """
+    shifted = {name: getattr(module.get_submodule(name), "bias", None) is not None for name in block.norms}
+    for half, outputs in ((block.attention, after if block.parallel else width), (block.mlp, after)):
+        for name in half.readers:
+            resize(module.get_submodule(name), inputs=width, bias=shifted[half.norm])
+        resize(module.get_submodule(half.writer), outputs=outputs)
+    weight = module.get_submodule(block.mlp.writer).weight
+    for name in block.norms:
+        replace_norm(module, name, full)
+    shortcut = nn.Linear(width, after, bias=False, device=weight.device, dtype=weight.dtype)
+    module.add_module(SHORTCUT, shortcut)
+    connect(module, held_back(block))
+
+
+def held_back(block: Block) -> dict[str, bool]:
+    """The modules whose results are held back, by name; and whether dropout is to be applied to each behind it."""
+    halves = [block.attention, block.mlp] if block.parallel else [block.mlp]
+    return {_outermost(half.last): half.last == half.writer for half in halves}
+
+
+def _outermost(name: str) -> str:
+    """An adapter may stand in the place of a matrix: what holds it is safer."""
+    return name.partition(".")[0]
+
+
+def connect(module: Any, held: dict[str, bool]) -> None:
+    """Make a block hold back what these modules of it return, and add it behind its shortcut."""
+    rate = next((value for name in DROPOUTS if isinstance(value := vars(module).get(name), float)), 0.0)
+    module.held_back = {name: rate if applied else 0.0 for name, applied in held.items()}
+    module.register_forward_pre_hook(_begin)
+    module.register_forward_hook(_finish)
+
+
+def _begin(block: Any, _: Any) -> None:
+    for name in block.held_back:
+        module = block.get_submodule(name)
+        if not getattr(module, "holds", False):  # new, or an adapter has taken its place
+            for inner in module.modules():
+                inner.holds = inner is module
+            if not any(hook is _hold for hook in module._forward_hooks.values()):
+                module.register_forward_hook(_hold)
+        module.held = ()
+
+
+def _hold(module: Any, _: Any, output: Any) -> Any:
+    """Keep what a module returns, and return in its place a zero, which changes nothing when it is added."""
+    if not module.holds:
+        return None
+    result = output[0] if isinstance(output, tuple) else output
+    module.held = (*module.held, result)
+    zero = result.new_zeros(*result.shape[:-1], 1)
+    return (zero, *output[1:]) if isinstance(output, tuple) else zero
+
+
+def _finish(block: Any, _: Any, output: Any) -> Any:
+    hidden = output[0] if isinstance(output, tuple) else output
+    result = block.shortcut(hidden)
+    for name, rate in block.held_back.items():
+        module = block.get_submodule(name)
+        for held in module.held:
+            dropped = nn.functional.dropout(held, rate, block.training) if rate else held
+            result = result + dropped.view(result.shape)
+        module.held = ()
+    return (result, *output[1:]) if isinstance(output, tuple) else result

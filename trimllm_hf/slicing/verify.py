@@ -1,0 +1,139 @@
+"""Whether a model's function stays the same under rotations: its own logits against those of rotated copies of its parts.
+
+The model's own code runs; each block is copied, rotated and run only when its turn comes, so that little memory is needed
+and the model is not changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .modules import SlicedNorm, norm_eps, shape_block
+from .principal import random_basis
+from .rotation import Gain, rotated_block, rotated_embedding, rotated_head
+from .wiring import Wiring
+
+TOLERANCE = 1e-4  # of the largest logit, or of 1
+TOKENS = 32
+
+
+def refuse_unequal(model: PreTrainedModel, wiring: Wiring, gains: dict[str, Gain], input_ids: torch.Tensor) -> float:
+    """Refuse a model that is another one when its hidden states are rotated.
+
+    Args:
+        model: The stock model.
+        wiring: What reads and writes its hidden states.
+        gains: Of its norms, by their names in the model.
+        input_ids: Tokens of shape (rows, tokens); some of them are used.
+
+    Returns:
+        The largest difference of the logits.
+
+    Raises:
+        ValueError: If the logits differ by more than rounding.
+    """
+    tokens = input_ids[:2, :TOKENS]
+    own = _logits(model, wiring, tokens, None)
+    turned = _logits(model, wiring, tokens, gains)
+    difference = (own - turned).abs().max().item()
+    allowed = TOLERANCE * max(1.0, own.abs().max().item())
+    if not difference <= allowed:  # nor if it is no number
+        raise ValueError(
+            f"Expected the logits of {type(model).__name__} to stay the same when its hidden states are rotated, got a "
+            f"difference of {difference:.3g} where {allowed:.3g} is allowed: something in this architecture reads or writes "
+            "them in another way. It cannot be sliced; what='mlp' may do. Nothing was changed."
+        )
+    return difference
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, wiring: Wiring, tokens: torch.Tensor, gains: dict[str, Gain] | None) -> torch.Tensor:
+    """Logits in float32, of the model or of its rotated parts."""
+    device = tokens.device
+    bases = [random_basis(wiring.width, seed).to(device) for seed in range(len(wiring.blocks) + 1)]
+    with ExitStack() as stack:
+        for name in wiring.embeddings:
+            stack.enter_context(_instead(model.get_submodule(name), _table(model.get_submodule(name), gains, bases[0])))
+        for number, block in enumerate(wiring.blocks):
+            module = model.get_submodule(block.name)
+
+            def run(*args: Any, number: int = number, module: Any = module, block: Any = block, **kwargs: Any) -> Any:
+                copied = copy.deepcopy(module, _kept_configs(module)).float()
+                vars(copied).pop("forward")
+                if gains is not None:
+                    own = {norm: gains[f"{block.name}.{norm}"] for norm in block.norms}
+                    made = rotated_block(module, block, own, bases[number], bases[number + 1])
+                    tensors = {name: tensor.float() for name, tensor in made}
+                    shape_block(copied, block, wiring.width, wiring.width, wiring.width)
+                    copied.load_state_dict(tensors, strict=False)
+                args, kwargs = _float(args), _float(kwargs)
+                return nn.Module.__call__(copied, *args, **kwargs)
+
+            stack.enter_context(_instead(module, run))
+        norm, head = model.get_submodule(wiring.norm), model.get_submodule(wiring.head)
+        after = copy.deepcopy(norm).float() if gains is None else SlicedNorm(wiring.width, norm_eps(norm))
+        stack.enter_context(_instead(norm, after.forward))
+        if gains is None:
+            weights = {"weight": head.weight, "bias": getattr(head, "bias", None)}
+        else:
+            made = rotated_head(model, wiring, gains[wiring.norm], bases[-1])
+            weights = {name.rpartition(".")[2]: tensor for name, tensor in made}
+        bias: Any = weights.get("bias")
+        weight: Any = weights["weight"]
+        stack.enter_context(
+            _instead(head, lambda x: nn.functional.linear(x, weight.float(), None if bias is None else bias.float()))
+        )
+        output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        logits: torch.Tensor = output.logits.float()
+        return logits
+
+
+def _table(module: Any, gains: dict[str, Gain] | None, basis: torch.Tensor) -> Any:
+    """A table of embeddings in float32, of the rows that are asked for alone."""
+    look_up = module.forward
+
+    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+        rows = look_up(*args, **kwargs)
+        if gains is None:
+            return rows.float()
+        centred = any(gain.centred for gain in gains.values())
+        flat = nn.Embedding.from_pretrained(rows.flatten(0, -2).float())
+        return rotated_embedding(flat, basis, centred).view(rows.shape)
+
+    return run
+
+
+def _kept_configs(module: nn.Module) -> dict[int, Any]:
+    """What a copy shares with the module."""
+    return {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
+
+
+def _float(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_float(item) for item in value)
+    if isinstance(value, dict):
+        return {name: _float(item) for name, item in value.items()}
+    return value
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Another function in place of a module's forward."""
+    had = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had is None:
+            vars(module).pop("forward")
+        else:
+            module.forward = had
