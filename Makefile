@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 PYTEST := $(BIN)/python -m pytest --must-run
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-deepspeed demo test test-all lint format docs
+.PHONY: help venv venv-deepspeed demo test test-all lint format docs dist smoke
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,17 @@ lint: venv  ## ruff and mypy
 
 docs: .venv/.docs  ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: venv  ## build the wheel and the source archive into dist/, and check them
+	rm -rf dist
+	$(PIP) -q build twine
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+
+smoke: dist  ## install the wheel alone into a clean environment, and use it there
+	rm -rf build/smoke && $(PYTHON) -m venv build/smoke
+	build/smoke/bin/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) dist/*.whl
+	cp tests/release/smoke.py build/smoke && cd build/smoke && bin/python smoke.py $(TAG)
 
 format: venv  ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .

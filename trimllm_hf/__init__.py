@@ -31,7 +31,7 @@ import_module(".loading.auto_config", __name__).register_when_imported(
 )
 import_module(".loading.old_paths", __name__).keep_old_paths()
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 # The file of each public name; a test compares it with the imports above.
 _FILES = {
