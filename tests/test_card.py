@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_after_training_a_card_is_measured_and_its_example_run_without_this_pack
     latency = LatencyReport.from_dict(report["latency"])
     assert (latency.base_sizes.num_layers, latency.sizes.num_layers) == (6, 3)
     decode = latency.speedup("decode")
-    assert f"{decode.ratio:.2f} [{decode.low:.2f}, {decode.high:.2f}] times as fast, of at most 1.90" in text
+    assert f"{decode.ratio:.2f} [{decode.low:.2f}, {decode.high:.2f}] times as fast; 1.90 by weight bytes" in text
     assert report["usage"]["stock"] and report["usage"]["output"].startswith("w5 w6")
     assert report["usage"]["output"] in text and 'pipeline("text-generation", "three-layers")' in text
     assert metadata_of(text)["tags"] == ["mine", "trimmed", "pruned", "layer-pruning"]
@@ -316,3 +317,40 @@ def test_examples_in_common_are_counted_by_their_tokens() -> None:
 def test_merging_changes_nothing_where_nothing_was_changed() -> None:
     assert merged(None, "new", None) == "new"
     assert merged("old", "new", "old") == "new"
+
+
+class NoNetwork(Exception):
+    """As httpx's errors are: of no built-in kind."""
+
+
+NoNetwork.__module__ = "httpx2"
+
+
+def test_no_network_costs_a_card_what_the_base_says_and_nothing_else(
+    trained: tuple[TrimTrainer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(trained[1], folder, ignore=shutil.ignore_patterns(CARD, REPORT))
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise NoNetwork("no route to host")
+
+    monkeypatch.setattr("trimllm_hf.publish.folder.cached_file", fail)
+    monkeypatch.setattr("trimllm_hf.publish.folder.get_safetensors_metadata", fail)
+    text = write_card(folder, TrimCardData(base_model="org/base"), measured=False).read_text()
+    assert "licence and size could not be looked up" in text
+    assert metadata_of(text)["base_model"] == "org/base" and metadata_of(text)["base_model_relation"] == "finetune"
+
+
+def test_a_base_that_the_user_names_is_taken_and_a_path_refused(
+    trained: tuple[TrimTrainer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(trained[1], folder, ignore=shutil.ignore_patterns(CARD, REPORT))
+    monkeypatch.setattr("trimllm_hf.publish.card.describe_base", lambda base, revision: {"name": base, "local": True})
+    path = write_card(folder, measured=False)
+    assert "base_model" not in metadata_of(path.read_text())
+    path.write_text(path.read_text().replace("library_name:", "base_model: org/by-hand\nlibrary_name:", 1))
+    assert metadata_of(write_card(folder, measured=False).read_text())["base_model"] == "org/by-hand"
+    with pytest.raises(ValueError, match="Expected base_model to be an id on the Hub, got '/home/me/base'"):
+        TrimCardData(base_model="/home/me/base")

@@ -79,6 +79,15 @@ def test_halves_of_blocks(tmp_path: Path) -> None:
     assert loads["with trimllm_hf"] == "yes: the example ran"
     assert loads["trust_remote_code"] == "yes: the example ran so, without `trimllm_hf`"
 
+    (folder / REPORT).unlink()  # what ran before was other code
+    ran = tmp_path / "ran"
+    file.write_text(f"open({str(ran)!r}, 'w').close()\n{file.read_text()}")  # by someone else, or changed by hand
+    loads = loads_in(write_card(folder, **FAST).read_text())
+    assert loads["trust_remote_code"].startswith("not run: the code beside the weights is not trimllm_hf's")
+    assert not ran.exists()
+    write_card(folder, trust_remote_code=True, **FAST)
+    assert ran.exists()
+
     file.write_text("import no_such_module\n")
     told = run_example(folder, "text-generation", "w5", stock=True, remote_code=True)["not_run"]
     report["usage"]["remote_code"] = told
@@ -107,7 +116,7 @@ def test_an_encoder_decoder(family: str, part: str, tmp_path: Path) -> None:
     model.save_pretrained(folder)
     text, report = write_card(folder, ASKED, **FAST).read_text(), report_of(folder)
     assert ("3 of its 5 decoder layers" if part == "decoder" else "4 of its 6 encoder layers") in text
-    assert "decoding, batch 1" in text and "of at most" not in text and "█░█░█" in text
+    assert "decoding, batch 1" in text and "by weight bytes" not in text and "█░█░█" in text
     assert report["latency"]["runs"][0]["decode_ms_per_token"]["n"] == FAST["repeats"]
     assert report["latency"]["sizes"]["kv_cache_bytes_per_token"] == 2 * (3 if part == "decoder" else 5) * 32 * 4
     assert loads_in(text)["stock transformers"] == "yes: the example ran without `trimllm_hf`"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,7 +139,7 @@ def test_bench_measures_a_model_beside_the_base_that_its_map_names(tmp_path: Pat
     report = LatencyReport.from_dict(json.loads(run("bench", tmp_path / "trimmed", *fast, "--batch-size", 2, "--json")))
     assert (report.base_sizes.num_layers, report.sizes.num_layers) == (6, 3) and report.runs[0].batch_size == 2
     shown = run("bench", tmp_path / "trimmed", *fast, "--out", tmp_path / "report.json")
-    assert "of the byte bound" in shown and "tokens/s" in shown
+    assert "by weight bytes" in shown and "tokens/s" in shown
     assert LatencyReport.from_json(tmp_path / "report.json").settings["prompt_tokens"] == 4
     assert json.loads(run("bench", tmp_path / "trimmed", *fast, "--alone", "--json"))["base_runs"] == []
     assert "Expected new_tokens of at least 2" in run("bench", tmp_path / "trimmed", "--new-tokens", 1, code=1)
@@ -172,3 +173,31 @@ def test_as_a_module_it_exits_with_the_same_status() -> None:
     assert done.returncode == 0 and "inspect" in done.stdout
     done = subprocess.run([*command, "trim", "a", "b"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == "" and "exactly one of" in done.stderr
+
+
+def test_inspect_shows_the_layers_that_an_adapter_belongs_to(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "full")
+    assert "Inspect its base" in run("inspect", tmp_path / "full", code=1)
+    drop_layers(model, [1, 4])
+    model.save_pretrained(tmp_path / "trimmed")
+    plain = json.loads(run("inspect", tmp_path / "trimmed", "--json"))
+    assert plain["model_type"] == "LORA adapter" and plain["dropped_layers"] == [1, 4] and plain["trimmed"]
+    assert "█░██░█" in run("inspect", tmp_path / "trimmed")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_an_answer_is_not_lost_to_the_encoding_of_a_terminal(trimmed: tuple[Path, PreTrainedModel], encoding: str) -> None:
+    folder, _ = trimmed
+    code = "import sys; sys.argv = ['trimllm', *sys.argv[1:]]; from trimllm_hf.cli import app; app()"
+    for more in ([], ["--json"], ["--help"]):
+        command = [sys.executable, "-c", code, "inspect", str(folder), *more]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "120"}
+        done = subprocess.run(command, capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        shown = done.stdout.decode(encoding)
+        if more == ["--json"]:
+            assert json.loads(shown)["strip"] == "█░██░█"
+        elif not more:
+            assert ("█░██░█" if encoding == "utf-8" else "#.##.#") in shown

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from trimllm_hf import score_layers
+from trimllm_hf.cli.examples import read_examples
 from trimllm_hf.importance import evaluate_metric
 
 TEXTS = ["w5 w6 w7 w8 w9", "w31 w32 w33", "w40 w41 w42 w43 w44 w45"]
@@ -86,7 +87,7 @@ def test_the_loss_is_on_the_answer_alone(model: Path, tmp_path: Path) -> None:
     ("content", "options", "said", "code"),
     [
         ("", [], "got none: it is empty", 1),
-        ('{"words": 3}\n', [], 'Expected a JSON object with "text"', 1),
+        ('{"words": 3}\n', [], 'Expected "text"', 1),
         ('{"text": "w5"}\n', [], "at least two tokens, got none among 1", 1),
         ('{"text": "w5 w6"}\n', ["--importance", "sensitivty"], "sensitivity", 1),
         ('{"text": "w5 w6"}\n', ["--size", "0"], "Expected a number that leaves something to score", 2),
@@ -99,3 +100,41 @@ def test_what_makes_no_sense_is_said(
     path.write_text(content)
     assert said in " ".join(run("score", model, "--data", path, "--out", tmp_path / "out", *options, code=code).split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pairs.csv", "prompt,completion\nw5 w6 w7,w8 w9\n"),
+        ("pairs.tsv", "question\tanswer\nw5 w6 w7\tw8 w9\n"),
+        ("list.json", '[{"prompt": "w5 w6 w7", "completion": "w8 w9"}]'),
+        ("marked.jsonl", '\ufeff{"prompt": "w5 w6 w7", "completion": "w8 w9"}\n'),
+        ("excel.CSV", '\ufeffprompt,completion\n"w5 w6 w7","w8 w9"\n'),
+    ],
+)
+def test_a_table_of_pairs_is_read_as_pairs(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_examples(tmp_path / name, 4) == [("w5 w6 w7", "w8 w9")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.csv", b"a,b\n1,2\n", "line 2 of"),
+        ("rows.parquet", b"PAR1", r"Expected examples in a .jsonl, .json, .csv, .tsv, .txt or .md file"),
+        ("latin.txt", "Müller".encode("latin-1"), "Expected a text file in UTF-8"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_examples(tmp_path / name, 4)
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_scoring(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    said = run("score", model, "--data", data, "--out", tmp_path / "file" / "out", code=1)
+    assert "Expected a folder to write to" in " ".join(said.split())

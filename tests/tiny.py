@@ -42,7 +42,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrain
     """A model of six layers with random weights, in evaluation mode."""
     derived = {"gpt2": COMMON, "falcon": ["head_dim"]}.get(family, [])
     common = {name: value for name, value in COMMON.items() if name not in derived}
-    config = AutoConfig.for_model(family, **{**common, "vocab_size": VOCABULARY, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**common, "vocab_size": VOCABULARY, **FAMILIES.get(family, {}), **changes})
     torch.manual_seed(seed)
     auto = AutoModelForSequenceClassification if family == "bert" else AutoModelForCausalLM
     model: PreTrainedModel = auto.from_config(config)

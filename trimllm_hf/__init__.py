@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .training.callback import TrimCallback
     from .training.config import TrimConfig
     from .training.prepared_loop import drop_prepared_layers
+    from .training.repair import RepairReport, repair_layers
     from .training.trainer import TrimTrainer, TrimTrainerMixin
 
 # models that lack sublayers, and sliced ones, become known to the Auto classes
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 _FILES = {
     "LatencyReport": "latency.report",
     "LayerMap": "layer_map.layer_map",
+    "RepairReport": "training.repair",
     "SliceMap": "slicing.slice_map",
     "TrimCallback": "training.callback",
     "TrimCardData": "publish.card_data",
@@ -49,6 +51,7 @@ _FILES = {
     "measure_latency": "latency.measure",
     "push_to_hub": "publish.hub",
     "register_importance": "importance.scores",
+    "repair_layers": "training.repair",
     "score_layers": "importance.scores",
     "slice_model": "slicing.slice_model",
     "trim_like": "loading.trim_like",
@@ -60,6 +63,7 @@ _FILES = {
 __all__ = [
     "LatencyReport",
     "LayerMap",
+    "RepairReport",
     "SliceMap",
     "TrimCallback",
     "TrimCardData",
@@ -72,6 +76,7 @@ __all__ = [
     "measure_latency",
     "push_to_hub",
     "register_importance",
+    "repair_layers",
     "score_layers",
     "slice_model",
     "trim_like",

@@ -209,11 +209,13 @@ def test_what_the_hub_left_out_is_found(place: Place, folder: Path) -> None:
     assert ALICE not in done.message + done.log
 
 
-def test_a_path_of_this_machine_is_told(place: Place, folder: Path) -> None:
+def test_a_path_of_this_machine_is_not_published(place: Place, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["trim"]["base_model"] = "/home/someone/base"
     (folder / "config.json").write_text(json.dumps(config))
-    assert "names the base by a path of this machine, '/home/someone/base'" in place.client.push(folder, "alice/local").log
+    assert "The base '/home/someone/base' is a path of this machine" in place.client.push(folder, "alice/local").log
+    assert b"/home/someone" not in b"".join(place.hub.files("alice/local").values())
+    assert json.loads(place.hub.files("alice/local")["config.json"])["trim"]["base_model"] is None
     config["trim"]["base_model"] = "org/base"
     (folder / "config.json").write_text(json.dumps(config))
     assert "a path of this machine" not in place.client.push(folder, "alice/local").log

@@ -5,8 +5,12 @@ A command imports what is slow to import (torch, most of transformers) inside it
 
 from __future__ import annotations
 
+import codecs
 import json
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,8 +26,28 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 _REFUSALS = (ValueError, OSError, HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError)
 
 
+# What a terminal without Unicode shows instead: every other character that it lacks becomes a question mark.
+_PLAIN = str.maketrans({"█": "#", "▀": "^", "▄": "_", "░": ".", "…": "...", "→": "->"})
+
+
+def _replaced(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(_PLAIN)
+    return text.encode(error.encoding, "replace").decode(error.encoding), error.end
+
+
+codecs.register_error("trimllm_plain", _replaced)
+
+
 class Refusing(TyperGroup):
     """Ends a command that is refused, or that fails, with what was said and exit status 1 in place of a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="trimllm_plain")  # an answer must not be lost to a terminal's encoding
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -50,12 +74,27 @@ def main() -> None:
 def answer(plain: Any, as_json: bool, render: Callable[[], RenderableType | list[RenderableType]]) -> None:
     """Print a command's answer on stdout: as JSON, or as `render` shows it to a person."""
     if as_json:
-        typer.echo(json.dumps(plain, indent=2, ensure_ascii=False))
+        unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+        typer.echo(json.dumps(plain, indent=2, ensure_ascii=not unicode))
         return
     shown = render()
     console = Console(highlight=False)
     for part in shown if isinstance(shown, list) else [shown]:
         console.print(part, soft_wrap=isinstance(part, str))  # an address stays in one piece
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Make a folder, and refuse one that cannot be written to before any work is done.
+
+    Raises:
+        ValueError: If it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"Expected a folder to write to, got {folder} ({error.strerror}). Name another by --out.") from None
 
 
 def table(title: str | None, *columns: str, rows: list[tuple[Any, ...]]) -> Table:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import Json, answer, app, table
+from .app import Json, answer, app, refuse_unwritable, table
 
 
 @app.command()
@@ -31,6 +31,8 @@ def bench(
 
     **Example:** `trimllm bench runs/medical --batch-size 1 --batch-size 8`
     """
+    if out is not None:
+        refuse_unwritable(out.parent)
     from transformers import AutoConfig
 
     from ..layer_map import LayerMap
@@ -44,7 +46,7 @@ def bench(
         base, revision = (layer_map.base_model, layer_map.base_revision) if layer_map.dropped_layers else (None, None)
     report = measure_pair(
         model, base, revision, device, dtype, batch_sizes=batch_size or [1], prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens, repeats=repeats, warmup=warmup, cache=cache, compile=compile,
+        new_tokens=new_tokens, repeats=repeats, warmup=warmup, cache=cache, compile=compile, progress=not as_json,
     )  # fmt: skip
     if out is not None:
         report.to_json(out)
@@ -62,6 +64,4 @@ def _shown(report: Any) -> list[Any]:
     env = report.environment
     said = f"{env['device_name']}, {env['threads']} thread(s), {env['dtype']}, attention {env['attention']}, "
     said += f"torch {env['torch']}, transformers {env['transformers']}"
-    bounded = [speedup for speedup in report.speedups if speedup.share_of_bound is not None]
-    shares = [f"batch {found.batch_size}: {found.share_of_bound:.0%} of the byte bound" for found in bounded]
-    return [table(None, "", *heads, rows=rows), said, *shares]
+    return [table(None, "", *heads, rows=rows), said]

@@ -20,6 +20,9 @@ def card(
     language: Annotated[list[str] | None, typer.Option(help="A language, like en; can be repeated.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What the usage example asks.")] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure latency and run the example.")] = True,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that lies beside the weights.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write README.md, its pictures and trim_report.json; measure what was not measured yet.
@@ -33,7 +36,7 @@ def card(
     from ..publish.figures import summary
 
     said = TrimCardData(domain=domain, model_name=name, license=license, language=language, usage_prompt=prompt)
-    path = write_card(folder, said, base=base, measured=measure)
+    path = write_card(folder, said, base=base, measured=measure, trust_remote_code=trust_remote_code, progress=not as_json)
     report = read_report(folder)
     assert report is not None
     missing = [

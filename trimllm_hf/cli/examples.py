@@ -1,7 +1,9 @@
-"""Examples to score layers by, from a text file or JSON Lines, as batches for a language model."""
+"""Examples to score layers by, from JSON Lines, CSV or plain text, as batches for a language model."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,28 @@ Example = tuple[str, str]  # what the model is given, and what it is scored on
 def read_examples(path: Path, limit: int) -> list[Example]:
     """The first examples of a file.
 
-    A line of `.jsonl` has `text`, or `prompt` and `completion`, or `question` and `answer`. Any other file is plain text,
-    in which a blank line ends an example.
+    A line of `.jsonl`, an item of a list in `.json`, or a row of `.csv` or `.tsv` (with a head) has `text`, or `prompt` and
+    `completion`, or `question` and `answer`. Of plain text (`.txt`, `.md`, or no ending) a blank line ends an example.
 
     Raises:
-        ValueError: If the file holds none, or a line is something else.
+        ValueError: If the file holds none, a row is something else, or it is of another kind or no UTF-8.
     """
-    text = path.read_text(encoding="utf-8")
-    if path.suffix in (".jsonl", ".json"):
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-        found = [_example(line, f"line {number} of {path}") for number, line in lines[:limit]]
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of byte order
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected a text file in UTF-8, got {path} ({error.reason} at byte {error.start}).") from None
+    ending = path.suffix.lower()
+    if ending in (".jsonl", ".json"):
+        rows = _json_rows(text)
+    elif ending in (".csv", ".tsv"):
+        reader = csv.DictReader(io.StringIO(text), delimiter="," if ending == ".csv" else "\t")
+        rows = [(f"line {reader.line_num}", row) for row in reader]
+    elif ending not in ("", ".txt", ".md", ".text"):
+        raise ValueError(f"Expected examples in a .jsonl, .json, .csv, .tsv, .txt or .md file, got {path}.")
+    else:
+        rows = None
+    if rows is not None:
+        found = [_example(row, f"{where} of {path}") for where, row in rows[:limit]]
     else:
         found = [("", part.strip()) for part in text.split("\n\n") if part.strip()][:limit]
     if not found:
@@ -32,11 +46,24 @@ def read_examples(path: Path, limit: int) -> list[Example]:
     return found
 
 
-def _example(line: str, where: str) -> Example:
+def _json_rows(text: str) -> list[tuple[str, Any]]:
+    """The lines of JSON Lines, or the items of one list; what cannot be read stays text."""
     try:
-        row = json.loads(line)
+        if isinstance(whole := json.loads(text), list):
+            return [(f"item {number}", row) for number, row in enumerate(whole)]
     except json.JSONDecodeError:
-        row = None
+        pass  # more than one line
+    return [(f"line {number}", _read(line)) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+
+
+def _read(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return line
+
+
+def _example(row: Any, where: str) -> Example:
     if isinstance(row, dict):
         if isinstance(row.get("text"), str):
             return "", row["text"]
@@ -44,8 +71,7 @@ def _example(line: str, where: str) -> Example:
             if isinstance(row.get(given), str) and isinstance(row.get(scored), str):
                 return row[given], row[scored]
     raise ValueError(
-        f'Expected a JSON object with "text", "prompt" and "completion", or "question" and "answer", got {line[:60]!r} in '
-        f"{where}."
+        f'Expected "text", "prompt" and "completion", or "question" and "answer", got {str(row)[:60]!r} in {where}.'
     )
 
 

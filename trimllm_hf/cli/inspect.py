@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +22,8 @@ def inspect(
     """Print which layers of its base a model keeps, when the others went, and what it weighs.
 
     Only config.json and the headers of the weight files are read; of a Hub model that is a few kilobytes. With --what-if
-    config.json alone: for every depth parameters, bytes, cache per token, and how much faster decoding can be at most.
+    config.json alone: for every depth parameters, bytes, cache per token, and the ratio of the weight bytes that are read
+    for each token. Of an adapter (PEFT) the layers of the base that it belongs to are printed.
 
     **Examples:** `trimllm inspect runs/medical`, `trimllm inspect org/base --what-if`
     """
@@ -31,22 +33,60 @@ def inspect(
     from ..publish.figures import text_strip
     from ..publish.folder import describe_weights
 
-    config = AutoConfig.from_pretrained(model, revision=revision)
-    if what_if:
-        _what_if(model, config, as_json)
-        return
-    layer_map = LayerMap.from_config(config)
+    adapter = _adapter(model, revision)
+    if adapter is not None:
+        kind, layer_map, weights = adapter
+        trimmed = bool(layer_map.dropped_layers or layer_map.missing_sublayers)
+    else:
+        config = AutoConfig.from_pretrained(model, revision=revision)
+        if what_if:
+            _what_if(model, config, as_json)
+            return
+        kind, layer_map, trimmed = config.model_type, LayerMap.from_config(config), getattr(config, "trim", None) is not None
+        weights = describe_weights(model, revision)
     plain = {
         "model": model,
-        "model_type": config.model_type,
-        "trimmed": getattr(config, "trim", None) is not None,
+        "model_type": kind,
+        "trimmed": trimmed,
         "strip": text_strip(layer_map),
         "num_layers": layer_map.num_layers,
         "dropped_layers": layer_map.dropped_layers,
         "map": layer_map.to_dict(),
-        "weights": describe_weights(model, revision),
+        "weights": weights,
     }
     answer(plain, as_json, lambda: _shown(plain, layer_map))
+
+
+def _adapter(model: str, revision: str | None) -> tuple[str, Any, dict[str, Any]] | None:
+    """The kind of an adapter, the map of the base that it belongs to, and what its file weighs; None for a model.
+
+    Raises:
+        ValueError: If the adapter does not say to which layers it belongs, or what it says is damaged.
+    """
+    from transformers.utils import cached_file  # type: ignore[attr-defined]  # re-exported there
+
+    from ..layer_map import ADAPTER_MAP, LayerMap
+    from ..publish.folder import describe_adapter
+    from ..utils import json_at
+
+    def file(name: str) -> Path | None:
+        found = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)
+
+    settings = None if file("config.json") else file("adapter_config.json")
+    if settings is None:
+        return None
+    layers = file(ADAPTER_MAP)
+    if layers is None:
+        base = json_at(settings, "base_model_name_or_path")
+        raise ValueError(
+            f"Expected an adapter with {ADAPTER_MAP}, got {model}, which was not made on a model that trimllm_hf trimmed. "
+            f"Inspect its base, {base}."
+        )
+    weights = file("adapter_model.safetensors")
+    if weights is None:
+        raise ValueError(f"Expected adapter_model.safetensors in {model}, got none.")
+    return f"{json_at(settings, 'peft_type')} adapter", LayerMap.from_dict(json_at(layers)), describe_adapter(weights)
 
 
 def _what_if(model: str, config: Any, as_json: bool) -> None:
@@ -67,7 +107,7 @@ def _what_if(model: str, config: Any, as_json: bool) -> None:
             )
             for d in found
         ]
-        heads = ("layers", "parameters", "weights", "cache per token", "decoding, times as fast at most")
+        heads = ("layers", "parameters", "weights", "cache per token", "bytes a token, full depth / this one")
         notes = [] if equal else ["The blocks differ in size: a depth is given for blocks of average size."]
         return [table(model, *heads, rows=rows), *notes]
 

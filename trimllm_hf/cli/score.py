@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import Json, answer, app, table
+from .app import Json, answer, app, refuse_unwritable, table
 
 
 @app.command()
 def score(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
-    data: Annotated[Path, typer.Option(help="Examples: JSON Lines (text; or prompt, completion), or plain text.")],
+    data: Annotated[Path, typer.Option(help="Examples: JSON Lines or CSV (text; or prompt, completion), or plain text.")],
     importance: Annotated[
         list[str] | None, typer.Option(help="A score; can be repeated. Default: sensitivity, block_influence.")
     ] = None,
@@ -54,6 +54,7 @@ def score(
     if per_ms:
         refuse_not_per_ms(*names)
     examples = read_examples(data, size)
+    refuse_unwritable(out)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,7 +80,6 @@ def score(
         "examples": sum(len(batch["input_ids"]) for batch in batches),
         "scored_tokens": sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches),
     }
-    out.mkdir(parents=True, exist_ok=True)
     (out / "scores.json").write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     drawn = find_spec("matplotlib") is not None
     if drawn:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .local import RemovedParameters, refuse_hidden_parameters, remove_from_optimizer
+from .local import Changes, RemovedParameters, add_whole, refuse_hidden_parameters, remove_from_optimizer
 from .process_group import DistributedProcesses
 
 T = TypeVar("T")
@@ -41,6 +41,10 @@ class DDPEngine(DistributedProcesses):
         remove_from_optimizer(self.optimizer, gone)
         self._rebuild_buckets()
         return result
+
+    def add(self, changes: Changes) -> None:
+        """Each process adds the same to its own copy."""
+        add_whole(changes)
 
     def save_whole(self) -> None:
         """Each process has the whole model."""

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .local import RemovedParameters
+from .local import Changes, RemovedParameters
 from .process_group import DistributedProcesses
-from .sharded_state import LocalState, SpreadState
+from .sharded_state import LocalState, SpreadState, add_to_sharded
 
 T = TypeVar("T")
 
@@ -115,6 +115,10 @@ class DeepSpeedEngine(DistributedProcesses):
         state.write(zero)
         self.optimizer.optimizer = zero
         return result
+
+    def add(self, changes: Changes) -> None:
+        """Add to the fp32 copies, and give the model's parameters what these are then."""
+        add_to_sharded(changes)
 
     def save_whole(self) -> None:
         """ZeRO-3 gathers the weights for a Trainer's save only if the config says so."""

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, is_compiled_module
 from torch import nn
 
 from .ddp import DDPEngine
-from .local import LocalEngine, RemovedParameters
+from .local import Changes, LocalEngine, RemovedParameters
 from .process_group import DistributedProcesses, ProcessGroup, SingleProcess
 
 T = TypeVar("T")
@@ -35,6 +35,9 @@ class Engine(ProcessGroup, Protocol):
 
         Remaining parameters keep their optimizer state, bit by bit; the engine keeps no reference to removed ones.
         """
+
+    def add(self, changes: Changes) -> None:
+        """Add to parameters, also to the copies that the optimizer steps on. The changes are whole, on every process."""
 
     def save_whole(self) -> None:
         """From now on a Trainer's save writes the whole model, also where its checkpoints hold shards."""

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .local import RemovedParameters, refuse_hidden_parameters, remove_from_optimizer
+from .local import Changes, RemovedParameters, refuse_hidden_parameters, remove_from_optimizer
 from .process_group import DistributedProcesses
 
 T = TypeVar("T")
@@ -55,9 +57,7 @@ class FSDPEngine(DistributedProcesses):
 
     def edit(self, edit: Callable[[], T], removed_parameters: RemovedParameters) -> T:
         """Run `edit`, mend the optimizer, and take what left out of the lists of the root and of the groups."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # an evaluation leaves gathered parameters in place of those that the optimizer has
+        self._reshard()
         before = _states(self.model)
         dropped = removed_parameters()
         result = edit()
@@ -76,6 +76,12 @@ class FSDPEngine(DistributedProcesses):
             root._init_fqns()
         return result
 
+    def _reshard(self) -> None:
+        """An evaluation leaves gathered parameters in place of those that the optimizer has."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def _forget_in_groups(self, dropped: list[nn.Parameter]) -> None:
         """Of a block that stays, a sublayer may have gone: its group gathers the rest."""
         left, modules = {id(parameter) for parameter in dropped}, set(self.model.modules())
@@ -88,6 +94,17 @@ class FSDPEngine(DistributedProcesses):
                     handles = getattr(group, name)
                     for gone in [held for held in handles if held not in modules]:
                         del handles[gone]
+
+    @torch.no_grad()
+    def add(self, changes: Changes) -> None:
+        """Each process adds to its shard what is its share of the change."""
+        self._reshard()
+        for parameter, change in changes:
+            if isinstance(parameter, DTensor):
+                change = change.to(parameter.to_local().device)
+                # cut without asking the other processes: each has the whole change
+                change = distribute_tensor(change, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(parameter.float() + change)
 
     def save_whole(self) -> None:
         """A Trainer saves what Accelerate's plugin names: one whole model, or a shard for each process."""

@@ -12,6 +12,7 @@ from .process_group import SingleProcess
 
 T = TypeVar("T")
 RemovedParameters = Callable[[], list[nn.Parameter]]
+Changes = Sequence[tuple[nn.Parameter, torch.Tensor]]
 
 
 class LocalEngine(SingleProcess):
@@ -31,6 +32,10 @@ class LocalEngine(SingleProcess):
         remove_from_optimizer(self.optimizer, gone)
         return result
 
+    def add(self, changes: Changes) -> None:
+        """Add to the parameters that the optimizer has."""
+        add_whole(changes)
+
     def save_whole(self) -> None:
         """The model is whole as it is."""
 
@@ -49,6 +54,13 @@ def remove_from_optimizer(optimizer: Any, removed_parameters: Sequence[nn.Parame
                 group[key][:] = [group[key][i] for i in stay]
     for parameter in [parameter for parameter in optimizer.state if id(parameter) in gone]:
         del optimizer.state[parameter]
+
+
+@torch.no_grad()
+def add_whole(changes: Changes) -> None:
+    """Add to parameters that are whole; the sum is rounded once."""
+    for parameter, change in changes:
+        parameter.copy_(parameter.float() + change.to(parameter.device))
 
 
 def torch_optimizer(optimizer: Any) -> Any:

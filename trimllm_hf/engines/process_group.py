@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+LARGE = 2**16  # numbers, above which a sum goes over the backend's own path
+
 Gathered = Callable[[Iterable[nn.Module]], AbstractContextManager[None]]
 
 
@@ -72,11 +74,18 @@ class DistributedProcesses:
     def all_reduce(self, total: torch.Tensor) -> torch.Tensor:
         """The sum of `total` over the processes, in the order of their numbers; or the error of one that has failed.
 
+        A large one is summed where it lies, in the order that the backend takes.
+
         Raises:
             Exception: What another process passed to `raise_on_all`.
         """
+        if total.numel() > LARGE:
+            self.gather(None)  # or the error of one that has failed
+            summed = total.clone()
+            dist.all_reduce(summed, group=self.group)
+            return summed
         parts = self.gather(total.cpu())
-        summed: torch.Tensor = sum(parts[1:], parts[0])
+        summed = sum(parts[1:], parts[0])
         return summed.to(total.device)
 
     def gather(self, value: Any) -> list[Any]:

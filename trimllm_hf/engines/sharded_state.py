@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .local import Changes
+
 WEIGHT = None  # the key of a parameter's fp32 copy, beside its state's keys like "exp_avg"
 
 
@@ -88,6 +90,37 @@ class SpreadState:
                 else:
                     safe_set_full_optimizer_state(parameter, full, key)
         self.saved.clear()
+
+
+@torch.no_grad()
+def add_to_sharded(changes: Changes) -> None:
+    """Add to parameters under ZeRO: to the fp32 copies of those that train, and to the parameters themselves."""
+    from deepspeed import utils
+    from deepspeed.runtime.zero import GatheredParameters
+
+    for parameter, change in changes:
+        change, cut = change.to(parameter.device), hasattr(parameter, "ds_id")
+        full: torch.Tensor | None = None
+        if parameter.requires_grad:
+            if cut:
+                held = utils.safe_get_local_fp32_param(parameter)
+                utils.safe_set_local_fp32_param(parameter, held + _share(parameter, change).to(held.device))
+            else:
+                utils.safe_set_full_fp32_param(parameter, utils.safe_get_full_fp32_param(parameter) + change)
+            full = utils.safe_get_full_fp32_param(parameter).reshape(change.shape)
+        # of the whole ones, what the first process has is cut anew
+        with GatheredParameters([parameter], modifier_rank=0, enabled=cut):
+            parameter.copy_(parameter.float() + change if full is None else full)
+
+
+def _share(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a tensor that is cut as a ZeRO-3 parameter is: flat, the last one filled up with zeros."""
+    size = parameter.ds_tensor.numel()
+    start = dist.get_rank(parameter.ds_process_group) * size
+    share = torch.zeros(size, dtype=whole.dtype, device=whole.device)
+    mine = whole.flatten()[start : start + size]
+    share[: len(mine)] = mine
+    return share
 
 
 def _all(groups: list[list[nn.Parameter]]) -> Iterator[nn.Parameter]:

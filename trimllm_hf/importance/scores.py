@@ -191,7 +191,7 @@ def score_layers(
         scores = score_layers(model, batches, importance, unit, **how, **processes)
         return per_ms(scores, _of_none(importance, model, batches, metric, processes), unit_ms)
     process_group = process_group or SingleProcess()
-    padded = _padded(model, batches, importance, process_group, filler_batch) if with_data else []
+    padded = on_every_process(model, batches, importance, process_group, filler_batch) if with_data else []
     with isolated_rng(seed), to_be_scored(model, part):
         if importance in _SCANS:
             settings = ScanSettings(_SCANS[importance](get_metric(metric)), memory_gb, process_group, progress)
@@ -228,7 +228,7 @@ def evaluate_metric(
     """
     process_group, found = process_group or SingleProcess(), get_metric(metric)
     batches = list(batches)
-    padded = _padded(model, batches, found.name, process_group, filler_batch)
+    padded = on_every_process(model, batches, found.name, process_group, filler_batch)
     with isolated_rng(0), to_be_scored(model, part):
         for batch in padded:
             found.check(model, batch)
@@ -236,7 +236,7 @@ def evaluate_metric(
     return found.finish([part for process in process_group.gather(parts[: len(batches)]) for part in process])
 
 
-def _padded(
+def on_every_process(
     model: nn.Module, batches: list[Batch], what: str, process_group: ProcessGroup, filler_batch: Batch | None
 ) -> list[Batch]:
     """The batches on the model's device, as many on every process.

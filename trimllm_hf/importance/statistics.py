@@ -74,7 +74,7 @@ def angular(model: nn.Module, batches: Sequence[Batch], unit: str, window: int =
     count = 0.0
     for batch in batches:
         states: list[torch.Tensor] = []  # the input of each block, then the output of the last
-        pick = partial(_last_tokens, mask=_tokens(model, batch)[1])
+        pick = partial(_last_tokens, mask=real_tokens(model, batch)[1])
 
         def see(position: int, x: torch.Tensor, y: torch.Tensor, pick: Any = pick, states: Any = states) -> None:
             states.append(pick(x))
@@ -100,7 +100,7 @@ def _mean_over_tokens(
     totals = torch.zeros(len(units), dtype=torch.float64)
     count = 0.0
     for batch in batches:
-        tokens, mask = _tokens(model, batch)
+        tokens, mask = real_tokens(model, batch)
 
         def see(position: int, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = mask) -> None:
             of_tokens = distance(x, y)
@@ -178,7 +178,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(difference <= (1e-3 if one.dtype == torch.float32 else 0.02) * other.float().abs().mean())
 
 
-def _tokens(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+def real_tokens(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The tokens that a stack's blocks work on, and which are real: a decoder's are others than those of its encoder."""
     part, labels = find_blocks(model).part, batch.get("labels")
     if part == "decoder" and "decoder_input_ids" in batch:

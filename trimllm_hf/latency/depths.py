@@ -23,7 +23,7 @@ class Depth:
         parameters: Number of parameters, shared ones once.
         weight_bytes: Bytes of parameters and buffers.
         kv_cache_bytes_per_token: Growth of the cache per token and sequence; None where there is none.
-        byte_bound: How many times as fast decoding can be at most: weight bytes read for each token at full depth / at
+        byte_bound: The ratio of the weight bytes read for each token: at full depth / at
             this depth. None where not all weights are read, or nothing is decoded.
     """
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import transformers
 from torch.utils.benchmark.utils.timer import timer  # waits for the accelerator before it reads the clock
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from ..surgery.blocks import find_blocks
 from ..utils import evaluating
+from .environment import environment_of
 from .report import LatencyReport, Run, Speedup, Spread, median_interval
 from .sizes import byte_bound, sizes_of
 
@@ -33,6 +32,7 @@ def measure_latency(
     warmup: int = 2,
     cache: str = "dynamic",
     compile: bool = False,
+    progress: bool = False,
 ) -> LatencyReport:
     """Measure a model, or a model and its base in turn so that a machine's drift cancels.
 
@@ -50,6 +50,7 @@ def measure_latency(
         warmup: Rounds before them that are not timed.
         cache: "dynamic" or "static".
         compile: Let `generate()` compile the decoding step; needs cache="static" and an accelerator.
+        progress: Whether to show a bar, a step a round.
 
     Raises:
         ValueError: On settings that cannot be measured, a model whose blocks are not those of its config (as when two
@@ -74,19 +75,22 @@ def measure_latency(
         cache_implementation="static" if cache == "static" else None,
         disable_compile=not compile,
     )
-    with _ready(models):
+    rounds = len(batch_sizes) * (warmup + repeats)
+    with _ready(models), tqdm(total=rounds, desc="Measuring latency", disable=not progress) as bar:
         for batch_size in batch_sizes:
             tokens = _random_tokens(model, batch_size, prompt_tokens)
             once = [_once(each, tokens, generation if generates else None) for each in models]
             for _ in range(warmup):
                 for run in once:
                     run()
+                bar.update()
             peaks = [sizes[i].weight_bytes + _peak_growth(model.device, run) for i, run in enumerate(once)]
             times: list[list[dict[str, float]]] = [[] for _ in models]
             for round_ in range(repeats):
                 order = range(len(once)) if round_ % 2 == 0 else reversed(range(len(once)))
                 for i in order:
                     times[i].append(once[i]())
+                bar.update()
             for i, runs in enumerate(all_runs):
                 runs.append(_summary(batch_size, times[i], peaks[i]))
             if base is not None:
@@ -96,7 +100,7 @@ def measure_latency(
                 ]
     return LatencyReport(
         settings,
-        _environment(model),
+        environment_of(model),
         sizes[-1],
         tuple(all_runs[-1]),
         None if base is None else sizes[0],
@@ -221,32 +225,6 @@ def _speedup(
     ratio = median(ratios)
     low, high, coverage = median_interval(ratios)
     return Speedup(what, batch_size, ratio, low, high, coverage, bound, None if bound is None else ratio / bound)
-
-
-def _environment(model: PreTrainedModel) -> dict[str, Any]:
-    device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {
-        "device": device.type,
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
-
-
-def _cpu_name() -> str:
-    """The processor's name where Linux tells it; platform.processor() is empty there."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _check(

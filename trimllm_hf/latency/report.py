@@ -65,7 +65,8 @@ class Speedup:
         low, high: Interval of that median, from the order of the rounds' ratios (no assumption on their distribution).
         confidence: Its coverage; below 0.95 where there were fewer than 6 rounds.
         byte_bound: For decoding: 1 / (1 - f*s), the ratio of the weight bytes read for each token. f: share of blocks
-            dropped; s: the blocks' share of the bytes read. Decoding at a small batch cannot be faster by more.
+            dropped; s: the blocks' share of the bytes read. It is what decoding gains where time goes with these bytes
+            alone; small layers take longer than their bytes, so that a measured ratio may pass it.
         share_of_bound: ratio / byte_bound.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -78,3 +79,9 @@ def num_hidden_layers(config: PreTrainedConfig, part: str | None = None) -> int:
     if not is_count(depth) or depth < 1:
         raise ValueError(f"Expected a config with num_hidden_layers, got {type(config).__name__} with {shown(depth)}.")
     return depth
+
+
+def base_name(config: PreTrainedConfig) -> str | None:
+    """What the model of a config was loaded from: a Hub id, or the absolute path of a folder; None if it is not known."""
+    name = getattr(config, "_name_or_path", "") or None
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name  # a relative path looks like an id

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..utils import is_count, json_at, shown
-from .depth import PARTS, depth_name, num_hidden_layers, part_config, resolve_part
+from .depth import PARTS, base_name, depth_name, num_hidden_layers, part_config, resolve_part
 from .record import DropRecord, check_layers, check_positions, check_sublayers
 
 __all__ = ["DropRecord", "LayerMap", "depth_name", "num_hidden_layers", "part_config", "resolve_part"]
@@ -257,9 +257,8 @@ class LayerMap:
         depth = num_hidden_layers(config, part)
         plain = getattr(config, "trim", None)
         if plain is None:
-            name = getattr(config, "_name_or_path", "") or None
-            revision = getattr(config, "_commit_hash", None)
-            return cls(depth, tuple(range(depth)), base_model=name, base_revision=revision, part=part)
+            base: dict[str, Any] = {"base_model": base_name(config), "base_revision": getattr(config, "_commit_hash", None)}
+            return cls(depth, tuple(range(depth)), part=part, **base)
         layer_map = cls.from_dict(plain)
         if layer_map.part != part:
             raise ValueError(

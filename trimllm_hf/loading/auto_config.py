@@ -1,4 +1,4 @@
-"""The AutoConfig patch: `import trimllm_hf` makes the Auto classes load what stock transformers cannot.
+"""What `import trimllm_hf` tells transformers: how to load what it cannot express, and how to write a trimmed config.
 
 It is made when transformers' Auto classes are imported, which takes seconds, and not before.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import wraps
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -35,6 +36,7 @@ def register(kinds: Mapping[str, str]) -> None:
 
     for model_type, place in kinds.items():
         AutoConfig.register(model_type, _reader(model_type, place), exist_ok=True)
+    write_older_spellings()
 
 
 def _reader(kind: str, place: str) -> type[Any]:
@@ -54,6 +56,30 @@ def _reader(kind: str, place: str) -> type[Any]:
             return custom.cast(CONFIG_MAPPING[plain["model_type"]].from_dict(plain, **kwargs))
 
     return CustomConfig
+
+
+def write_older_spellings() -> None:
+    """Make the configs of trimmed models write older spellings beside the new ones.
+
+    transformers has no seam where a config becomes a file, and an attribute of one config would not outlive a reload: so
+    the method that all of them share is followed. Configs of models that are not trimmed are written as ever.
+    """
+    from transformers import PreTrainedConfig
+
+    plainly = PreTrainedConfig.to_json_file
+    if getattr(plainly, "writes_older_spellings", False):
+        return
+
+    @wraps(plainly)
+    def to_json_file(self: Any, json_file_path: Any, use_diff: bool = True) -> None:
+        plainly(self, json_file_path, use_diff)
+        if getattr(self, "trim", None) is not None:
+            from ..surgery.older_spellings import add_to
+
+            add_to(json_file_path, self)
+
+    to_json_file.writes_older_spellings = True  # type: ignore[attr-defined]
+    PreTrainedConfig.to_json_file = to_json_file  # type: ignore[method-assign]
 
 
 class _Finder(MetaPathFinder):

@@ -31,6 +31,7 @@ from transformers.utils import (  # type: ignore[attr-defined]  # its types re-e
 from ..layer_map import LayerMap
 from ..surgery.blocks import find_blocks
 from ..surgery.drop import plan_drop
+from ..surgery.older_spellings import add_to
 from ..surgery.per_layer_tensors import cut
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -133,6 +134,8 @@ def write_kept_layers(
         plain = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
         (unfinished / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     plan.config.save_pretrained(unfinished)
+    if (described := _find(base, "config.json", hub_kwargs)) is not None:
+        add_to(unfinished / "config.json", plan.config, json.loads(described.read_text(encoding="utf-8")))
     for name in _COPIED:
         if (found := _find(base, name, hub_kwargs)) is not None:
             shutil.copyfile(found, unfinished / name)

@@ -15,24 +15,32 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from ..layer_map import LayerMap
+from ..surgery.sublayers.remote_code import is_our_code
 from . import plots
 from .card_data import TrimCardData
 from .figures import cost_rows, dropped, history_rows, map_of, quality_rows, summary, text_strip
-from .folder import describe_base, describe_trimmed
+from .folder import REPORT, describe_base, describe_trimmed
 from .measure import measure_for_card
 from .usage import SEQ2SEQ, run_example
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
-CARD, REPORT = "README.md", "trim_report.json"
+CARD = "README.md"
+NOT_OURS = "not run: the code beside the weights is not trimllm_hf's, and trust_remote_code was not given"
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
 SECTION = re.compile(r"<!-- trimllm_hf: (?P<name>[\w-]+) -->\n.*?<!-- /trimllm_hf: (?P=name) -->", re.DOTALL)
 # Metadata that say what is measured or known; the rest is the user's to change by hand.
-OURS = ("library_name", "base_model", "base_model_relation", "model-index")
+OURS = ("library_name", "model-index")
 
 
 def write_card(
-    folder: str | Path, data: TrimCardData | None = None, base: str | None = None, measured: bool = True, **settings: Any
+    folder: str | Path,
+    data: TrimCardData | None = None,
+    base: str | None = None,
+    measured: bool = True,
+    trust_remote_code: bool = False,
+    progress: bool = False,
+    **settings: Any,
 ) -> Path:
     """Write a folder's card with its pictures and `trim_report.json`.
 
@@ -45,6 +53,9 @@ def write_card(
         data: What is known besides; see `TrimCardData`.
         base: The base's Hub id or folder, if the model's map does not name it or names a folder that has moved.
         measured: Measure latency beside the base, and run the usage example, where the report does not hold it yet.
+        trust_remote_code: Run the code that lies beside the weights. Without it only code that `write_remote_code` wrote is
+            run, after a comparison to the letter.
+        progress: Whether to show a bar while latency is measured.
         **settings: For `measure_latency`: `batch_sizes`, `prompt_tokens`, `new_tokens`, `repeats`, …
 
     Returns:
@@ -55,22 +66,29 @@ def write_card(
         OSError: If the folder holds no model.
     """
     folder = Path(folder)
-    trimmed = describe_trimmed(folder)
+    trimmed = describe_trimmed(folder, trust_remote_code)
     earlier = read_report(folder)
     data = _joined(data or TrimCardData(), earlier, trimmed)
-    known, revision = _named_base(folder)
+    known, revision = _named_base(folder, trust_remote_code)
     if base is not None and base != known:
         known, revision, data.base = base, None, None
+    given = data.base_model if isinstance(data.base_model, str) else None
+    if data.base is None and given is not None and given != known:
+        data.base = describe_base(given, None)
     data.base = data.base or describe_base(known, revision)
     if measured and (settings or data.latency is None):
-        data.latency = measure_for_card(folder, known, revision, **settings)
-    if measured and data.usage is None:
+        how = {"trust_remote_code": trust_remote_code, "progress": progress, **settings}
+        data.latency = measure_for_card(folder, known, revision, **how)
+    refused = trust_remote_code and (data.usage or {}).get("remote_code") == NOT_OURS
+    if measured and (data.usage is None or refused):
         layer_map = map_of(data)
         kind = SEQ2SEQ if layer_map.part else data.to_dict().get("pipeline_tag")
         asked = (folder, kind, data.usage_prompt)
         data.usage = run_example(*asked, stock=layer_map.has_all_sublayers)
         if trimmed["remote_code"] and "code" in data.usage:
-            data.usage["remote_code"] = run_example(*asked, stock=True, remote_code=True).get("not_run", "ran")
+            trusted = trust_remote_code or is_our_code(folder)
+            tried = run_example(*asked, stock=True, remote_code=True) if trusted else {"not_run": NOT_OURS}
+            data.usage["remote_code"] = tried.get("not_run", "ran")
     data.pictures = plots.draw(data, folder)
     path = folder / CARD
     existing = path.read_text(encoding="utf-8") if path.is_file() else None
@@ -100,8 +118,8 @@ def _weights(trimmed: dict[str, Any]) -> dict[str, str]:
     return {name: digest for name, digest in trimmed["sha256"].items() if name.endswith(".safetensors")}
 
 
-def _named_base(folder: Path) -> tuple[str | None, str | None]:
-    layer_map = LayerMap.from_config(AutoConfig.from_pretrained(folder))
+def _named_base(folder: Path, trust_remote_code: bool) -> tuple[str | None, str | None]:
+    layer_map = LayerMap.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
     return layer_map.base_model, layer_map.base_revision
 
 

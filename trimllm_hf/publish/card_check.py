@@ -10,9 +10,8 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..layer_map import LayerMap
 from ..utils import as_list, checksum, json_at
-from .card import REPORT
 from .contents import CARD, Contents
-from .folder import is_repo_id
+from .folder import REPORT, is_repo_id
 
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
 PLACEHOLDER = "[More Information Needed]"  # of the Hub's own template

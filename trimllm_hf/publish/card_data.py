@@ -13,6 +13,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ..layer_map import LayerMap
 from ..utils import as_list
+from .folder import is_repo_id
 
 VERSION = 1
 TAGS = ("trimmed", "pruned", "layer-pruning")  # the Hub knows no relation for a pruned model, so tags say it
@@ -149,8 +150,11 @@ class TrimCardData(ModelCardData):
         latency: Filled by `measure_latency`: a LatencyReport as a dict, or {"not_measured": why}.
         usage: Filled by running the example: its code and output, or {"not_run": why}.
         pictures: Filled by drawing them: the files that the card shows.
-        **metadata: As for ModelCardData: language, license, model_name, tags, … `base_model`, `library_name` and the
-            model index follow from the other fields.
+        **metadata: As for ModelCardData: language, license, model_name, tags, … `base_model` follows from the map if it is
+            not given; `library_name` and the model index follow from the other fields.
+
+    Raises:
+        ValueError: If a given `base_model` is no id of the Hub.
     """
 
     GIVEN = ("repo_id", "domain", "quality", "outside", "data", "not_for", "usage_prompt")
@@ -175,6 +179,11 @@ class TrimCardData(ModelCardData):
         **metadata: Any,
     ) -> None:
         super().__init__(**metadata)
+        for name in as_list(self.base_model):
+            if not is_repo_id(str(name)):
+                raise ValueError(
+                    f"Expected base_model to be an id on the Hub, got {str(name)!r}. Leave it out for a local base."
+                )
         self.repo_id = repo_id
         self.domain = domain
         self.quality = list(quality)
@@ -233,8 +242,10 @@ class TrimCardData(ModelCardData):
             data_dict.pop(name, None)
         base, trimmed = self.base or {}, self.trimmed or {}
         data_dict["library_name"] = "transformers"
-        data_dict["base_model"] = base.get("id")  # an id on the Hub, or nothing
-        data_dict["base_model_relation"] = "finetune" if base.get("id") else None
+        data_dict["base_model"] = self.base_model or base.get("id")  # an id on the Hub, or nothing
+        data_dict["base_model_relation"] = getattr(self, "base_model_relation", None) or (
+            "finetune" if data_dict["base_model"] else None
+        )
         data_dict["license"] = self.license or base.get("license")
         for name in ("license_name", "license_link"):
             data_dict[name] = getattr(self, name) or (None if self.license else base.get(name))

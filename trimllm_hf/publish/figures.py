@@ -124,7 +124,7 @@ def _speedup(report: LatencyReport, what: str, batch_size: int) -> str:
     if found is None:
         return ""
     said = f"{found.ratio:.2f} [{found.low:.2f}, {found.high:.2f}] times as fast"
-    return said if found.byte_bound is None else f"{said}, of at most {found.byte_bound:.2f}"
+    return said if found.byte_bound is None else f"{said}; {found.byte_bound:.2f} by weight bytes"
 
 
 def map_of(data: TrimCardData) -> LayerMap:

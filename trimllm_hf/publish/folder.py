@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, get_local_safetensors_metadata, get_safetensors_metadata
-from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # re-exported there
+from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.utils import cached_file, logging  # type: ignore[attr-defined]  # re-exported there
 
 from ..layer_map import LayerMap
-from ..utils import checksum
+from ..utils import checksum, json_at
+from .remote import brief, transient
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
+REPORT = "trim_report.json"
 # What from_pretrained reads; not our own files, which tell of these.
 LOADED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*processor_config.json"),
@@ -44,14 +49,32 @@ def describe_weights(model: str | Path, revision: str | None = None) -> dict[str
     }
 
 
-def describe_trimmed(folder: Path) -> dict[str, Any]:
+def describe_adapter(file: Path) -> dict[str, Any]:
+    """The same of an adapter's file."""
+    with safe_open(file, framework="pt") as tensors:
+        shapes = {name: tensors.get_slice(name) for name in tensors.keys()}  # it is no dict
+        counts = [(each.get_dtype(), math.prod(each.get_shape())) for each in shapes.values()]
+    by_dtype = {kind: sum(count for other, count in counts if other == kind) for kind, _ in counts}
+    return {
+        "files": [file.name],
+        "parameters": sum(by_dtype.values()),
+        "parameters_by_dtype": dict(sorted(by_dtype.items())),
+        "bytes": file.stat().st_size,
+    }
+
+
+def describe_trimmed(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """What stands on the card of the model in a folder.
+
+    Args:
+        folder: The model's folder.
+        trust_remote_code: Whether the code beside its weights may be run to read its config.
 
     Raises:
         ValueError: If its config or map is damaged.
         OSError: If the folder holds no model.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "trim", None) is None:
         raise ValueError(f"Expected a trimmed model in {folder}, got one that says of no layer that it was dropped.")
     layer_map = LayerMap.from_config(config).to_dict()
@@ -78,14 +101,15 @@ def describe_trimmed(folder: Path) -> dict[str, Any]:
 def describe_base(base: str | None, revision: str | None) -> dict[str, Any] | None:
     """What stands on a card of its base: a Hub id with its revision, or that it is a local model; licence and sizes.
 
-    What cannot be found out (no network, no card, no licence) is left out, and said in the log.
+    What cannot be looked up (no network, no card, no licence) is left out, named in `not_found` and said in the log.
     """
     if not base:
         return None
-    local = Path(base).is_dir() or not is_repo_id(base)
+    local = is_local(base)
     found: dict[str, Any] = {"name": Path(base).name if local else base, "local": local}
     if not local:
         found |= {"id": base, "revision": revision}
+    unknown = []
     hub: dict[str, Any] = {} if local else {"revision": revision}
     try:
         card = cached_file(base, "README.md", _raise_exceptions_for_missing_entries=False, **hub)
@@ -93,17 +117,61 @@ def describe_base(base: str | None, revision: str | None) -> dict[str, Any] | No
         for name in ("license", "license_name", "license_link"):
             if data is not None and isinstance(data.get(name), str):
                 found[name] = data.get(name)
-    except (OSError, ValueError) as error:
-        logger.warning(f"The licence of {base} is not known: its card cannot be read ({error}).")
+    except Exception as error:
+        raise_unless_lookup(error)
+        unknown.append("licence")
+        logger.warning(f"The licence of {base} is not known: its card cannot be read ({brief(error)})")
     try:
         found["weights"] = describe_weights(base, revision)
-    except (OSError, ValueError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        logger.warning(f"The size of {base}'s files is not known ({error}).")
-    return found
+    except Exception as error:
+        raise_unless_lookup(error)
+        unknown.append("size")
+        logger.warning(f"The size of {base}'s files is not known ({brief(error)})")
+    return found | ({"not_found": unknown} if unknown else {})
+
+
+def raise_unless_lookup(error: Exception) -> None:
+    """Raise an error again that is neither a missing or damaged file nor a failure of the network.
+
+    Raises:
+        Exception: The error.
+    """
+    expected = isinstance(error, ValueError | NotASafetensorsRepoError | SafetensorsParsingError | HfHubHTTPError)
+    if not expected and not transient(error):
+        raise error
+
+
+def hide_local_base(folder: Path) -> None:
+    """Take a base that is named by a path of this machine out of a folder's map, before others can see it.
+
+    The path stays out of the card too, which tells of a local model; its report is brought in line with the new file.
+    """
+    config, report = folder / "config.json", folder / REPORT
+    plain = json_at(config)
+    layer_map = plain.get("trim") if isinstance(plain, dict) else None
+    if not isinstance(layer_map, dict):
+        return
+    base = layer_map.get("base_model")
+    if not isinstance(base, str) or not is_local(base):
+        return
+    logger.warning(f"The base {base!r} is a path of this machine: the map in {config} names no base from now on.")
+    layer_map |= {"base_model": None, "base_revision": None}
+    config.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    digests = json_at(report, "trimmed", "sha256")
+    if isinstance(digests, dict) and config.name in digests:
+        new = checksum(config, large=True)
+        for file in (report, folder / "README.md"):
+            if file.is_file():
+                file.write_text(file.read_text(encoding="utf-8").replace(digests[config.name], new), encoding="utf-8")
+
+
+def is_local(base: str) -> bool:
+    """Whether a base is named by a path of this machine; a folder comes before a Hub id, as in `from_pretrained`."""
+    return Path(base).is_dir() or not is_repo_id(base)
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a name can be a model's id on the Hub; a path cannot."""
+    """Whether a name can be a model's id on the Hub; an absolute path cannot."""
     if Path(name).is_absolute() or name.startswith((".", "~")):
         return False
     try:

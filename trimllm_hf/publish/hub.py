@@ -18,7 +18,7 @@ from .card_check import check_card
 from .card_data import tag_name
 from .contents import Contents, contents_of
 from .credentials import secrets_of_environment
-from .folder import is_repo_id
+from .folder import hide_local_base
 from .model_check import check_model
 from .remote import brief, retried
 from .target import PushError, Target, landed
@@ -118,19 +118,16 @@ def push(
     token = token or get_token()
     if not token:
         raise ValueError("Expected a token with write access, got none. Run hf auth login, or set HF_TOKEN.")
+    hide_local_base(Path(folder))
     contents = contents_of(folder, {**secrets_of_environment(), "the token": token})
     layer_map = check_model(contents)
     card = check_card(contents, layer_map)
-    if layer_map.base_model and not is_repo_id(layer_map.base_model):
-        logger.warning(
-            f"The map in config.json names the base by a path of this machine, {layer_map.base_model!r}, which others will "
-            "see and cannot load."
-        )
     api = HfApi(token=token)
-    with _nothing_sent(repo_id):
+    made: list[str] = []
+    with _nothing_sent(repo_id, made):
         user, repo_id, own = _may_write(api, repo_id, create_pr or to_pull)
         _validate(api, card)
-        target = Target(api, repo_id, revision or MAIN, user if create_pr else None, own)
+        target = Target(api, repo_id, revision or MAIN, user if create_pr else None, own, made)
         parent = target.open(private)
         found = target.holding(contents)
         operations = [] if found else target.operations(contents, parent)
@@ -221,11 +218,12 @@ def _ignoring_absence(call: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _nothing_sent(repo_id: str) -> Iterator[None]:
-    """Errors before the commit say that nothing was sent."""
+def _nothing_sent(repo_id: str, made: list[str]) -> Iterator[None]:
+    """Errors before the commit say that nothing was sent, and what was made for the push before that."""
     try:
         yield
     except Exception as error:
         if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError | json.JSONDecodeError):
             raise
-        raise PushError(f"Nothing was sent to {repo_id}, which is as it was. {brief(error)}", landed=False) from error
+        now = f"in which this push made {' and '.join(made)} before" if made else "which is as it was"
+        raise PushError(f"Nothing was sent to {repo_id}, {now}. {brief(error)}", landed=False) from error

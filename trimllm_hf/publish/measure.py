@@ -13,6 +13,7 @@ from ..latency.depths import with_random_weights
 from ..latency.measure import measure_latency
 from ..latency.report import LatencyReport
 from ..utils import isolated_rng
+from .folder import raise_unless_lookup
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
 
@@ -28,7 +29,8 @@ def measure_for_card(folder: Path, base: str | None, revision: str | None = None
     """
     try:
         return measure_pair(folder, base, revision, **settings).to_dict()
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
+        raise_unless_lookup(error)
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         for path in filter(None, (str(folder), base)):
             said = said.replace(path, Path(path).name)
@@ -41,6 +43,7 @@ def measure_pair(
     revision: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> LatencyReport:
     """Measure a model, with random weights, beside its base; see `measure_latency`.
@@ -51,14 +54,17 @@ def measure_pair(
         revision: Of the base.
         device: Where; the accelerator by default, else the CPU.
         dtype: Of the weights; that of the model's files by default.
+        trust_remote_code: Whether code beside the weights may be run.
         **settings: As for `measure_latency`. Lengths that are not given are cut to what the model can take.
 
     Raises:
         ValueError: If the settings cannot be measured.
         OSError: If a config cannot be found.
     """
-    config = AutoConfig.from_pretrained(model)
-    base_config = None if base is None else AutoConfig.from_pretrained(base, revision=revision)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    base_config = None
+    if base is not None:
+        base_config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
     kind: torch.dtype = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     where = torch.device(device) if device else accelerator or torch.device("cpu")

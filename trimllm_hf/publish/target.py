@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -34,13 +34,19 @@ class PushError(RuntimeError):
 
 @dataclass(frozen=True)
 class Target:
-    """A branch of a repository, or (with an author) a pull request against it; `own`: whether it may be made."""
+    """A branch of a repository, or (with an author) a pull request against it.
+
+    Attributes:
+        own: Whether the repository may be made.
+        made: What `open` has made, for errors to tell: "the repository", or a branch.
+    """
 
     api: HfApi
     repo_id: str
     branch: str
     author: str | None
     own: bool
+    made: list[str] = field(default_factory=list)
 
     def open(self, private: bool | None) -> str:
         """Make sure that repository and branch exist; the commit that the branch stands at."""
@@ -53,6 +59,7 @@ class Target:
                     f"Expected a repository to open a pull request in, got {self.repo_id}, which this token does not see."
                 ) from None
             retried(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True), f"Making {self.repo_id}")
+            self.made.append("the repository")
             info = retried(lambda: self.api.repo_info(self.repo_id), what)
         if private and not info.private:
             raise ValueError(
@@ -66,6 +73,7 @@ class Target:
                 raise ValueError(f"Expected a branch of {self.repo_id}, got {self.branch!r}, which it has not.") from None
             branch = self.branch
             retried(lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True), f"Making {branch}")
+            self.made.append(f"the branch {branch}")
             return head_of(self.api, self.repo_id, branch)
 
     def holding(self, contents: Contents) -> CommitInfo | None:
@@ -152,10 +160,13 @@ class Target:
 
     def _as_it_was(self, parent: str, error: Exception) -> PushError:
         return PushError(
-            f"Nothing was committed to {self.repo_id}, which stands as it was, at {parent}. {brief(error)} Push again when "
-            "that is mended; what was uploaded is not sent twice.",
+            f"Nothing was committed to {self.repo_id}, which stands {self._as_found()}, at {parent}. {brief(error)} "
+            "Push again when that is mended; what was uploaded is not sent twice.",
             landed=False,
         )
+
+    def _as_found(self) -> str:
+        return f"as it was but for {' and '.join(self.made)}, made by this push" if self.made else "as it was"
 
     def _look_at(self, contents: Contents, made: CommitInfo) -> None:
         """A .gitignore in the repository lets the client leave files out without an error."""

@@ -68,6 +68,11 @@ def candidate_configs(
     yield from islice(_others(likeliest, choices), MAX_CANDIDATES)
 
 
+def names_layers(name: str, value: Any, depth: int) -> bool:
+    """Whether a field of a config of so many layers may say something of layers by their places."""
+    return name.startswith("num_hidden_layers") or bool(_options(name, value, depth, range(depth)))
+
+
 def _others(likeliest: dict[str, Any], choices: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
     """Change one choice, then two."""
     for many in (1, 2):

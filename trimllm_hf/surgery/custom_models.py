@@ -23,6 +23,7 @@ from transformers.models.auto import modeling_auto
 
 from ..layer_map import depth_name, part_config
 from ..utils import shown
+from .older_spellings import file_of, with_older_spellings
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +148,8 @@ class CustomConfigMixin:
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
         config: Any = self
-        plain = self.custom.to_saved_config(json.loads(config.to_json_string(use_diff=use_diff)), config)
+        plain = with_older_spellings(json.loads(config.to_json_string(use_diff=use_diff)), config, file_of(config))
+        plain = self.custom.to_saved_config(plain, config)
         Path(json_file_path).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod

@@ -10,7 +10,9 @@ from transformers.utils import logging
 
 from ..publish.card import write_card
 from ..publish.card_data import TrimCardData
+from ..publish.folder import is_repo_id
 from .run_summary import describe_run, evaluated
+from .trainer_hooks import unwrapped
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -49,6 +51,7 @@ class CardMixin(_Base):
         license: str | None = None,
         tags: str | list[str] | None = None,
         model_name: str | None = None,
+        finetuned_from: str | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> None:
@@ -62,11 +65,15 @@ class CardMixin(_Base):
             license: Of the model; the base's by default.
             tags: Besides our own.
             model_name: What to call it.
+            finetuned_from: Hub id of the base, where the map names none.
             *args: What other Trainers take; not used, since the card says what it knows from the run itself.
             **kwargs: Likewise.
         """
         data = self.card_data
-        for name, value in (("language", language), ("license", license), ("model_name", model_name)):
+        if finetuned_from is not None and not is_repo_id(finetuned_from):
+            finetuned_from = None  # a path of this machine
+        given = {"language": language, "license": license, "model_name": model_name, "base_model": finetuned_from}
+        for name, value in given.items():
             if value is not None:
                 setattr(data, name, value)
         if tags is not None:
@@ -85,4 +92,6 @@ class CardMixin(_Base):
         self.card_data.training = describe_run(self, callback, self.calibration_dataset)
         data = copy.copy(self.card_data)
         data.quality = data.quality or evaluated(self)
-        write_card(folder, data, measured=measured)
+        consented = type(unwrapped(self)).__module__.startswith("transformers_modules.")  # to load the model
+        progress = not self.args.disable_tqdm
+        write_card(folder, data, measured=measured, trust_remote_code=consented, progress=progress)

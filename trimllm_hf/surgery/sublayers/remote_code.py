@@ -50,6 +50,30 @@ def write_remote_code(folder: str | Path) -> Path:
             f"Expected the folder of a saved model that lacks sublayers, got {str(folder)!r}, whose config.json is not of "
             f"the type {MODEL_TYPE!r}. A model that lost whole blocks loads as it is."
         )
+    code, auto_map = _remote_code(plain)
+    file = folder / f"{MODULE}.py"
+    file.write_text(code, encoding="utf-8")
+    text = json.dumps({**plain, "auto_map": auto_map}, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    return file
+
+
+def is_our_code(folder: str | Path) -> bool:
+    """Whether the code beside a model's weights is, to the letter, what `write_remote_code` writes for its config."""
+    folder = Path(folder)
+    plain = json_at(folder / "config.json")
+    if not isinstance(plain, dict) or plain.get("model_type") != MODEL_TYPE:
+        return False
+    try:
+        code, auto_map = _remote_code(plain)
+    except (ValueError, AttributeError, KeyError, TypeError):  # a damaged config
+        return False
+    scripts = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
+    return plain.get("auto_map") == auto_map and scripts == {f"{MODULE}.py": code}
+
+
+def _remote_code(plain: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """The code for a saved config, and the `auto_map` that names it."""
     stock = SUBLAYERS.from_saved_config(plain)
     (name,) = stock["architectures"]
     model_class, config_class = getattr(transformers, name), transformers.CONFIG_MAPPING[stock["model_type"]]
@@ -68,18 +92,13 @@ def write_remote_code(folder: str | Path) -> Path:
     text = files(__package__).joinpath("templates", TEMPLATE).read_text(encoding="utf-8")
     for key, value in values.items():
         text = text.replace(f"<{key}>", value)
-    file = folder / f"{MODULE}.py"
-    file.write_text(text, encoding="utf-8")
     autos = [
         auto
         for auto, mapping in _AUTO.items()
         if getattr(transformers, mapping).get(config_class, None) in (model_class, (model_class,))
     ]
     auto_map = {"AutoConfig": f"{MODULE}.{SUBLAYERS.prefix}{config_class.__name__}"}
-    auto_map |= {auto: f"{MODULE}.{SUBLAYERS.prefix}{name}" for auto in autos}
-    text = json.dumps({**plain, "auto_map": auto_map}, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    return file
+    return text, auto_map | {auto: f"{MODULE}.{SUBLAYERS.prefix}{name}" for auto in autos}
 
 
 def _path_to(value: Any, plain: dict[str, Any]) -> list[str]:

@@ -1,0 +1,107 @@
+"""Several layers chosen with few passes: as a greedy scan does where that is promised, with fewer models measured."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from importance_models import make_batches, make_model
+
+from trimllm_hf import drop_layers, score_layers
+from trimllm_hf.importance import evaluate_metric
+from trimllm_hf.importance.lazy import PassedOver, greedy_layers, lazy_greedy
+
+PLACES = (0.0, 1.0, 2.0, 3.5, 5.0, 5.5, 7.0, 9.0, 9.5, 12.0)
+
+
+def stretched(gone: Collection[int]) -> float:
+    """A cost that grows the faster, the more is gone: the squares of the gaps between what is left on a line."""
+    left = [place for number, place in enumerate(PLACES) if number not in gone]
+    return sum((after - before) ** 2 for before, after in pairwise(left))
+
+
+def greedily(cost: Any, candidates: Collection[int], count: int) -> list[int]:
+    gone: list[int] = []
+    for _ in range(count):
+        gone.append(min((c for c in candidates if c not in gone), key=lambda c: cost((*gone, c))))
+    return gone
+
+
+def test_lazily_is_greedily_where_costs_grow() -> None:
+    candidates = list(range(1, 9))
+    for count in range(1, 8):
+        found = lazy_greedy(stretched, candidates, count, width=len(candidates))
+        assert list(found.layers) == greedily(stretched, candidates, count)
+        assert found.cost == pytest.approx(stretched(found.layers))
+    # beyond the whole model and the first look at each of the eight, of which a greedy scan has six more rounds
+    assert found.evaluations - 9 < sum(range(2, 8)) / 2
+
+
+def test_a_scan_spares_the_first_look_at_each() -> None:
+    candidates = list(range(1, 9))
+    of_each = {candidate: stretched((candidate,)) for candidate in candidates}
+    found = lazy_greedy(stretched, candidates, 1, width=8, of_each=of_each)
+    assert found.evaluations == 1 and list(found.layers) == greedily(stretched, candidates, 1)
+
+
+def test_the_filter_looks_at_so_many() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def cost(gone: Collection[int]) -> float:
+        asked.append(tuple(gone))
+        return float(sum(gone))
+
+    order = [8, 5, 7, 1]
+    assert lazy_greedy(cost, order, 2, width=2).layers == (5, 7)  # 1 is not looked at, though it would be cheapest
+    assert [gone for gone in asked if len(gone) == 1] == [(8,), (5,)]
+    assert lazy_greedy(cost, order, 4, width=1).layers == tuple(order)
+
+
+@pytest.mark.parametrize(("count", "width"), [(0, 1), (5, 1), (2, 0)])
+def test_what_cannot_be_chosen_is_refused(count: int, width: int) -> None:
+    with pytest.raises(ValueError, match=f"count={count} and width={width}"):
+        lazy_greedy(stretched, [1, 2, 3, 4], count, width=width)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "MptForCausalLM", "BertForSequenceClassification"])
+def test_passing_over_is_dropping(name: str) -> None:
+    model = make_model(name)
+    batches = make_batches(model)
+    passed = PassedOver(model)
+    with passed.without([1, 3]):
+        losses = [evaluate_metric(model, batches) for _ in range(2)]
+    before = evaluate_metric(model, batches)
+    drop_layers(model, [1, 3])
+    assert losses == pytest.approx([evaluate_metric(model, batches)] * 2, rel=1e-6)
+    assert abs(before - losses[0]) > 1e-4  # it was given back
+
+
+def test_blocks_that_are_passed_over_do_no_work() -> None:
+    model = make_model("LlamaForCausalLM")
+    batches, calls = make_batches(model), list[int]()
+    for position, block in enumerate(model.model.layers):
+        block.mlp.register_forward_hook(lambda *args, position=position: calls.append(position))
+    passed = PassedOver(model)
+    with passed.without([2]):
+        evaluate_metric(model, batches)
+        calls.clear()
+        evaluate_metric(model, batches)
+    assert set(calls) == {0, 1, 3, 4}
+
+
+@pytest.mark.parametrize("width", [None, 2])
+def test_the_cost_is_that_of_the_model_without_them(width: int | None) -> None:
+    model = make_model("LlamaForCausalLM", num_hidden_layers=6)
+    batches = make_batches(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    first = "sensitivity" if width is None else "block_influence"
+    likeliest = score_layers(model, batches, first)[1:-1].argsort() + 1
+    found = greedy_layers(model, batches, 3, width=width)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert len(model.model.layers) == 6
+    assert found.layers[0] in likeliest[: width or 1].tolist()
+    drop_layers(model, sorted(found.layers))
+    assert found.cost == pytest.approx(evaluate_metric(model, batches), rel=1e-6)

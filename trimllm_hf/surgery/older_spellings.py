@@ -1,0 +1,240 @@
+"""A trimmed model's config.json in older words beside the new ones, so that whoever reads the base reads it alike.
+
+transformers 5 writes `rope_parameters` and `dtype`, and leaves out what its own classes no longer take. Configs on the Hub,
+transformers 4, mlx-lm and others say `rope_theta`, `rope_scaling`, `torch_dtype` and more, and where they find none they
+take their own defaults. Each older word that is written here was proved on transformers' own reader of older files: read
+in place of the new words it gives what they say, and read beside them it changes nothing. What cannot be proved is left
+out.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.utils import cached_file, logging  # type: ignore[attr-defined]  # re-exported there
+
+from .candidate_configs import names_layers
+
+Plain = dict[str, Any]
+
+ROPE, KINDS = "rope_parameters", "layer_types"
+# In older files: the base of the rotary frequencies, that of sliding layers, and the share of a head that turns.
+_ROPE_WORDS = (
+    ("rope_theta", "rope_local_base_freq", "partial_rotary_factor"),
+    ("rope_theta", None, "partial_rotary_factor"),
+    ("global_rope_theta", "local_rope_theta", "partial_rotary_factor"),  # ModernBERT
+    ("rotary_emb_base", None, "rotary_pct"),  # GPT-NeoX
+)
+# In older files: every how many layers there is one of the rarer kind.
+_PATTERN_WORDS = ("sliding_window_pattern", "global_attn_every_n_layers", "full_attention_interval")
+_OF_THE_FILE = {"model_type", "transformers_version", KINDS, ROPE, "trim", "torch_dtype", "quantization_config"}
+
+
+def with_older_spellings(
+    plain: Mapping[str, Any], config: PreTrainedConfig, of_base: Mapping[str, Any] | None = None
+) -> Plain:
+    """What stands in config.json, with older spellings beside it.
+
+    Args:
+        plain: What transformers writes.
+        config: The config that it is of.
+        of_base: What stands in the config.json of the base, if that is at hand. Each name in it is kept, with the trimmed
+            model's value, or left out where there is none that is right.
+    """
+    found, of_base = dict(plain), of_base or {}
+    for name in config.sub_configs:
+        part, of_part = getattr(config, name, None), of_base.get(name)
+        if isinstance(part, PreTrainedConfig) and isinstance(found.get(name), dict):
+            found[name] = with_older_spellings(found[name], part, of_part if isinstance(of_part, dict) else None)
+    if isinstance(found.get("dtype"), str):
+        found["torch_dtype"] = found["dtype"]
+    reader = _Reader(config)
+    if reader.now is None:
+        return found  # code of its own that cannot be read back: nothing can be proved
+    found |= _rope(reader)
+    for name, value in _patterns(reader, of_base.keys() | found.keys()).items():
+        if value is None:
+            found.pop(name, None)
+        else:
+            found[name] = value
+    return found | _of_base(reader, found, of_base)
+
+
+class _Reader:
+    """transformers' reader of one class of configs."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+        self.plain: Plain = config.to_dict()
+        self.now = self.read()
+
+    def read(self, without: str | None = None, **more: Any) -> Plain | None:
+        """The config as a dict, read without a name and with others; None if it cannot be read so."""
+        plain = copy.deepcopy({**{name: value for name, value in self.plain.items() if name != without}, **more})
+        config_class = getattr(type(self.config), "stock_class", type(self.config))
+        try:
+            with _quiet():
+                read: Plain = config_class.from_dict(plain).to_dict()
+        except Exception:  # a class refuses values in its own way
+            return None
+        return read
+
+    def changes_nothing(self, **more: Any) -> bool:
+        """Whether further names beside all others leave what is read as it is."""
+        read = self.read(**more)
+        assert self.now is not None
+        return read is not None and all(
+            read.get(name) == value for name, value in self.now.items() if not name.startswith("_") and name not in more
+        )
+
+    def says(self, name: str, **more: Any) -> Any:
+        """What is read for a name from others that stand in its place."""
+        return (self.read(without=name, **more) or {}).get(name)
+
+
+def _rope(reader: _Reader) -> Plain:
+    """The settings of rotary embeddings in older words."""
+    assert reader.now is not None
+    parameters = reader.now.get(ROPE)
+    if not isinstance(parameters, dict) or not parameters:
+        return {}
+    found: Plain = {}
+    for words in _ROPE_WORDS:
+        for spelling in _rope_spellings(parameters, words):
+            other = _rope_spellings(_doubled(parameters), words)
+            proved = reader.says(ROPE, **spelling) == parameters and reader.changes_nothing(**spelling)
+            # a class that does not know the words takes its defaults, which may be these values; OLMo 3 reads one word twice
+            read = [reader.says(ROPE, **each) for each in other] if proved else []
+            if _doubled(parameters) in read or (words[1] is None and any(each != parameters for each in read)):
+                found |= spelling
+                break
+    return found
+
+
+def _rope_spellings(parameters: Plain, words: tuple[str, str | None, str]) -> Iterator[Plain]:
+    """One spelling, or a shorter and a longer one."""
+    theta, local_theta, share = words
+    whole = parameters.get("full_attention", parameters)
+    found: Plain = {}
+    if whole is not parameters:
+        local = parameters.get("sliding_attention")
+        if not isinstance(local, dict) or not isinstance(whole, dict):
+            return
+        if local_theta is not None:
+            found[local_theta] = local.get("rope_theta")
+    found[theta] = whole.get("rope_theta")
+    if "partial_rotary_factor" in whole:
+        found[share] = whole["partial_rotary_factor"]
+    rest = {name: value for name, value in whole.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    if rest.keys() <= {"rope_type"} and rest.get("rope_type", "default") == "default":
+        rest = {}
+    # transformers fills it in by itself, and others then take it for a scale of 1
+    shorter = {name: value for name, value in rest.items() if name != "original_max_position_embeddings"}
+    for scaling in dict.fromkeys(map(json.dumps, (shorter, rest))):
+        yield {**found, "rope_scaling": json.loads(scaling) or None}
+
+
+def _doubled(parameters: Plain) -> Plain:
+    """Settings with other bases."""
+    return {
+        name: _doubled(value) if isinstance(value, dict) else value * 2 if name == "rope_theta" else value
+        for name, value in parameters.items()
+    }
+
+
+def _patterns(reader: _Reader, names: set[str]) -> dict[str, int | None]:
+    """The period of the layers' kinds in older words; None for a word of the file where no period gives them."""
+    assert reader.now is not None
+    kinds = reader.now.get(KINDS)
+    if not isinstance(kinds, list):
+        return {}
+    found: dict[str, int | None] = {}
+    for name in _PATTERN_WORDS:
+        lists = [reader.says(KINDS, **{name: period}) for period in (1, 2)]
+        if None in lists or lists[0] == lists[1]:  # the class does not know the word
+            continue
+        current = reader.now.get(name)
+        periods = [*([current] if isinstance(current, int) else []), *range(1, len(kinds) + 2)]
+        period = next((p for p in periods if reader.says(KINDS, **{name: p}) == kinds), None)
+        if period is not None and reader.changes_nothing(**{name: period}):
+            found[name] = period
+        elif name in names:
+            found[name] = None
+    return found
+
+
+def _of_base(reader: _Reader, found: Plain, of_base: Mapping[str, Any]) -> Plain:
+    """Names in the base's file that are missing here, and its words for the layers' kinds."""
+    assert reader.now is not None
+    kept: Plain = {}
+    depth = of_base.get("num_hidden_layers")
+    text: Plain = next((found[name] for name in ("text_config", "llm_config") if isinstance(found.get(name), dict)), {})
+    for name, value in of_base.items():
+        if name in found or name.startswith("_") or name in _OF_THE_FILE or name in _PATTERN_WORDS:
+            continue
+        if name in text:
+            kept[name] = text[name]  # older files say it of the model
+            continue
+        if name in reader.now:
+            kept[name] = reader.now[name]  # a default, which transformers does not write
+            continue
+        if name in reader.config.attribute_map:
+            kept[name] = getattr(reader.config, name)
+            continue
+        if not (isinstance(depth, int) and names_layers(name, value, depth)) and reader.changes_nothing(**{name: value}):
+            kept[name] = value
+    words, kinds = of_base.get(KINDS), found.get(KINDS)
+    if isinstance(words, list) and isinstance(kinds, list) and all(isinstance(word, str) for word in words):
+        newer = {word: (reader.says(KINDS, **{KINDS: [word] * len(kinds)}) or [word])[0] for word in set(words)}
+        older = {kind: word for word, kind in newer.items()}
+        renamed = [older.get(kind, kind) for kind in kinds]
+        if renamed != kinds and reader.says(KINDS, **{KINDS: renamed}) == reader.now.get(KINDS):
+            kept[KINDS] = renamed
+    return kept
+
+
+def add_to(file: str | Path, config: PreTrainedConfig, of_base: Mapping[str, Any] | None = None) -> None:
+    """Add older spellings to a config.json that transformers has written; `of_base` as in `with_older_spellings`."""
+    plain = json.loads(Path(file).read_text(encoding="utf-8"))
+    found = with_older_spellings(plain, config, file_of(config) if of_base is None else of_base)
+    Path(file).write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def file_of(config: PreTrainedConfig) -> Plain:
+    """What stands in the config.json that a config was read from; nothing, if that is not on this machine."""
+    name = getattr(config, "_name_or_path", "")
+    if not name:
+        return {}
+    try:
+        found = cached_file(
+            name,
+            "config.json",
+            local_files_only=True,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        plain = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return plain if isinstance(plain, dict) and plain.get("model_type") == config.model_type else {}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Reading a config tells it whole at INFO, and warns of older words."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,179 @@
+"""`fit_repairs`: one pass of the model as it is, and for each gap a new weight in front of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from ...engines import ProcessGroup, SingleProcess
+from ..adapters import base_of
+from ..blocks import find_blocks
+from .gaps import Gap, find_gaps, places
+from .normal_equations import NormalEquations, State
+from .output_projection import OutputProjection, shape_of
+from .probe import probe
+from .repair import Refit, Repair
+from .ridge import solve
+
+logger = logging.get_logger("transformers.trimllm_hf")
+
+PENALTY = 0.01
+ENOUGH = 4  # tokens for each feature of a refit
+
+Inputs = tuple[Mapping[str, Any], torch.Tensor | None]
+
+
+def fit_repairs(
+    model: nn.Module,
+    candidates: Sequence[Sequence[int]],
+    batches: Sequence[Inputs],
+    unit: str = "block",
+    *,
+    penalty: float = PENALTY,
+    part: str | None = None,
+    process_group: ProcessGroup | None = None,
+) -> list[Repair]:
+    """Fit the repairs for a model that loses one or another set of layers, in one pass over the batches.
+
+    For each gap the output projection in front of it, of most blocks the MLP's down projection, gets a new weight. With a
+    its input and R what the dropped layers add to the hidden states behind it, both of the model as it is, the weight
+    changes by (sum a^T a + penalty D)^-1 sum a^T R, with D the mean of the first sum's diagonal: ridge regression around the
+    old weight. It generalises ReplaceMe (Shopkhoev et al., arXiv 2505.02819), where the new weight is the old one times a
+    matrix; where tokens are few, that form is taken. Nothing is changed here.
+
+    Args:
+        model: A transformers model, unwrapped, in evaluation mode, without gradients and without a cache.
+        candidates: The sets of layers, by their positions in the model as it is now.
+        batches: What the model is called with, and which of the tokens are real, of shape (rows, tokens); None: all. As
+            many on every process, which has its share.
+        unit: What a layer is, "block" or "sublayer", as for `drop_layers`.
+        penalty: How much holds the old weight; infinite: nothing changes.
+        part: Of an encoder-decoder, the stack that the layers are of.
+        process_group: The processes of the run.
+
+    Returns:
+        A repair for each candidate.
+    """
+    process_group = process_group or SingleProcess()
+    base = base_of(model)
+    blocks = list(find_blocks(base, part).blocks)
+    behind = places(model, unit, part)
+    wanted = [find_gaps(behind, layers, unit) for layers in candidates]
+    gaps = list(dict.fromkeys(gap for gaps in wanted for gap in gaps))
+    ends = {place for gap in gaps for place in (gap.before, gap.last if unit == "sublayer" else None) if place is not None}
+    forms, projections = probe(base, ends, batches[0][0], unit, part, process_group)
+    tokens = sum(process_group.gather(sum(_num_tokens(*batch) for batch in batches)))
+    unrepaired: dict[Gap, str] = {}
+    sums: dict[Gap, NormalEquations] = {}
+    for gap in gaps:
+        found = _sums(gap, blocks, projections, tokens)
+        if isinstance(found, NormalEquations):
+            sums[gap] = found
+        else:
+            unrepaired[gap] = found
+    for inputs, mask in batches if sums and penalty != float("inf") else ():
+        with ExitStack() as collecting:
+            for each in sums.values():
+                collecting.enter_context(each.collecting(mask))
+            base(**inputs)
+    refits: dict[Gap, Refit] = {}
+    for number, (gap, each) in enumerate(sums.items()):
+        if penalty == float("inf"):
+            unrepaired[gap] = "the penalty is infinite"
+            continue
+        change = _solved(each, penalty, number, process_group)
+        if change is None:
+            unrepaired[gap] = "its equations have no solution in numbers"
+            logger.warning(f"No repair in front of {gap}: {unrepaired[gap]}. The weight there stays as it is.")
+        else:
+            refits[gap] = _refit(gap, each, change, process_group)
+    return [
+        Repair(
+            tuple(sorted(layers)),
+            tuple(refits[gap] for gap in gaps if gap in refits),
+            {gap: unrepaired[gap] for gap in gaps if gap in unrepaired},
+            forms,
+            unit,
+            part,
+        )
+        for layers, gaps in zip(candidates, wanted, strict=True)
+    ]
+
+
+def _sums(
+    gap: Gap, blocks: Sequence[nn.Module], projections: Mapping[Any, OutputProjection], tokens: int
+) -> NormalEquations | str:
+    """The sums for a gap, or why there are none."""
+    if gap.before is None:
+        return "no layer stays in front of it"
+    block, last, projection = blocks[gap.before.position], blocks[gap.last.position], projections.get(gap.before)
+    if projection is None:
+        return f"no linear map of {type(block).__name__} adds straight to the hidden states"
+    other = projections.get(gap.last)
+    if projection.norm is not None:
+        other = other or OutputProjection(projection.name, projection.scale, projection.norm)
+        norms = [dict(one.named_modules()).get(str(norm)) for one, norm in ((block, projection.norm), (last, other.norm))]
+        if type(norms[0]) is not type(norms[1]):
+            return f"it does not end with a norm like that of {type(block).__name__} in front of it"
+    elif gap.last.inside and (other is None or other.norm is not None):
+        return f"what its last attention adds to the hidden states of {type(last).__name__} cannot be told apart"
+    inputs, width = shape_of(block.get_submodule(projection.name))
+    needed = ENOUGH * min(inputs, width)
+    if tokens < needed:
+        return f"it takes {needed} calibration tokens at least, there are {tokens}"
+    before = State(block, projection, gap.before.inside)
+    return NormalEquations(before, State(last, other, gap.last.inside), by_output=tokens < ENOUGH * inputs)
+
+
+def _num_tokens(inputs: Mapping[str, Any], mask: torch.Tensor | None) -> int:
+    if mask is not None:
+        return int((mask != 0).sum())
+    names = ("decoder_input_ids", "input_ids", "inputs_embeds")
+    return next(int(inputs[name].shape[:2].numel()) for name in names if name in inputs)
+
+
+def _solved(sums: NormalEquations, penalty: float, number: int, process_group: ProcessGroup) -> torch.Tensor | None:
+    """One gap's change, of shape (features, width), float32; by one process, so that all have the same numbers."""
+    gram, cross = process_group.all_reduce(sums.gram), process_group.all_reduce(sums.cross)
+    sums.gram = sums.cross = torch.empty(0)
+    mine = number % process_group.world_size == process_group.rank
+    change = solve(gram, cross, penalty) if mine else torch.zeros_like(cross)
+    change = process_group.all_reduce(torch.full_like(cross, torch.nan) if change is None else change)
+    return change.float() if torch.isfinite(change).all() else None
+
+
+def _refit(gap: Gap, sums: NormalEquations, change: torch.Tensor, process_group: ProcessGroup) -> Refit:
+    """The change of the parameters, in their shapes."""
+    assert gap.before is not None
+    before, last, projection = sums.before.block, sums.last.block, sums.projection
+    changes: dict[str, torch.Tensor] = {}
+    closing: nn.Module | None = None
+    with process_group.gathered([*before.modules(), *last.modules()]):
+        weight: Any = sums.module.weight
+        bias: Any = getattr(sums.module, "bias", None)
+        transposed = isinstance(sums.module, Conv1D)
+        if sums.by_output:
+            own = weight.float() if transposed else weight.float().T
+            of_weight, of_bias = own @ change, None if bias is None else bias.float() @ change
+        else:
+            inputs = shape_of(sums.module)[0]
+            of_weight, of_bias = change[:inputs], None if bias is None else change[inputs]
+        changes[f"{projection.name}.weight"] = (of_weight if transposed else of_weight.T).detach().contiguous()
+        if of_bias is not None:
+            changes[f"{projection.name}.bias"] = of_bias.detach()
+        if projection.norm is not None:
+            assert sums.last.projection is not None
+            norm, others = before.get_submodule(projection.norm), last.get_submodule(str(sums.last.projection.norm))
+            whole: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone(), False) for p in others.parameters()}
+            closing = copy.deepcopy(others, whole)
+            for name, parameter in norm.named_parameters():
+                difference = others.get_parameter(name).detach().float() - parameter.detach().float()
+                changes[f"{projection.norm}.{name}"] = difference
+    return Refit(gap, gap.before.position, projection, changes, closing)
