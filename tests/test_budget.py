@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from trimllm_hf import LayerMap, TrimCallback, TrimConfig, TrimTrainer, drop_layers, measure_latency
 from trimllm_hf.engines.local import LocalEngine
 from trimllm_hf.latency.sizes import sizes_of
-from trimllm_hf.training.budget import Budget, Footprint, depth_within
+from trimllm_hf.training.budget import Budget, BudgetState, Footprint, depth_within
 
 STEPS = 12
 
@@ -60,7 +60,7 @@ def clock(monkeypatch: pytest.MonkeyPatch):
             asked.append(depth)
             return [table[depth], table[depth] / 10]
 
-        monkeypatch.setattr("trimllm_hf.training.budget._measure", measure)
+        monkeypatch.setattr("trimllm_hf.training.budget._latency_and_memory", measure)
         return asked
 
     return of
@@ -157,11 +157,11 @@ def test_latency_as_measured_on_this_machine(tmp_path: Path) -> None:
     model = tiny_model(**shape)
     args = arguments(tmp_path)
     engine = LocalEngine(model, torch.optim.SGD(model.parameters()))
-    now = Budget(config(max_latency_ms=1.0), engine, args, {}).measure(model)
+    now = Budget(config(max_latency_ms=1.0), engine, args, BudgetState()).footprint(model)
     trim = config(max_latency_ms=now.latency_ms * 0.6, drop_every="1")
     trainer = train(tmp_path, trim, model, optim="sgd")
     callback = next(held for held in trainer.callback_handler.callbacks if isinstance(held, TrimCallback))
-    measured = callback.state()["attributes"]["budget"]["measured"]
+    measured = callback.record.budget.measured
     depth = model.config.num_hidden_layers
     assert 2 <= depth < 12 and measured[str(depth)][0] <= trim.max_latency_ms
     assert all(measured[str(deeper)][0] > trim.max_latency_ms for deeper in range(depth + 1, 13) if str(deeper) in measured)
@@ -174,7 +174,9 @@ def test_measuring_leaves_the_model_and_the_random_numbers_alone(tmp_path: Path)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     engine = LocalEngine(model, torch.optim.SGD(model.parameters()))
-    found = Budget(config(max_latency_ms=1.0), engine, arguments(tmp_path, bf16=True), {}).measure(model, [1, 2])
+    found = Budget(config(max_latency_ms=1.0), engine, arguments(tmp_path, bf16=True), BudgetState()).footprint(
+        model, [1, 2]
+    )
     assert found.num_layers == 4 and found.latency_ms > 0 and found.memory_gb > 0
     assert torch.equal(torch.get_rng_state(), state) and model.training and model.config.num_hidden_layers == 6
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -185,8 +187,8 @@ def test_a_model_that_lacks_halves_is_measured_without_them(tmp_path: Path) -> N
     model = tiny_model(hidden_size=384, intermediate_size=1024, head_dim=96, num_key_value_heads=4)
     engine = LocalEngine(model, torch.optim.SGD(model.parameters()))
     drop_layers(model, [3, 5, 7], "sublayer")
-    budget = Budget(config(max_memory_gb=1.0, unit="sublayer"), engine, arguments(tmp_path), {})
-    now, less = budget.measure(model), budget.measure(model, [1, 7])
+    budget = Budget(config(max_memory_gb=1.0, unit="sublayer"), engine, arguments(tmp_path), BudgetState())
+    now, less = budget.footprint(model), budget.footprint(model, [1, 7])
     assert (now.num_layers, less.num_layers) == (9, 7)
     assert now.memory_gb * 1e9 == pytest.approx(sizes_of(model).weight_bytes, abs=1.2e6)
     assert LayerMap.from_config(model.config).num_units("sublayer") == 9

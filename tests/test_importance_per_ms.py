@@ -106,7 +106,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], list[int]
             sublayers = LayerMap.from_config(twin.config).sublayers
             return [attention if half == "attention" else mlp for _, half in sublayers]
 
-        monkeypatch.setattr("trimllm_hf.training.callback.ms_of_layers", lambda *given: ms_of_layers(*given, measure=fake))
+        monkeypatch.setattr("trimllm_hf.training.run.ms_of_layers", lambda *given: ms_of_layers(*given, measure=fake))
         return asked
 
     return of

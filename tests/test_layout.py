@@ -31,7 +31,15 @@ FLOORS = {
     "__init__": 7,
 }
 
-ENGINE_NAMES = re.compile(r"deepspeed|DistributedDataParallel|fully_shard|FSDPModule|\bds_(shape|id|status|tensor)\b")
+# What only `engines/` imports, and names. Attributes that start with ds_ are DeepSpeed's.
+ENGINE_MODULES = ("deepspeed", "torch.distributed", "torch.nn.parallel", "accelerate.utils.fsdp_utils")
+ENGINE_NAMES = re.compile(r"deepspeed|DistributedDataParallel|DistributedType|DTensor|fully_shard|FSDPModule|_?ds_\w+")
+# Where the files around the package lie, and from which of these folders they import one another.
+AROUND = {
+    "recipes": (2, ["recipes"]),
+    "benchmarks": (3, ["benchmarks", "benchmarks/quality"]),
+    "tests": (4, ["tests", "tests/distributed", "tests/distributed/scripts", "tests/hub", "tests/zoo"]),
+}
 MAX_LINES = 300
 # `import trimllm_hf` works without them.
 OPTIONAL = ("datasets", "evaluate", "deepspeed", "matplotlib", "peft", "trl")
@@ -78,14 +86,60 @@ def floor_errors(root: Path) -> list[str]:
     return errors
 
 
+def imports_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of each absolute import: `from a import b` gives `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def names_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of each name, attribute and string that could be an attribute's name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            yield node.lineno, node.value
+
+
 def engine_errors(root: Path) -> list[str]:
-    return [
-        f"{file.relative_to(root)}:{number}: names an engine; only {PACKAGE}/engines does: {line.strip()}"
-        for file in sorted((root / PACKAGE).rglob("*.py"))
-        if file.relative_to(root / PACKAGE).parts[0] != "engines"
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
-        if ENGINE_NAMES.search(line)
-    ]
+    errors = []
+    for file in sorted((root / PACKAGE).rglob("*.py")):
+        if file.relative_to(root / PACKAGE).parts[0] == "engines":
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        found = [each for each in imports_of(tree) if f"{each[1]}.".startswith(tuple(f"{m}." for m in ENGINE_MODULES))]
+        found += [each for each in names_in(tree) if ENGINE_NAMES.fullmatch(each[1])]
+        errors += [
+            f"{file.relative_to(root)}:{line}: names an engine; only {PACKAGE}/engines does: {name}" for line, name in found
+        ]
+    return errors
+
+
+def around_errors(root: Path) -> list[str]:
+    """Recipes import the package, benchmarks also recipes, tests all of them; never the other way."""
+    floor_of = {PACKAGE: (1, PACKAGE)}
+    files = {PACKAGE: sorted((root / PACKAGE).rglob("*.py"))}
+    for area, (floor, folders) in AROUND.items():
+        files[area] = sorted((root / area).rglob("*.py"))
+        for folder in folders:
+            for found in sorted((root / folder).glob("*")) if (root / folder).is_dir() else ():
+                if found.suffix == ".py" or (found / "__init__.py").is_file():
+                    floor_of[found.stem] = floor, area
+    errors = []
+    for area, (floor, _) in {PACKAGE: (1, []), **AROUND}.items():
+        for file in files[area]:
+            for line, module in imports_of(ast.parse(file.read_text(encoding="utf-8"))):
+                name = module.partition(".")[0]
+                target, room = floor_of.get(name, (0, ""))
+                where = f"{file.relative_to(root)}:{line}"
+                if target > floor:
+                    errors.append(f"{where}: {area} (floor {floor}) imports {name} of {room} (floor {target})")
+    return errors
 
 
 def length_errors(root: Path) -> list[str]:
@@ -94,7 +148,7 @@ def length_errors(root: Path) -> list[str]:
     return [f"{file}: {n} lines; over {MAX_LINES}, a room is missing" for file, n in lengths.items() if n > MAX_LINES]
 
 
-@pytest.mark.parametrize("check", [floor_errors, engine_errors, length_errors])
+@pytest.mark.parametrize("check", [floor_errors, engine_errors, around_errors, length_errors])
 def test_layout(check) -> None:
     assert not (errors := check(ROOT)), "\n" + "\n".join(errors)
 
@@ -128,13 +182,24 @@ def test_imports_without_the_optional_packages() -> None:
         (floor_errors, "engines/ddp.py", "def f():\n    from .. import surgery", "ddp.py:2: engines .* surgery"),
         (floor_errors, "engines/ddp.py", "from ..layer_map import LayerMap", "imports layer_map"),
         (floor_errors, "attic/__init__.py", "", "no floor for 'attic'; give it one in FLOORS"),
-        (engine_errors, "training/callback.py", "if args.deepspeed: ...", "callback.py:1: names an engine"),
+        (engine_errors, "training/callback.py", "if args.deepspeed: ...", "callback.py:1: names an engine.*: deepspeed"),
+        (engine_errors, "surgery/drop.py", "shape = getattr(p, 'ds_shape', p.shape)", "names an engine.*: ds_shape"),
+        (engine_errors, "importance/scan.py", "def f():\n    from torch.distributed import tensor", "scan.py:2: .*tensor"),
+        (engine_errors, "importance/scan.py", "import torch.distributed as dist", "names an engine.*: torch.distributed"),
+        (engine_errors, "training/run.py", "from accelerate.utils import fsdp_utils", "names an engine.*: accelerate"),
+        (around_errors, "surgery/drop.py", "from tiny import tiny_model", r"trimllm_hf \(floor 1\) imports tiny of tests"),
+        (around_errors, "surgery/drop.py", "import domain.rows", r"imports domain of recipes \(floor 2\)"),
+        (around_errors, "../recipes/legal.py", "from tiny import tiny_model", r"recipes \(floor 2\) imports tiny of tests"),
+        (around_errors, "../recipes/legal.py", "import quality", r"imports quality of benchmarks \(floor 3\)"),
         (length_errors, "training/callback.py", "\n" * 301, "callback.py: 301 lines"),
     ],
 )
 def test_the_checks_see_what_is_wrong(tmp_path: Path, check, file: str, source: str, error: str) -> None:
+    for beside in ("tests/tiny.py", "tests/test_this.py", "recipes/domain/__init__.py", "benchmarks/quality/__init__.py"):
+        (tmp_path / beside).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / beside).touch()
     path = tmp_path / PACKAGE / file
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source)
     errors = check(tmp_path)
     assert len(errors) == 1

@@ -81,13 +81,13 @@ def test_a_run_equals_one_with_the_same_layers_frozen_by_hand(tmp_path: Path) ->
     model = tiny_model()
     trainer = trainer_of(tmp_path / "one", model)
     trainer.train()
-    layers = trainer.callback_handler.callbacks[-1].trained_layers
+    layers = trainer.callback_handler.callbacks[-1].record.trained_layers
     by_hand = tiny_model()
     for position, block in enumerate(by_hand.model.layers):
         block.requires_grad_(position in layers)
     by_hand.get_input_embeddings().requires_grad_(False)
     callback = TrimCallback(config(), calibration_dataset=trainer.calibration_dataset)
-    callback.trained_layers = layers  # those that go last
+    callback.support.trained_layers = layers  # those that go last
     other = Trainer(by_hand, arguments(tmp_path / "other"), train_dataset=trainer.train_dataset, callbacks=[callback])
     other.train()
     assert losses(other) == losses(trainer)
@@ -130,7 +130,7 @@ def test_of_adapters_those_of_the_chosen_blocks_train(tmp_path: Path) -> None:
     model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     trainer = trainer_of(tmp_path, model)
     trainer.train()
-    layers = trainer.callback_handler.callbacks[-1].trained_layers
+    layers = trainer.callback_handler.callbacks[-1].record.trained_layers
     assert len(layers) == 3
     kept = model.config.trim["kept_layers"]
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -150,7 +150,10 @@ def test_resume_trains_the_same_blocks(step: int, tmp_path: Path) -> None:
     again = trainer_of(tmp_path / "again", tiny_model(attention_dropout=0.1))
     again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
     result = again.model.state_dict()
-    assert again.callback_handler.callbacks[-1].trained_layers == trainer.callback_handler.callbacks[-1].trained_layers
+    assert (
+        again.callback_handler.callbacks[-1].record.trained_layers
+        == trainer.callback_handler.callbacks[-1].record.trained_layers
+    )
     assert result.keys() == expected.keys() and all(torch.equal(result[name], expected[name]) for name in expected)
 
 

@@ -1,8 +1,9 @@
-"""What is mended around a model when layers leave it while it trains: one protocol, a file an engine."""
+"""What is mended around a model when layers leave it while it trains: one contract, a file an engine."""
 
-from .engine import Engine, attach, refuse_other_processes, unprepared
-from .full_shape import full_shape
+from .attach import attach, engine_class
+from .engine import Engine
 from .process_group import DistributedProcesses, Gathered, ProcessGroup, SingleProcess
+from .shards import full_shape, is_sharded, local_product, refuse_shards
 
 __all__ = [
     "DistributedProcesses",
@@ -11,7 +12,9 @@ __all__ = [
     "ProcessGroup",
     "SingleProcess",
     "attach",
+    "engine_class",
     "full_shape",
-    "refuse_other_processes",
-    "unprepared",
+    "is_sharded",
+    "local_product",
+    "refuse_shards",
 ]

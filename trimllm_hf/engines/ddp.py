@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .local import Changes, RemovedParameters, add_whole, refuse_hidden_parameters, remove_from_optimizer
-from .process_group import DistributedProcesses
+from .engine import Changes, Engine, RemovedParameters
+from .local import add_whole, refuse_hidden_parameters, remove_from_optimizer
+from .process_group import DistributedProcesses, ProcessGroup
 
 T = TypeVar("T")
 
@@ -17,12 +19,10 @@ T = TypeVar("T")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 
 
-class DDPEngine(DistributedProcesses):
+class DDPEngine(DistributedProcesses, Engine):
     """A model in DistributedDataParallel; see `engines.Engine`."""
 
-    restores_layers = True
-
-    def __init__(self, model: nn.Module, optimizer: Any, ddp_handler: Any = None) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any, accelerator: Any = None) -> None:
         if not isinstance(model, DistributedDataParallel):
             raise ValueError(
                 f"Expected the model as accelerator.prepare returned it (DistributedDataParallel), got "
@@ -31,7 +31,7 @@ class DDPEngine(DistributedProcesses):
         refuse_hidden_parameters(optimizer)
         self.wrapper = model
         self.optimizer = optimizer
-        self.ddp_handler = ddp_handler
+        self.ddp_handler = getattr(accelerator, "ddp_handler", None)
         super().__init__(model.process_group)
 
     def edit(self, edit: Callable[[], T], removed_parameters: RemovedParameters) -> T:
@@ -46,8 +46,11 @@ class DDPEngine(DistributedProcesses):
         """Each process adds the same to its own copy."""
         add_whole(changes)
 
-    def save_whole(self) -> None:
+    @classmethod
+    @contextmanager
+    def unprepared(cls, accelerator: Any, model: nn.Module) -> Iterator[ProcessGroup]:
         """Each process has the whole model."""
+        yield DistributedProcesses()
 
     def _rebuild_buckets(self) -> None:
         """Build a new DDP around the same module and give its insides to the wrapper that everybody holds.

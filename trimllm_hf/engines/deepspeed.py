@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from .local import Changes, RemovedParameters
-from .process_group import DistributedProcesses
+from .deepspeed_shards import unprepared
+from .engine import Changes, Engine, RemovedParameters
+from .process_group import DistributedProcesses, ProcessGroup
 from .sharded_state import LocalState, SpreadState, add_to_sharded
 
 T = TypeVar("T")
@@ -27,13 +28,13 @@ _MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps", "_global_grad_norm", "lr_scheduler")
 
 
-class DeepSpeedEngine(DistributedProcesses):
+class DeepSpeedEngine(DistributedProcesses, Engine):
     """A model in DeepSpeed's engine under ZeRO; see `engines.Engine`."""
 
     restores_layers = False
     free_backward = False
 
-    def __init__(self, model: Any, optimizer: Any) -> None:
+    def __init__(self, model: Any, optimizer: Any, accelerator: Any = None) -> None:
         refuse_unsupported(model)
         self.wrapper: Any = model
         self.optimizer = optimizer  # Accelerate's wrapper around the ZeRO optimizer
@@ -124,8 +125,32 @@ class DeepSpeedEngine(DistributedProcesses):
         """ZeRO-3 gathers the weights for a Trainer's save only if the config says so."""
         self.wrapper._config.zero_config.gather_16bit_weights_on_model_save = True
 
+    @classmethod
+    def unprepared(cls, accelerator: Any, model: nn.Module) -> AbstractContextManager[ProcessGroup]:
+        """Each module of a model that was made in shards gathers its own parameters for its own forward."""
+        return unprepared(accelerator, model)
 
-def refuse_other_processes(plugin: Any, saved: int, running: int) -> None:
+    @classmethod
+    def place_frozen(cls, accelerator: Any, model: nn.Module) -> Any:
+        """Under ZeRO-3 in shards, in an engine of its own; else whole, on the device."""
+        config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+        if config["zero_optimization"]["stage"] < 3:
+            return model.to(accelerator.device)
+        import deepspeed
+
+        for name in ("optimizer", "scheduler"):
+            config.pop(name, None)
+        config["zero_optimization"].pop("offload_optimizer", None)
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+        return engine.eval()
+
+    @classmethod
+    def refuse_other_processes(cls, accelerator: Any, saved: int) -> None:
+        """ZeRO's partitions fit as many processes as saved them."""
+        refuse_other_partitions(accelerator.state.deepspeed_plugin, saved, accelerator.num_processes)
+
+
+def refuse_other_partitions(plugin: Any, saved: int, running: int) -> None:
     """Refuse to resume partitions that another number of processes saved, unless they are read as universal ones.
 
     Under ZeRO-3 universal ones are refused too: DeepSpeed 0.19 gives all parameter groups the settings of the first one

@@ -24,7 +24,7 @@ class Shards(DistributedProcesses):
 
 @contextmanager
 def unprepared(accelerator: Accelerator, model: nn.Module) -> Iterator[DistributedProcesses]:
-    """See `engines.unprepared`. Each module of a model in shards gathers its own parameters for its own forward."""
+    """See `Engine.unprepared`. Each module of a model in shards gathers its own parameters for its own forward."""
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         if accelerator.state.deepspeed_plugin.zero_stage < 3:
             model.to(accelerator.device)  # as DeepSpeed will

@@ -14,18 +14,19 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .local import Changes, RemovedParameters, refuse_hidden_parameters, remove_from_optimizer
-from .process_group import DistributedProcesses
+from .engine import Changes, Engine, RemovedParameters
+from .local import refuse_hidden_parameters, remove_from_optimizer
+from .process_group import DistributedProcesses, ProcessGroup
 
 T = TypeVar("T")
 
 
-class FSDPEngine(DistributedProcesses):
+class FSDPEngine(DistributedProcesses, Engine):
     """A model under FSDP2; see `engines.Engine`."""
 
     restores_layers = False
 
-    def __init__(self, model: nn.Module, optimizer: Any, plugin: Any = None) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any, accelerator: Any = None) -> None:
         if not isinstance(model, FSDPModule):
             raise ValueError(
                 f"Expected a model under FSDP2 (fully_shard), got {type(model).__name__}: FSDP1 cannot lose layers while "
@@ -34,7 +35,7 @@ class FSDPEngine(DistributedProcesses):
         refuse_hidden_parameters(optimizer)
         self.model = model
         self.optimizer = optimizer
-        self.plugin = plugin
+        self.plugin = None if accelerator is None else accelerator.state.fsdp_plugin
         super().__init__()
 
     @contextmanager
@@ -110,6 +111,19 @@ class FSDPEngine(DistributedProcesses):
         """A Trainer saves what Accelerate's plugin names: one whole model, or a shard for each process."""
         if self.plugin is not None:
             self.plugin.set_state_dict_type("FULL_STATE_DICT")
+
+    @classmethod
+    @contextmanager
+    def unprepared(cls, accelerator: Any, model: nn.Module) -> Iterator[ProcessGroup]:
+        """Each process has the whole model, on the CPU."""
+        yield DistributedProcesses()
+
+    @classmethod
+    def place_frozen(cls, accelerator: Any, model: nn.Module) -> Any:
+        """In shards, as the model that trains."""
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, model)
 
 
 def _param_groups(module: FSDPModule) -> list[Any]:

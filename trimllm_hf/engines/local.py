@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from .process_group import SingleProcess
+from .engine import Changes, Engine, RemovedParameters
+from .process_group import ProcessGroup, SingleProcess
 
 T = TypeVar("T")
-RemovedParameters = Callable[[], list[nn.Parameter]]
-Changes = Sequence[tuple[nn.Parameter, torch.Tensor]]
 
 
-class LocalEngine(SingleProcess):
-    """A model and an optimizer that no parallel wrapper holds; see `engines.Engine`."""
+class LocalEngine(SingleProcess, Engine):
+    """A model and an optimizer in no parallel wrapper; see `engines.Engine`."""
 
-    restores_layers = True
-
-    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any, accelerator: Any = None) -> None:
         self.model = model
         self.optimizer = optimizer
         refuse_hidden_parameters(optimizer)
@@ -36,8 +34,11 @@ class LocalEngine(SingleProcess):
         """Add to the parameters that the optimizer has."""
         add_whole(changes)
 
-    def save_whole(self) -> None:
-        """The model is whole as it is."""
+    @classmethod
+    @contextmanager
+    def unprepared(cls, accelerator: Any, model: nn.Module) -> Iterator[ProcessGroup]:
+        """One process."""
+        yield SingleProcess()
 
 
 def remove_from_optimizer(optimizer: Any, removed_parameters: Sequence[nn.Parameter]) -> None:

@@ -28,6 +28,9 @@ class ProcessGroup(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """Each process's value, by the order of their numbers; or the error of one that has failed."""
 
+    def sum_in_place(self, tensor: torch.Tensor) -> None:
+        """Replace a tensor on the device, such as a whole gradient, by its sum over all processes."""
+
     def raise_on_all(self, error: Exception) -> None:
         """Tell the processes that are at, or on their way to, `all_reduce` or `gather` that this one has failed."""
 
@@ -46,15 +49,18 @@ class SingleProcess:
     free_backward = True
 
     def all_reduce(self, total: torch.Tensor) -> torch.Tensor:
-        """One process agrees with itself."""
+        """No-op in one process."""
         return total
 
     def gather(self, value: Any) -> list[Any]:
-        """The only value that there is."""
+        """The one process's value."""
         return [value]
 
+    def sum_in_place(self, tensor: torch.Tensor) -> None:
+        """No-op in one process."""
+
     def raise_on_all(self, error: Exception) -> None:
-        """There is nobody to tell."""
+        """No-op in one process."""
 
     def gathered(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """Parameters are always whole."""
@@ -102,6 +108,10 @@ class DistributedProcesses:
     def gathered(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """Parameters are always whole, where an engine does not say otherwise."""
         return nullcontext()
+
+    def sum_in_place(self, tensor: torch.Tensor) -> None:
+        """Replace a tensor by its sum over the processes."""
+        dist.all_reduce(tensor, group=self.group)
 
     def raise_on_all(self, error: Exception) -> None:
         """Raise `error` on the processes at, or on their way to, `all_reduce` or `gather`; nothing if it came from there."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from ..engines import ProcessGroup
+from ..engines import ProcessGroup, is_sharded, local_product
 from ..surgery.blocks import find_blocks
 from ..surgery.units import Unit, list_units
 from .calibration import Batch, model_inputs
@@ -50,15 +48,15 @@ def taylor(
         for position, (batch, number) in enumerate(zip(batches, tokens, strict=True)):
             with torch.enable_grad():
                 # sharded gradients come as the mean over the processes
-                share = number / total * (process_group.world_size if any(map(_is_sharded, parameters)) else 1)
+                share = number / total * (process_group.world_size if any(map(is_sharded, parameters)) else 1)
                 loss = model(**model_inputs(batch)).loss
                 if number and not torch.isfinite(loss):
                     wrong.append((layers, position))
                 (loss * share).backward()
         for parameter in parameters:
-            if process_group.world_size > 1 and not _is_sharded(parameter) and parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-        scores = process_group.all_reduce(weights_times_gradients(model, unit))
+            if parameter.grad is not None and not is_sharded(parameter):
+                process_group.sum_in_place(parameter.grad)
+        scores = process_group.all_reduce(weights_times_gradients(model, unit, process_group.world_size))
         refuse_not_finite("taylor", scores, process_group.gather(wrong))
         return scores
     finally:
@@ -96,7 +94,7 @@ def refuse_frozen(model: nn.Module, unit: str) -> None:
 
 
 @torch.no_grad()
-def weights_times_gradients(model: nn.Module, unit: str) -> torch.Tensor:
+def weights_times_gradients(model: nn.Module, unit: str, world_size: int) -> torch.Tensor:
     """Sum |w * dL/dw| over each unit's weights, by the gradients that the parameters hold now: this process's share.
 
     The shares add up to the sum over all weights, whether they are sharded or each process holds a whole copy.
@@ -104,28 +102,11 @@ def weights_times_gradients(model: nn.Module, unit: str) -> torch.Tensor:
     blocks = find_blocks(model).blocks
     totals = []
     for candidate in list_units(model, unit):
-        found = [_product(parameter) for parameter in _parameters(candidate, blocks) if parameter.grad is not None]
+        weights = [parameter for parameter in _parameters(candidate, blocks) if parameter.grad is not None]
+        found = [local_product(parameter, world_size) for parameter in weights]
         totals.append(sum(found, torch.zeros((), dtype=torch.float64)))
     return torch.stack(totals)
 
 
 def _parameters(unit: Unit, blocks: nn.ModuleList) -> list[nn.Parameter]:
     return [parameter for module in (unit.parts or (blocks[unit.position],)) for parameter in module.parameters()]
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, DTensor)
-
-
-def _product(parameter: nn.Parameter) -> torch.Tensor:
-    weight: torch.Tensor = parameter
-    gradient, copies = parameter.grad, 1
-    assert gradient is not None
-    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
-        mesh = parameter.device_mesh
-        for dimension, placement in enumerate(parameter.placements):
-            copies *= mesh.size(dimension) if placement.is_replicate() else 1
-        weight, gradient = parameter.to_local(), gradient.to_local()
-    elif dist.is_initialized():
-        copies = dist.get_world_size()
-    return (weight.float() * gradient.float()).abs().sum().double().cpu() / copies

@@ -3,6 +3,7 @@
 from .depth import PARTS, depth_name, num_hidden_layers, part_config, resolve_part
 from .layer_map import ADAPTER_MAP, MODEL_TYPE, MOST_LAYERS, SUBLAYER_KINDS, TRAINER_STATE, UNITS, LayerMap
 from .record import DropRecord
+from .trainer_state import run_in
 
 __all__ = [
     "ADAPTER_MAP",
@@ -18,4 +19,5 @@ __all__ = [
     "num_hidden_layers",
     "part_config",
     "resolve_part",
+    "run_in",
 ]

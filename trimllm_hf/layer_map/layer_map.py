@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from ..utils import is_count, json_at, shown
 from .depth import PARTS, base_name, depth_name, num_hidden_layers, part_config, resolve_part
 from .record import DropRecord, check_layers, check_positions, check_sublayers
+from .trainer_state import run_in
 
 __all__ = ["DropRecord", "LayerMap", "depth_name", "num_hidden_layers", "part_config", "resolve_part"]
 
@@ -284,7 +285,7 @@ class LayerMap:
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"Expected a checkpoint folder, got {str(folder)!r}, which is not a folder.")
-        in_state = json_at(folder / TRAINER_STATE, "stateful_callbacks", "TrimCallback", "attributes", "layer_map")
+        in_state = run_in(json_at(folder / TRAINER_STATE)).get("layer_map")
         name = "config.json" if (folder / "config.json").is_file() else ADAPTER_MAP
         in_config = json_at(folder / name, *(["trim"] if name == "config.json" else []))
         of_state, of_config = (None if plain is None else cls.from_dict(plain) for plain in (in_state, in_config))

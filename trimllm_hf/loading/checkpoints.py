@@ -9,7 +9,7 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..layer_map import TRAINER_STATE
+from ..layer_map import TRAINER_STATE, run_in
 from ..utils import json_at
 
 logger = logging.get_logger("transformers.trimllm_hf")
@@ -37,8 +37,8 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
     )
 
 
-def callback_attributes(folder: str | Path) -> dict[str, Any]:
-    """What TrimCallback noted in a checkpoint; empty where the run had none.
+def run_of(folder: str | Path) -> dict[str, Any]:
+    """What TrimCallback noted of its run in a checkpoint; empty where the Trainer had none.
 
     Raises:
         ValueError: If the checkpoint's state cannot be read.
@@ -46,8 +46,7 @@ def callback_attributes(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / TRAINER_STATE
     if not file.is_file():
         raise ValueError(f"Expected a complete {TRAINER_STATE} in {folder}, got none. Use another checkpoint.")
-    found: Any = json_at(file, "stateful_callbacks", "TrimCallback", "attributes")
-    return found if isinstance(found, dict) else {}
+    return run_in(json_at(file))
 
 
 def unfinished(folder: Path) -> str | None:
@@ -57,7 +56,7 @@ def unfinished(folder: Path) -> str | None:
     that of their random state, for which it does not wait.
     """
     try:
-        processes = callback_attributes(folder).get("num_processes") or 1
+        processes = run_of(folder).get("num_processes") or 1
     except ValueError as error:
         return str(error)
     if processes > 1 and any(folder.glob("rng_state_*.pth")):  # none at all: only the model was to be saved
@@ -69,4 +68,5 @@ def unfinished(folder: Path) -> str | None:
 
 def processes_of(folder: str | Path) -> int | None:
     """How many processes made a checkpoint; None if it does not say."""
-    return callback_attributes(folder).get("num_processes") if (Path(folder) / TRAINER_STATE).is_file() else None
+    processes: int | None = run_in(json_at(Path(folder) / TRAINER_STATE)).get("num_processes")
+    return processes

@@ -7,8 +7,7 @@ on the main process's device. So a measurement means the same under every engine
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
@@ -55,6 +54,19 @@ class Footprint:
         return [(name, value, limit) for name, value, limit in limits if limit is not None]
 
 
+@dataclass
+class BudgetState:
+    """Where a run stands with its budget; goes into trainer_state.json: measured again, it would not be the same.
+
+    Attributes:
+        planned: The depth that the plan aims at.
+        measured: For each depth (a text, as JSON has it) latency in ms and memory in GB.
+    """
+
+    planned: int | None = None
+    measured: dict[str, list[float]] = field(default_factory=dict)
+
+
 class Budget:
     """`max_latency_ms` and `max_memory_gb` in a run.
 
@@ -62,18 +74,11 @@ class Budget:
         config: The settings; also at which batch size and prompt length to measure.
         engine: How the processes agree.
         args: Say the dtype, by bf16 and fp16; else it is the model's own.
-        saved: What a resumed run's checkpoint says: the depth planned for, and what was measured at which depth.
+        state: Where the run stands; of a resumed one, as its checkpoint says.
     """
 
-    def __init__(self, config: TrimConfig, engine: Engine, args: TrainingArguments, saved: dict[str, Any]) -> None:
-        self.config, self.engine, self.args = config, engine, args
-        self.planned: int | None = saved.get("planned")
-        self.measured = {int(depth): Footprint(int(depth), *found) for depth, found in saved.get("measured", {}).items()}
-
-    def state(self) -> dict[str, Any]:
-        """Plain values for trainer_state.json: measured again, they would not be the same."""
-        measured = {str(depth): [found.latency_ms, found.memory_gb] for depth, found in self.measured.items()}
-        return {"planned": self.planned, "measured": measured}
+    def __init__(self, config: TrimConfig, engine: Engine, args: TrainingArguments, state: BudgetState) -> None:
+        self.config, self.engine, self.args, self.state = config, engine, args, state
 
     def target(self, model: PreTrainedModel, least: int, candidates: Sequence[int]) -> int:
         """The depth to plan for; the model's own depth, if it is under the budget as it is.
@@ -86,16 +91,16 @@ class Budget:
         Raises:
             ValueError: If not even a model of `least` layers is under the budget.
         """
-        if self.planned is None:
+        if self.state.planned is None:
             now = self.footprint(model)
             if now.within(self.config):
                 logger.warning(f"No layer will be dropped: the model is under the budget: {now.compared(self.config)}.")
-                self.planned = now.num_layers
+                self.state.planned = now.num_layers
             else:
                 without = candidates[: now.num_layers - least]
-                self.planned = depth_within(now, self.footprint(model, without), self.config)
-                logger.info(f"Dropping towards {self.planned} layers; now: {now.compared(self.config)}.")
-        return self.planned
+                self.state.planned = depth_within(now, self.footprint(model, without), self.config)
+                logger.info(f"Dropping towards {self.state.planned} layers; now: {now.compared(self.config)}.")
+        return self.state.planned
 
     def met(self, model: PreTrainedModel) -> bool:
         """Whether the model as it is now is under the budget."""
@@ -122,15 +127,15 @@ class Budget:
             torch.OutOfMemoryError: If there is no room for it on the device.
         """
         depth = LayerMap.from_config(base_of(model).config, self.config.part).num_units(self.config.unit) - len(without)
-        if depth not in self.measured:
+        if str(depth) not in self.state.measured:
             try:
                 found = [0.0, 0.0] if self.engine.rank else _latency_and_memory(model, self.config, self.args, without)
             except Exception as error:  # the other processes wait for the figures
                 self.engine.raise_on_all(error)
                 raise
             agreed = self.engine.all_reduce(torch.tensor(found, dtype=torch.float64))
-            self.measured[depth] = Footprint(depth, *agreed.tolist())
-        return self.measured[depth]
+            self.state.measured[str(depth)] = agreed.tolist()
+        return Footprint(depth, *self.state.measured[str(depth)])
 
 
 def depth_within(now: Footprint, least: Footprint, config: TrimConfig) -> int:

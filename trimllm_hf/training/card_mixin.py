@@ -33,7 +33,6 @@ class CardMixin(_Base):
     card_data: TrimCardData
     training_finished = False
     calibration_dataset: Any
-    calibration_set_aside = False
 
     def trim_callback(self) -> Any:
         """The Trainer's TrimCallback."""

@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import Trainer
 
-from ..engines.frozen import place_frozen, refuse_shards
+from ..engines import engine_class, refuse_shards
 from ..importance.metrics import is_causal
 from ..surgery.adapters import base_of
 from .config import TrimConfig
-from .trainer_hooks import unwrapped
+from .trainer_hooks import TrainerSupport, unwrapped
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -93,7 +93,8 @@ class Teacher:
     def logits(self, accelerator: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
         """What the teacher says of a batch, which is not changed."""
         if not self.placed:
-            self.model, self.placed = place_frozen(accelerator, self.model), True
+            self.model = engine_class(accelerator).place_frozen(accelerator, self.model)
+            self.placed = True
         without = () if self.needs_labels else ("labels", "shift_labels")
         given = {name: value for name, value in inputs.items() if name not in without}
         with torch.no_grad():
@@ -106,11 +107,13 @@ class DistillationMixin(_Base):
 
     teacher: Teacher | None = None
     trim_config: TrimConfig
+    trim_support: TrainerSupport
 
     def take_teacher(self, model: nn.Module) -> None:
         """Copy the model as the teacher, if one is wanted: before it is trimmed or trained."""
         if self.trim_config.distill_weight > 0:
             self.teacher = Teacher(model)
+            self.trim_support.teacher = self.teacher.fingerprint
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
@@ -142,24 +145,24 @@ class DistillationMixin(_Base):
         return num_items_in_batch / processes  # gradients are averaged over the processes
 
 
-def refuse_another_teacher(trainer: Trainer, config: TrimConfig, saved: str | None) -> None:
+def refuse_another_teacher(trainer: Trainer, support: TrainerSupport, config: TrimConfig, saved: str | None) -> None:
     """Refuse to train without a teacher that is wanted, or to resume with another one than the run began with.
 
     Args:
         trainer: The Trainer.
+        support: What it says of its teacher.
         config: The settings.
         saved: The fingerprint in the checkpoint that is resumed from; None for a new run.
 
     Raises:
         ValueError: Saying what to do.
     """
-    teacher: Teacher | None = getattr(trainer, "teacher", None)
-    if config.distill_weight > 0 and teacher is None:
+    if config.distill_weight > 0 and support.teacher is None:
         raise ValueError(
             f"Expected a TrimTrainer for distill_weight={config.distill_weight}, got {type(trainer).__name__}, whose loss a "
             "callback cannot change. Use TrimTrainer, or class MyTrainer(TrimTrainerMixin, YourTrainer)."
         )
-    if teacher is not None and saved not in (None, teacher.fingerprint):
+    if support.teacher is not None and saved not in (None, support.teacher):
         raise ValueError(
             "Expected the model that this run began with, whole and untrained, as the teacher, got another one: weights or "
             "depth differ. Make the Trainer with the same base model, not with a checkpoint of the run."

@@ -39,12 +39,13 @@ def describe_run(trainer: Trainer, callback: Any, calibration: Any) -> dict[str,
     steps = [record.step for record in layer_map.history if record.step is not None] if layer_map else []
     sets = {"training": trainer.train_dataset, "calibration": calibration, "evaluation": trainer.eval_dataset}
     took = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
-    step = callback.model_step or state.global_step
+    record = callback.record
+    step = (record and record.model_step) or state.global_step
     return {
         "steps": step,
         "epochs": state.epoch if state.epoch is None else state.epoch * step / max(1, state.global_step),
         "healed_steps": step - max(steps) if steps else None,
-        "start_num_layers": callback.start_num_layers,
+        "start_num_layers": record and record.start_num_layers,
         "seconds": took[-1] if took else None,
         "metric": _metric(args),
         "calibration": _how_calibrated(callback),
@@ -64,7 +65,8 @@ def describe_run(trainer: Trainer, callback: Any, calibration: Any) -> dict[str,
 def evaluated(trainer: Trainer) -> list[Quality]:
     """What the Trainer itself measured of the model as it is now: its evaluation after the step that the model is of."""
     args, log = trainer.args, trainer.state.log_history
-    gone_back: int | None = trainer.trim_callback().model_step  # type: ignore[attr-defined]  # a CardHost
+    record = trainer.trim_callback().record  # type: ignore[attr-defined]  # a CardMixin
+    gone_back: int | None = record and record.model_step
     step = gone_back or trainer.state.global_step
     entries = [entry for entry in log if "eval_loss" in entry and entry["step"] <= step]
     if not entries or entries[-1]["step"] != step or args.load_best_model_at_end:
@@ -155,9 +157,9 @@ def source_of(dataset: Any) -> dict[str, str] | None:
 def _how_calibrated(callback: Any) -> str:
     if not needs_data(callback.config.importance):
         return "none"
-    if not callback.calibration_given:
-        return "drawn"
-    return "set aside" if getattr(callback.trainer, "calibration_set_aside", False) else "given"
+    if callback.support.calibration_set_aside:
+        return "set aside"
+    return "drawn" if callback.calibration_dataset is None else "given"
 
 
 def _arguments(args: Any) -> dict[str, Any]:

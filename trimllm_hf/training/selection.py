@@ -170,7 +170,7 @@ class LayerSelector:
 
     def take_gradients(self, model: PreTrainedModel, step: int) -> None:
         """Score by the gradients that the parameters hold now, for a drop after the optimizer step `step`."""
-        shares = weights_times_gradients(model, self.config.unit)
+        shares = weights_times_gradients(model, self.config.unit, self.engine.world_size)
         self._gradients = step, dict(zip(names_of(model, self.config), shares.tolist(), strict=True))
 
     def _importance(self, model: PreTrainedModel, step: int) -> str:

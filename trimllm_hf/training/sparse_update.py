@@ -13,7 +13,7 @@ from ..importance import is_joint
 from ..surgery.adapters import base_of
 from ..surgery.blocks import find_blocks
 from .config import TrimConfig
-from .trainer_hooks import OptimizerMixin
+from .trainer_hooks import TrainerSupport
 
 
 def train_only(model: nn.Module, positions: Collection[int], config: TrimConfig) -> None:
@@ -62,14 +62,14 @@ def check_room(trained: Sequence[int], num_layers: int, target: int, config: Tri
         )
 
 
-def refuse_bare_callback(config: TrimConfig, trainer: object) -> None:
+def refuse_bare_callback(config: TrimConfig, support: TrainerSupport) -> None:
     """Refuse the setting where no TrimTrainer can freeze layers before the optimizer is made.
 
     Raises:
         ValueError: Saying what to use instead.
     """
     ratio = config.trainable_ratio
-    if ratio is not None and not isinstance(trainer, OptimizerMixin):
+    if ratio is not None and not support.freezes_layers:
         raise ValueError(
             f"Expected TrimTrainer (or TrimTrainerMixin) for trainable_ratio={ratio}, got a TrimCallback in another "
             "Trainer: a callback comes too late, when the optimizer is made."

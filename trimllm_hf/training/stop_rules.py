@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +60,16 @@ class MetricRule:
         trainer: The Trainer, prepared.
         engine: How the processes agree.
         plan: When to drop how many layers.
-        verdicts: Where the run stands; of a resumed one, as its checkpoint says.
+        stop_state: Where the run stands; of a resumed one, as its checkpoint says.
 
     Raises:
         ValueError: If the run could not be judged, or could not go back to a model that passed.
     """
 
-    def __init__(self, config: TrimConfig, trainer: Trainer, engine: Engine, plan: Plan, stop_state: dict[str, Any]) -> None:
+    def __init__(self, config: TrimConfig, trainer: Trainer, engine: Engine, plan: Plan, stop_state: StopState) -> None:
         self.config, self.trainer, self.engine, self.plan = config, trainer, engine, plan
         self.name, self.greater_is_better = watched_metric(config, trainer.args)
-        self.stop_state = StopState(**stop_state)
+        self.stop_state = stop_state
         refuse_what_cannot_end(trainer, engine)
         passed = self.stop_state.passed
         if passed is not None and not self.folder(passed["step"]).is_dir():
@@ -77,10 +77,6 @@ class MetricRule:
                 f"Expected the model that had passed by this checkpoint in {self.folder(passed['step'])}, got no such "
                 "folder. Resume from the newest checkpoint, or put the folder back."
             )
-
-    def state(self) -> dict[str, Any]:
-        """Plain values for trainer_state.json."""
-        return asdict(self.stop_state)
 
     def folder(self, step: int) -> Path:
         """Where the model that passed after a step is kept."""

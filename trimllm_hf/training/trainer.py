@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..engines import refuse_other_processes, unprepared
+from ..engines import engine_class
 from ..importance import needs_data
 from ..importance.calibration import set_aside
 from ..layer_map import LayerMap
-from ..loading.checkpoints import callback_attributes, last_complete_checkpoint, processes_of
+from ..loading.checkpoints import last_complete_checkpoint, processes_of, run_of
 from ..loading.trim_like import restore_layers_from, trim_like
 from ..publish.card_data import TrimCardData
 from .callback import TrimCallback
@@ -21,7 +21,7 @@ from .distillation import DistillationMixin
 from .push_mixin import PushMixin
 from .selection import LayerSelector
 from .sparse_update import check_room, train_only
-from .trainer_hooks import BestModelMixin, OptimizerMixin, unwrapped
+from .trainer_hooks import BestModelMixin, CallbackStateMixin, OptimizerMixin, TrainerSupport, unwrapped
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -31,7 +31,7 @@ else:
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
-class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, OptimizerMixin, _Base):
+class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, OptimizerMixin, CallbackStateMixin, _Base):
     """Trimming for any subclass of Trainer: `class MyTrainer(TrimTrainerMixin, SFTTrainer): pass`.
 
     Over a plain Trainer with `TrimCallback` it adds: calibration examples are taken out of the training set;
@@ -65,6 +65,7 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, 
             raise ValueError(f"Expected trim=TrimConfig(…), got {trim!r}. For training without trimming use Trainer.")
         self._resume_from: str | None = None
         self.trim_config = trim
+        self.trim_support = TrainerSupport(freezes_layers=True, restores_best_depth=True)
         self.card_data = TrimCardData() if card_data is None else card_data
         super().__init__(*args, **kwargs)
         if trim.trainable_ratio is not None and self.optimizer is not None:
@@ -79,10 +80,11 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, 
             calibration_dataset, self.train_dataset = set_aside(
                 self.train_dataset, trim.calibration_size, trim.calibration_seed
             )
-            self.calibration_set_aside = True
+            self.trim_support.calibration_set_aside = True
         self.calibration_dataset = calibration_dataset
         callback = TrimCallback(trim, trainer=self, calibration_dataset=calibration_dataset)
         self.add_callback(callback)
+        self.after_callbacks()
         callback.on_init_end(self.args, self.state, self.control, model=self.model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +99,9 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, 
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             self._resume_from = str(resume_from_checkpoint)
-            refuse_other_processes(self.accelerator, processes_of(self._resume_from))
+            saved = processes_of(self._resume_from)
+            if saved is not None:
+                engine_class(self.accelerator).refuse_other_processes(self.accelerator, saved)
             if self.model_init is None:
                 trim_like(unwrapped(self), self._resume_from)
         self.training_finished = False
@@ -112,6 +116,11 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, 
         """The callback that this Trainer trims by."""
         return next(held for held in self.callback_handler.callbacks if isinstance(held, TrimCallback))
 
+    def after_callbacks(self) -> None:
+        """Tell the callback what this Trainer does for it, also where it was made anew on resume."""
+        callback = self.trim_callback()
+        callback.support, callback.calibration_dataset = self.trim_support, self.calibration_dataset
+
     def call_model_init(self, trial: Any = None) -> Any:
         """Make the model by `model_init`, with the layers of the checkpoint that is being resumed from."""
         model: Any = super().call_model_init(trial)
@@ -122,29 +131,28 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, 
 
     def before_optimizer(self, dataloader: Any) -> None:
         """Choose the blocks that train and freeze the others, if `trainable_ratio` is set; once for all of a run."""
-        callback = self.trim_callback()
-        if callback.config.trainable_ratio is None:
+        config, support = self.trim_config, self.trim_support
+        if config.trainable_ratio is None:
             return
         model = unwrapped(self)
-        layer_map = LayerMap.from_config(model.config, callback.config.part)
+        layer_map = LayerMap.from_config(model.config, config.part)
         if self._resume_from is not None:
-            callback.trained_layers = callback_attributes(self._resume_from).get("trained_layers")
-            if callback.trained_layers is None:
+            support.trained_layers = run_of(self._resume_from).get("trained_layers")
+            if support.trained_layers is None:
                 raise ValueError(
                     f"Expected a checkpoint of a run with trainable_ratio, got {self._resume_from}, in which all layers "
                     "train. Leave trainable_ratio out to resume it."
                 )
-        if callback.trained_layers is None:
-            callback.trained_layers = [layer_map.kept_layers[position] for position in self._choose(layer_map, dataloader)]
+        if support.trained_layers is None:
+            support.trained_layers = [layer_map.kept_layers[position] for position in self._choose(layer_map, dataloader)]
         kept = list(layer_map.kept_layers)
-        train_only(model, [kept.index(layer) for layer in callback.trained_layers if layer in kept], callback.config)
+        train_only(model, [kept.index(layer) for layer in support.trained_layers if layer in kept], config)
 
     def _choose(self, layer_map: LayerMap, dataloader: Any) -> list[int]:
-        callback, depth, model = self.trim_callback(), layer_map.num_layers, unwrapped(self)
-        count = callback.config.resolve_trainable(depth)
-        config = callback.config
-        with unprepared(self.accelerator, model) as process_group:
-            selector = LayerSelector(config, self, process_group, dataloader, callback.calibration_dataset)
+        config, depth, model = self.trim_config, layer_map.num_layers, unwrapped(self)
+        count = config.resolve_trainable(depth)
+        with engine_class(self.accelerator).unprepared(self.accelerator, model) as process_group:
+            selector = LayerSelector(config, self, process_group, dataloader, self.calibration_dataset)
             chosen = selector.most_important(model, count, self.is_local_process_zero() and not self.args.disable_tqdm)
         if not config.has_budget:
             check_room(chosen, depth, config.resolve_target(layer_map.base_num_layers, depth), config)
@@ -155,15 +163,15 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, 
     def before_best_model(self, checkpoint: str) -> None:
         """Give the model the depth of the best checkpoint, which the Trainer is about to load."""
         best = LayerMap.from_checkpoint(checkpoint)
-        callback = self.trim_callback()
-        if best is None or callback.layer_map is None or best.keeps_the_same(callback.layer_map):
+        run = self.trim_callback().run
+        if best is None or run is None or best.keeps_the_same(run.record.layer_map):
             return
         logger.warning(
             f"The best checkpoint, {checkpoint}, keeps the layers {best} and not those "
             f"that training ended with: the model gets its layers back. To end with the trimmed model, set "
             "load_best_model_at_end=False."
         )
-        callback.restore_layers(lambda: restore_layers_from(unwrapped(self), checkpoint))
+        run.restore_layers(lambda: restore_layers_from(unwrapped(self), checkpoint))
 
 
 class TrimTrainer(TrimTrainerMixin, Trainer):

@@ -1,11 +1,31 @@
-"""transformers' Trainer as a host: how a callback finds it, and the one private method to step in front of."""
+"""transformers' Trainer: how a callback finds it, what it does for one, and the private methods to step in front of."""
 
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+
+
+@dataclass
+class TrainerSupport:
+    """What a Trainer does for a run that a callback cannot do; it tells its callback. The defaults: an unchanged Trainer.
+
+    Attributes:
+        freezes_layers: Whether it settles which layers train before an optimizer is made (`trainable_ratio`).
+        restores_best_depth: Whether it gives the model the depth of the best checkpoint before it loads that.
+        calibration_set_aside: Whether it has taken the calibration examples out of the training set.
+        trained_layers: The layers that train, in the base's numbering, where it froze the others.
+        teacher: The fingerprint of the model that teaches, where it trains by one.
+    """
+
+    freezes_layers: bool = False
+    restores_best_depth: bool = False
+    calibration_set_aside: bool = False
+    trained_layers: list[int] | None = None
+    teacher: str | None = None
 
 
 class BestModelMixin:
@@ -42,24 +62,43 @@ class OptimizerMixin:
         return super().set_initial_training_values(args, dataloader, *more, **named)  # type: ignore[misc]
 
 
-def find_trainer(callback: TrainerCallback) -> Trainer:
-    """The Trainer that a callback was given to: one walk over the live objects, 0.1 to 0.3 s, once a run.
+class CallbackStateMixin:
+    """Calls `after_callbacks` when a Trainer has made its callbacks anew from a checkpoint, if it does.
+
+    `restore_callback_states_from_checkpoint` makes them from plain values, without what the Trainer has told them.
+    """
+
+    def after_callbacks(self) -> None:
+        """Tell the callbacks what they need to know."""
+        raise NotImplementedError
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()  # type: ignore[misc]  # the Trainer's, by the order of the bases
+        self.after_callbacks()
+
+
+def find_trainer(callback: TrainerCallback, state: TrainerState, named: Trainer | None = None) -> Trainer:
+    """The Trainer that is calling a callback, known by its state: one callback may be held by several, one after another.
+
+    One walk over the live objects, 0.1 to 0.3 s, once a run.
+
+    Args:
+        callback: The callback.
+        state: What it was called with.
+        named: Tried first.
 
     Raises:
-        ValueError: If no Trainer, or more than one, holds the callback.
+        ValueError: If there is no such Trainer.
     """
-    found = [
-        candidate
-        for candidate in gc.get_objects()
-        if issubclass(type(candidate), Trainer)  # isinstance would wake lazy proxies
-        and any(held is callback for held in getattr(getattr(candidate, "callback_handler", None), "callbacks", ()))
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"Expected {type(callback).__name__} to be held by one Trainer, got {len(found)}. Pass it to one Trainer, as "
-            "callbacks=[…], or name it: TrimCallback(config, trainer=trainer)."
-        )
-    return found[0]
+    if named is not None and named.state is state:
+        return named
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), Trainer) and vars(candidate).get("state") is state:  # isinstance would wake proxies
+            return candidate
+    raise ValueError(
+        f"Expected a Trainer that calls {type(callback).__name__} with its own state, got none. Pass the callback to the "
+        "Trainer, as callbacks=[…]."
+    )
 
 
 def unwrapped(trainer: Trainer) -> PreTrainedModel:

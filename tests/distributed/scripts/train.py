@@ -310,8 +310,8 @@ def main() -> None:
         "unchanged": after.unchanged,
         "bytes": after.bytes,
         "block_bytes": block_bytes,
-        "trained_layers": callback.trained_layers,
-        "unit_ms": callback.unit_ms,
+        "trained_layers": callback.record.trained_layers,
+        "unit_ms": callback.record.unit_ms,
         "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
     }
     (Path(options.folder) / f"rank{trainer.args.process_index}.json").write_text(json.dumps(result))

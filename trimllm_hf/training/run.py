@@ -1,0 +1,240 @@
+"""One call of `Trainer.train` that trims: what it holds while it runs, and what stays known of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer_pt_utils import get_model_param_count
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from ..engines import Engine, attach
+from ..importance import needs_data
+from ..layer_map import LayerMap
+from ..loading.depth_check import refuse_deeper_best
+from ..loading.trim_like import restore_layers_from
+from ..surgery.adapters import adapters_of, base_of, patch_adapter_save
+from ..surgery.blocks import find_blocks
+from .budget import Budget, BudgetState
+from .config import TrimConfig
+from .drop_log import drop_log
+from .drop_schedule import DropSchedule
+from .dry_run import droppable, dry_run
+from .layer_times import ms_of_layers
+from .prepared_loop import apply_drop
+from .schedule import plan_drops
+from .selection import LayerSelector
+from .stop_rules import MetricRule, StopState
+from .trainer_hooks import unwrapped
+
+logger = logging.get_logger("transformers.trimllm_hf")  # below transformers' logger: its verbosity and handlers
+
+
+@dataclass
+class RunRecord:
+    """What is known of a run, in plain values: a checkpoint holds it, and a card tells it.
+
+    Attributes:
+        layer_map: Which layers the model keeps.
+        start_num_layers: Depth when the run began, in the unit: the plan counts from it.
+        calibration_given: Whether the calibration examples are others than the training set's.
+        num_processes: Of the run.
+        trained_layers: Of the sparse update, in the base's numbering; None: all layers train.
+        teacher: The fingerprint of the model that teaches, if one does.
+        unit_ms: What each layer takes, where scores are per ms.
+        stop: Where the run stands with its stop rule.
+        budget: What was measured for its budget.
+        model_step: The step that the model is of, if the run ended with an earlier one.
+    """
+
+    layer_map: LayerMap
+    start_num_layers: int
+    calibration_given: bool = False
+    num_processes: int = 1
+    trained_layers: list[int] | None = None
+    teacher: str | None = None
+    unit_ms: dict[str, float] = field(default_factory=dict)
+    stop: StopState = field(default_factory=StopState)
+    budget: BudgetState = field(default_factory=BudgetState)
+    model_step: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for trainer_state.json."""
+        return {**asdict(self), "layer_map": self.layer_map.to_dict()}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> RunRecord:
+        """Of a checkpoint; values that it lacks, being older, are the defaults."""
+        values = {each.name: plain[each.name] for each in fields(cls) if each.name in plain}
+        values["layer_map"] = LayerMap.from_dict(plain["layer_map"])
+        values["stop"] = StopState(**plain.get("stop", {}))
+        values["budget"] = BudgetState(**plain.get("budget", {}))
+        return cls(**values)
+
+
+@dataclass
+class Run:
+    """A run while it runs: from `on_train_begin` to `on_train_end`.
+
+    Attributes:
+        config: The settings.
+        trainer: The Trainer.
+        engine: What is mended around its model.
+        record: What is known of the run.
+        schedule: When how many layers go.
+        selector: Which ones go; None where nothing is to be dropped.
+    """
+
+    config: TrimConfig
+    trainer: Trainer
+    engine: Engine
+    record: RunRecord
+    schedule: DropSchedule
+    selector: LayerSelector | None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, without any engine's wrapper."""
+        return unwrapped(self.trainer)
+
+    @property
+    def depth(self) -> int:
+        """Depth now, in the unit."""
+        return self.record.layer_map.num_units(self.config.unit)
+
+    def drop_what_is_due(self, step: int) -> None:
+        """Drop what is due after this optimizer step, unless an evaluation has to come before."""
+        due = self.schedule.due_now(step, self.depth, self.model)
+        while due > 0 and self.selector is not None:
+            at_once = self.schedule.at_once(due)  # and a whole pattern goes with its first layer
+            count = self.selector.at_once(at_once, self.record.layer_map.num_layers)
+            self._drop(self.selector, step, count)
+            due = self.schedule.still_due(due - count, step, self.depth, self.model)
+
+    def take_gradients(self, step: int) -> None:
+        """Score by the gradients of this step, where that is the importance and a drop may follow."""
+        if self.config.importance == "taylor" and self.selector is not None:
+            if self.schedule.may_drop_after(step, self.depth):
+                self.selector.take_gradients(self.model, step)
+
+    def must_evaluate(self, step: int) -> bool:
+        """Whether the model has to be evaluated after this step."""
+        return self.schedule.must_evaluate(step, self.depth, self.model)
+
+    def evaluated(self, metrics: dict[str, float], step: int) -> None:
+        """Judge the model by an evaluation, where there is a stop rule on a metric."""
+        if self.schedule.rule is not None:
+            due = self.schedule.due(step, self.depth, self.model) > 0
+            self.schedule.rule.evaluated(metrics, step, self.record.layer_map, due)
+
+    def end(self) -> None:
+        """Give the model what it last passed with, if it does not pass now; what is saved from here is a whole model."""
+        if self.schedule.rule is not None:
+            passed = self.schedule.rule.passed_instead(self.trainer.state.global_step)
+            if passed is not None:
+                folder, layer_map, self.record.model_step = passed
+                model = self.model
+                self.restore_layers(lambda: restore_layers_from(model, folder, layer_map))
+                self.trainer.log({"trim/num_layers": self.depth, "trim/parameters": get_model_param_count(model)})
+        if self.schedule.budget is not None:
+            self.schedule.budget.report(self.model)
+        self.engine.save_whole()
+
+    def restore_layers(self, edit: Callable[[], LayerMap]) -> None:
+        """Run an edit that gives the model other layers when training is over, and take up the map that it returns."""
+        blocks = find_blocks(self.model, self.config.part).blocks
+        self.record.layer_map = self.engine.edit(edit, lambda: list(blocks.parameters()))
+        self.trainer.optimizer = self.trainer.lr_scheduler = None  # made for other layers; a later train() makes them anew
+
+    def _drop(self, selector: LayerSelector, step: int, count: int) -> None:
+        """Choose by scores of the model as it is now, and drop."""
+        trainer, model = self.trainer, self.model
+        progress = trainer.is_local_process_zero() and not trainer.args.disable_tqdm
+        self.record.layer_map = apply_drop(self.engine, selector.next_drop(model, step, progress, count))
+        if self.schedule.rule is not None:
+            self.schedule.rule.dropped(step)
+        parameters = get_model_param_count(model)
+        line, logs = drop_log(self.record.layer_map, self.config.unit, step, selector.margin, parameters)
+        logger.info(line)
+        should_log = trainer.control.should_log
+        trainer.log(logs)
+        trainer.control.should_log = should_log  # a record clears it, and this step's loss would go unlogged
+
+
+def begin_run(
+    config: TrimConfig,
+    trainer: Trainer,
+    record: RunRecord,
+    state: TrainerState,
+    dataloader: Any,
+    calibration_dataset: Any = None,
+) -> Run:
+    """Check everything that can be checked, and make the plan. The model is not changed.
+
+    Args:
+        config: The settings.
+        trainer: The Trainer, prepared.
+        record: What is known of the run: as it begins now, or as a checkpoint says.
+        state: The Trainer's.
+        dataloader: The training run's.
+        calibration_dataset: Examples to score layers by; None: drawn from the training set.
+
+    Raises:
+        ValueError: On a target that the model or the plan cannot reach, or a model or engine that cannot be trimmed.
+    """
+    args, model = trainer.args, unwrapped(trainer)
+    engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
+    record.num_processes = engine.world_size
+    depth = record.layer_map.num_units(config.unit)
+    base_depth = record.layer_map.base_num_layers * (2 if config.unit == "sublayer" else 1)
+    target = least = config.resolve_target(base_depth, depth)
+    budget = rule = selector = None
+    if config.has_budget:
+        budget = Budget(config, engine, args, record.budget)
+        target = budget.target(model, least, droppable(model, config))
+    per_epoch = _steps_per_epoch(args.gradient_accumulation_steps, dataloader)
+    plan = plan_drops(config, record.start_num_layers, target, state.max_steps, per_epoch)
+    _take_adapters(model, config, record.layer_map, bool(plan), args.load_best_model_at_end)
+    if config.max_metric_drop is not None:
+        rule = MetricRule(config, trainer, engine, plan, record.stop)
+    if plan:
+        sizes = dry_run(model, config, depth - target)  # raises where there is no way
+        refuse_deeper_best(args.load_best_model_at_end, plan, engine.restores_layers)
+        _refuse_lost_calibration_set(config, record, calibration_dataset)
+        record.unit_ms = record.unit_ms or ms_of_layers(model, config, engine, args)
+        spared = record.trained_layers or ()
+        selector = LayerSelector(
+            config, trainer, engine, dataloader, calibration_dataset, spared, sizes, record.unit_ms
+        )  # fmt: skip
+    schedule = DropSchedule(plan, record.start_num_layers, least, config.layers_per_drop, rule, budget)
+    return Run(config, trainer, engine, record, schedule, selector)
+
+
+def _take_adapters(model: PreTrainedModel, config: TrimConfig, layer_map: LayerMap, drops: bool, goes_back: bool) -> None:
+    base = base_of(model)
+    if adapters_of(base) and (goes_back or config.max_metric_drop is not None) and (drops or layer_map.dropped_layers):
+        raise ValueError(
+            "Expected neither load_best_model_at_end nor max_metric_drop when a model with adapters is trimmed: to go "
+            "back it would need layers of the base that are gone by then, and a checkpoint holds the adapter only. Load "
+            "one yourself: trim_like(base, checkpoint), then PeftModel.from_pretrained(base, checkpoint)."
+        )
+    patch_adapter_save(base, find_blocks(base, config.part).name, layer_map)
+
+
+def _refuse_lost_calibration_set(config: TrimConfig, record: RunRecord, calibration_dataset: Any) -> None:
+    if calibration_dataset is None and record.calibration_given and needs_data(config.importance):
+        raise ValueError(
+            "Expected the calibration_dataset that this run began with, got none. Give it again: "
+            "TrimCallback(config, calibration_dataset=…), with restore_callback_states_from_checkpoint=False, since the "
+            "Trainer would make the callback anew, without it; TrimCallback restores its state by itself."
+        )
+
+
+def _steps_per_epoch(accumulation_steps: int, dataloader: Any) -> int | None:
+    if not has_length(dataloader):
+        return None
+    return max(1, math.ceil(len(dataloader) / accumulation_steps))
