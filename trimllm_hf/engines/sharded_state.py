@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .local import Changes
+from .engine import Changes
 
 WEIGHT = None  # the key of a parameter's fp32 copy, beside its state's keys like "exp_avg"
 
