@@ -82,7 +82,7 @@ def test_what_if_says_what_a_trimmed_model_weighs(tmp_path: Path) -> None:
             if left > 1:
                 drop_layers(model, [left // 2])
         assert set(by_depth) == set(range(1, 7))
-    assert "times as fast" in run("inspect", tmp_path, "--what-if")
+    assert "bytes a token" in run("inspect", tmp_path, "--what-if")
 
 
 def test_what_if_says_when_blocks_differ_in_size(tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""`trimllm report`: one HTML page of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import Json, answer, app, refuse_unwritable
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run: a Trainer's output_dir.")],
+    out: Annotated[Path | None, typer.Option(help="The page; by default trim_run.html in that folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a page of a run: loss and depth over the steps, which layers went, scores, size, speed and quality.
+
+    It is one file that needs no network, for a browser in light or dark. Nothing is measured: what is shown stands in
+    trainer_state.json and, where a card was written, in trim_report.json.
+
+    **Example:** `trimllm report runs/medical`
+    """
+    from ..publish.run_page import read_run, render_run
+
+    page = out or run / "trim_run.html"
+    record = read_run(run)
+    refuse_unwritable(page.parent)
+    page.write_text(render_run(record), encoding="utf-8")
+    kept = f"{record.layer_map.num_layers} of {record.layer_map.base_num_layers} layers"
+    plain = {"page": str(page), "map": record.layer_map.to_dict(), "entries": len(record.log)}
+    answer(plain, as_json, lambda: f"{page}: {kept}, {len(record.log)} entries of the log")

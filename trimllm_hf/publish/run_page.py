@@ -1,0 +1,194 @@
+"""A run as one HTML page that needs no network: depth and loss over the steps, the layers, scores, speed, quality."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..layer_map import TRAINER_STATE, LayerMap
+from ..loading.checkpoints import last_complete_checkpoint
+from ..utils import json_at
+from .card import read_report
+from .card_data import TrimCardData
+from .figures import cost_rows, history_rows, quality_rows, text_strip
+
+TEMPLATE = Path(__file__).parent / "templates" / "run.html.jinja"
+# Colours of the figures, and the page's variables that stand for them, so that they follow light and dark.
+COLOURS = {"#1f5f99": "--kept", "#e9ecef": "--dropped", "#343a40": "--ink", "#c92a2a": "--mark"}
+KEPT, DROPPED, INK, MARK = COLOURS
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the files of a run say.
+
+    Attributes:
+        name: The folder's name.
+        layer_map: Which layers are kept, and when the others went.
+        log: The Trainer's log, oldest first.
+        scans: The scores of all layers at each scoring: step, importance, and a score by layer name.
+        report: The card's report, where a card was written.
+    """
+
+    name: str
+    layer_map: LayerMap
+    log: list[dict[str, Any]]
+    scans: list[dict[str, Any]] = field(default_factory=list)
+    report: TrimCardData | None = None
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """What a run has left in a folder: trainer_state.json, there or in its newest checkpoint, and the card's report.
+
+    Raises:
+        ValueError: If the folder is no run's, its files are damaged, or the run dropped no layer.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"Expected the folder of a run, got {str(folder)!r}, which is not a folder.")
+    report = read_report(folder)
+    place: Path | None = folder if (folder / TRAINER_STATE).is_file() else None
+    if place is None and any(folder.glob("checkpoint-*")):
+        place = Path(last_complete_checkpoint(folder))
+    if place is None and report is None:
+        raise ValueError(
+            f"Expected the folder of a run, with {TRAINER_STATE}, a checkpoint or trim_report.json, got {folder}, which has "
+            "none of them. Name the output_dir of a Trainer."
+        )
+    layer_map: LayerMap | None = None
+    log: list[dict[str, Any]] = []
+    scans: list[dict[str, Any]] = []
+    if place is not None:
+        layer_map = LayerMap.from_checkpoint(place)
+        log = json_at(place / TRAINER_STATE, "log_history") or []
+        scans = json_at(place / TRAINER_STATE, "stateful_callbacks", "TrimCallback", "attributes", "scans") or []
+    if report is not None and report.trimmed is not None:
+        layer_map = layer_map or LayerMap.from_dict(report.trimmed["map"])
+        log = log or (report.training or {}).get("log") or []
+    if layer_map is None or not layer_map.history:
+        raise ValueError(
+            f"Expected a run in which layers were dropped, got {folder}, whose files tell of no drop. Train with "
+            "TrimCallback or TrimTrainer."
+        )
+    return RunRecord(folder.resolve().name, layer_map, log, scans, report)
+
+
+def render_run(record: RunRecord) -> str:
+    """The page of a run: self-contained HTML.
+
+    Raises:
+        ValueError: If matplotlib, which draws the figures, is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError("Expected matplotlib for the figures, got none. pip install 'trimllm_hf[plot]'")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
+    data = record.report
+    figures = {"The run": _course(record)}
+    if record.scans:
+        figures["Importance at each scoring"] = _scans(record)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        run=record,
+        map=record.layer_map,
+        figures={title: _inline(figure) for title, figure in figures.items() if figure is not None},
+        strip=text_strip(record.layer_map),
+        history=history_rows(record.layer_map),
+        cost=cost_rows(data) if data is not None and data.trimmed is not None else [],
+        quality=quality_rows([*data.quality, *data.outside]) if data is not None else [],
+        colours=COLOURS,
+    )
+
+
+def points(log: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a metric in the log; what is no finite number is left out."""
+    found = [(entry["step"], entry[name]) for entry in log if name in entry and "step" in entry]
+    kept = [(float(x), float(y)) for x, y in found if isinstance(y, int | float) and math.isfinite(y)]
+    return [x for x, _ in kept], [y for _, y in kept]
+
+
+def drops(layer_map: LayerMap) -> list[tuple[int, int]]:
+    """Step and depth after each drop with a known step, in blocks or, by sublayers, in sublayers."""
+    sublayers = layer_map.unit == "sublayer"
+    depth, found = layer_map.base_num_layers * (2 if sublayers else 1), []
+    for record in layer_map.history:
+        depth -= len(record.dropped) * (2 if sublayers and record.sublayers is None else 1)
+        if record.step is not None:
+            found.append((record.step, depth))
+    return found
+
+
+def _course(record: RunRecord) -> Any:
+    """Loss over the steps, the depth below it on the same axis, and a line at each drop."""
+    from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
+
+    losses = {name: points(record.log, name) for name in ("loss", "eval_loss")}
+    went = drops(record.layer_map)
+    if not went and not any(steps for steps, _ in losses.values()):
+        return None
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for (label, (steps, values)), colour in zip(losses.items(), (KEPT, MARK), strict=True):
+        if steps:
+            upper.plot(steps, values, color=colour, linewidth=1.4, marker="o", markersize=3, label=label)
+    if upper.lines:
+        upper.legend(frameon=False, labelcolor=INK)
+    last = max([step for steps, _ in losses.values() for step in steps] + [step for step, _ in went])
+    depth = record.layer_map.base_num_layers * (2 if record.layer_map.unit == "sublayer" else 1)
+    lower.step([0, *(step for step, _ in went), last], [depth, *(d for _, d in went), went[-1][1] if went else depth],
+               where="post", color=KEPT, linewidth=1.6)  # fmt: skip
+    lower.set_ylim(0, depth * 1.05)
+    for axes, label in ((upper, "loss"), (lower, "layers left")):
+        for step, _ in went:
+            axes.axvline(step, color=DROPPED, linewidth=0.8, zorder=0)
+        _dress(axes, label)
+    lower.set_xlabel("optimizer step", color=INK)
+    return figure
+
+
+def _scans(record: RunRecord) -> Any:
+    """A row a scoring, a cell a layer: the rank of its score, the least important one marked."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for scan in record.scans for name in scan["scores"]))
+    figure = Figure(figsize=(max(4.0, 0.3 * len(names)), 0.6 + 0.32 * len(record.scans)), layout="constrained")
+    axes = figure.add_subplot()
+    for row, scan in enumerate(record.scans):
+        ordered = sorted(scan["scores"], key=scan["scores"].get)
+        for rank, name in enumerate(ordered):
+            share = rank / max(1, len(ordered) - 1)
+            colour, alpha = (KEPT, 0.15 + 0.85 * share) if rank else (MARK, 1.0)
+            axes.barh(row, 0.9, left=names.index(name), height=0.8, color=colour, alpha=alpha)
+    axes.set_xticks([i + 0.45 for i in range(len(names))], names, fontsize=7, rotation=90 if len(names[0]) > 3 else 0)
+    axes.set_yticks(range(len(record.scans)), [f"step {scan['step']}" for scan in record.scans], fontsize=7)
+    axes.invert_yaxis()
+    _dress(axes, "")
+    axes.set_xlabel("layer (darker: more important; red: the least)", color=INK)
+    return figure
+
+
+def _dress(axes: Any, label: str) -> None:
+    axes.set_ylabel(label, color=INK)
+    axes.tick_params(colors=INK)
+    axes.set_facecolor("none")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+
+
+def _inline(figure: Any) -> str:
+    """A figure as SVG whose colours are the page's variables."""
+    import matplotlib as mpl
+
+    file = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "trimllm_hf", "font.family": "sans-serif"}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for colour, variable in COLOURS.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return re.sub(r'(<svg[^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r'\1\2 width="100%"', svg, count=1)
