@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from trimllm_hf import LayerMap, drop_layers, load_kept_layers, write_kept_layers
 from trimllm_hf.cli import app
-from trimllm_hf.loading import kept_layers as loading_module
+from trimllm_hf.loading import base_files as loading_module
 
 KEPT = [0, 2, 3, 5]
 IDS = torch.arange(5, 20)[None]

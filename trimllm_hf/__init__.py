@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from .latency.measure import measure_latency
     from .latency.report import LatencyReport
     from .layer_map.layer_map import LayerMap
-    from .loading.kept_layers import load_kept_layers, write_kept_layers
+    from .loading.kept_layers import load_kept_layers
     from .loading.trim_like import trim_like
+    from .loading.trimmed_folder import write_kept_layers
     from .publish.card import write_card
     from .publish.card_data import TrimCardData
     from .publish.hub import push_to_hub
@@ -56,7 +57,7 @@ _FILES = {
     "slice_model": "slicing.slice_model",
     "trim_like": "loading.trim_like",
     "write_card": "publish.card",
-    "write_kept_layers": "loading.kept_layers",
+    "write_kept_layers": "loading.trimmed_folder",
     "write_remote_code": "surgery.sublayers.remote_code",
 }
 

@@ -24,7 +24,7 @@ def by_transformers(folder: Path, inputs: dict[str, Any]) -> Any:
     transformers.logging.set_verbosity_error()
     config = json.loads((folder / "config.json").read_text())
     model_class = getattr(transformers, config["architectures"][0])
-    model, info = model_class.from_pretrained(folder, output_loading_info=True)
+    model, info = model_class.from_pretrained(folder, output_loading_info=True, torch_dtype=torch.float32)
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         raise ValueError(f"keys: {[sorted(map(str, found))[:2] for found in info.values() if found]}")
     with torch.no_grad():

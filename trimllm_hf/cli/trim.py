@@ -18,6 +18,12 @@ def trim(
     drop: Annotated[str | None, typer.Option(help="Or the layers to drop.")] = None,
     part: Annotated[str | None, typer.Option(help="Of an encoder-decoder: decoder (the default) or encoder.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")] = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Refuse layers whose kinds some runtimes would work out wrongly.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code beside the base's weights, where it has some.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint with only some layers of a base; of its files nothing else is read.
@@ -32,16 +38,19 @@ def trim(
     from transformers import AutoConfig
 
     from ..layer_map import num_hidden_layers
-    from ..loading.kept_layers import write_kept_layers
+    from ..loading.trimmed_folder import write_kept_layers
     from ..publish.figures import text_strip
     from ..publish.folder import describe_weights
 
     if kept is None:
-        depth = num_hidden_layers(AutoConfig.from_pretrained(base, revision=revision), part)
+        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
+        depth = num_hidden_layers(config, part)
         if missing := [layer for layer in named if layer >= depth]:
             raise ValueError(f"Expected layers from 0 to {depth - 1} (the base has {depth}), got {missing} to drop.")
         named = [layer for layer in range(depth) if layer not in set(named)]
-    layer_map = write_kept_layers(base, named, out, part=part, **({} if revision is None else {"revision": revision}))
+    layer_map = write_kept_layers(
+        base, named, out, part=part, portable=portable, revision=revision, trust_remote_code=trust_remote_code
+    )
     plain = {"folder": str(out), "map": layer_map.to_dict(), "weights": describe_weights(out)}
     said = f"{out}: {layer_map.num_layers} of {layer_map.base_num_layers} layers of {base}"
     answer(plain, as_json, lambda: [said, text_strip(layer_map)])

@@ -18,6 +18,7 @@ from .adapters import candidate_adapter_configs, patch_adapter_save
 from .blocks import BlockStack
 from .candidate_configs import candidate_configs
 from .custom_models import refuse_sliced, update_classes
+from .layer_pattern import refuse_unportable
 from .per_layer_tensors import cut
 from .position_constraints import check_position_constraints
 from .sublayers import (
@@ -121,6 +122,7 @@ def plan_drop(
     importance: str | None = None,
     scores: Sequence[float] | None = None,
     part: str | None = None,
+    portable: bool = False,
 ) -> PlannedDrop:
     """Verify a drop without changing anything; see `drop_layers`.
 
@@ -132,6 +134,7 @@ def plan_drop(
         importance: Name of the score that chose the layers, for the history.
         scores: Their scores, in the order of `layers`, for the history.
         part: As for `drop_layers`; of no effect where `model` is resolved already.
+        portable: Whether the kinds of the layers have to follow the architecture's own pattern afterwards.
 
     Raises:
         ValueError: As `drop_layers`.
@@ -156,6 +159,8 @@ def plan_drop(
                 continue
             if not after.has_all_sublayers:
                 refuse_unloadable(base, values, after)
+            if portable:
+                refuse_unportable(stack.config, values, kept)
             return PlannedDrop(target, after, gone, values, renumbering, pass_throughs, configs)
     assert refusal is not None
     raise refusal

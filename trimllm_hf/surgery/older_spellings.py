@@ -9,22 +9,19 @@ out.
 
 from __future__ import annotations
 
-import copy
 import json
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file, logging  # type: ignore[attr-defined]  # re-exported there
+from transformers.utils import cached_file  # type: ignore[attr-defined]  # re-exported there
 
 from .candidate_configs import names_layers
+from .config_reader import ConfigReader, Plain
+from .layer_pattern import PERIODS, periods
 
-Plain = dict[str, Any]
-
-ROPE, KINDS = "rope_parameters", "layer_types"
+ROPE, TYPES = "rope_parameters", "layer_types"
 # In older files: the base of the rotary frequencies, that of sliding layers, and the share of a head that turns.
 _ROPE_WORDS = (
     ("rope_theta", "rope_local_base_freq", "partial_rotary_factor"),
@@ -32,9 +29,11 @@ _ROPE_WORDS = (
     ("global_rope_theta", "local_rope_theta", "partial_rotary_factor"),  # ModernBERT
     ("rotary_emb_base", None, "rotary_pct"),  # GPT-NeoX
 )
-# In older files: every how many layers there is one of the rarer kind.
-_PATTERN_WORDS = ("sliding_window_pattern", "global_attn_every_n_layers", "full_attention_interval")
-_OF_THE_FILE = {"model_type", "transformers_version", KINDS, ROPE, "trim", "torch_dtype", "quantization_config"}
+# Of the file and not of the model, or seen to elsewhere.
+_NOT_KEPT = {
+    *("model_type", "transformers_version", "transformers_weights", "auto_map", "trim"),
+    *(TYPES, ROPE, "torch_dtype", "quantization_config"),
+}
 
 
 def with_older_spellings(
@@ -55,51 +54,18 @@ def with_older_spellings(
             found[name] = with_older_spellings(found[name], part, of_part if isinstance(of_part, dict) else None)
     if isinstance(found.get("dtype"), str):
         found["torch_dtype"] = found["dtype"]
-    reader = _Reader(config)
+    reader = ConfigReader(config)
     if reader.now is None:
         return found  # code of its own that cannot be read back: nothing can be proved
     found |= _rope(reader)
-    for name, value in _patterns(reader, of_base.keys() | found.keys()).items():
-        if value is None:
-            found.pop(name, None)
-        else:
-            found[name] = value
+    for word, period in periods(reader).items():
+        found.pop(word, None)
+        if period is not None:
+            found[word] = period
     return found | _of_base(reader, found, of_base)
 
 
-class _Reader:
-    """transformers' reader of one class of configs."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.config = config
-        self.plain: Plain = config.to_dict()
-        self.now = self.read()
-
-    def read(self, without: str | None = None, **more: Any) -> Plain | None:
-        """The config as a dict, read without a name and with others; None if it cannot be read so."""
-        plain = copy.deepcopy({**{name: value for name, value in self.plain.items() if name != without}, **more})
-        config_class = getattr(type(self.config), "stock_class", type(self.config))
-        try:
-            with _quiet():
-                read: Plain = config_class.from_dict(plain).to_dict()
-        except Exception:  # a class refuses values in its own way
-            return None
-        return read
-
-    def changes_nothing(self, **more: Any) -> bool:
-        """Whether further names beside all others leave what is read as it is."""
-        read = self.read(**more)
-        assert self.now is not None
-        return read is not None and all(
-            read.get(name) == value for name, value in self.now.items() if not name.startswith("_") and name not in more
-        )
-
-    def says(self, name: str, **more: Any) -> Any:
-        """What is read for a name from others that stand in its place."""
-        return (self.read(without=name, **more) or {}).get(name)
-
-
-def _rope(reader: _Reader) -> Plain:
+def _rope(reader: ConfigReader) -> Plain:
     """The settings of rotary embeddings in older words."""
     assert reader.now is not None
     parameters = reader.now.get(ROPE)
@@ -109,9 +75,9 @@ def _rope(reader: _Reader) -> Plain:
     for words in _ROPE_WORDS:
         for spelling in _rope_spellings(parameters, words):
             other = _rope_spellings(_doubled(parameters), words)
-            proved = reader.says(ROPE, **spelling) == parameters and reader.changes_nothing(**spelling)
+            proved = reader.says(ROPE, spelling) == parameters and reader.changes_nothing(spelling)
             # a class that does not know the words takes its defaults, which may be these values; OLMo 3 reads one word twice
-            read = [reader.says(ROPE, **each) for each in other] if proved else []
+            read = [reader.says(ROPE, each) for each in other] if proved else []
             if _doubled(parameters) in read or (words[1] is None and any(each != parameters for each in read)):
                 found |= spelling
                 break
@@ -149,35 +115,14 @@ def _doubled(parameters: Plain) -> Plain:
     }
 
 
-def _patterns(reader: _Reader, names: set[str]) -> dict[str, int | None]:
-    """The period of the layers' kinds in older words; None for a word of the file where no period gives them."""
-    assert reader.now is not None
-    kinds = reader.now.get(KINDS)
-    if not isinstance(kinds, list):
-        return {}
-    found: dict[str, int | None] = {}
-    for name in _PATTERN_WORDS:
-        lists = [reader.says(KINDS, **{name: period}) for period in (1, 2)]
-        if None in lists or lists[0] == lists[1]:  # the class does not know the word
-            continue
-        current = reader.now.get(name)
-        periods = [*([current] if isinstance(current, int) else []), *range(1, len(kinds) + 2)]
-        period = next((p for p in periods if reader.says(KINDS, **{name: p}) == kinds), None)
-        if period is not None and reader.changes_nothing(**{name: period}):
-            found[name] = period
-        elif name in names:
-            found[name] = None
-    return found
-
-
-def _of_base(reader: _Reader, found: Plain, of_base: Mapping[str, Any]) -> Plain:
+def _of_base(reader: ConfigReader, found: Plain, of_base: Mapping[str, Any]) -> Plain:
     """Names in the base's file that are missing here, and its words for the layers' kinds."""
     assert reader.now is not None
     kept: Plain = {}
-    depth = of_base.get("num_hidden_layers")
+    depth = of_base.get("num_hidden_layers", of_base.get(reader.config.attribute_map.get("num_hidden_layers", "")))
     text: Plain = next((found[name] for name in ("text_config", "llm_config") if isinstance(found.get(name), dict)), {})
     for name, value in of_base.items():
-        if name in found or name.startswith("_") or name in _OF_THE_FILE or name in _PATTERN_WORDS:
+        if name in found or name.startswith("_") or name in _NOT_KEPT or name in PERIODS:
             continue
         if name in text:
             kept[name] = text[name]  # older files say it of the model
@@ -188,15 +133,15 @@ def _of_base(reader: _Reader, found: Plain, of_base: Mapping[str, Any]) -> Plain
         if name in reader.config.attribute_map:
             kept[name] = getattr(reader.config, name)
             continue
-        if not (isinstance(depth, int) and names_layers(name, value, depth)) and reader.changes_nothing(**{name: value}):
+        if not (isinstance(depth, int) and names_layers(name, value, depth)) and reader.changes_nothing({name: value}):
             kept[name] = value
-    words, kinds = of_base.get(KINDS), found.get(KINDS)
+    words, kinds = of_base.get(TYPES), found.get(TYPES)
     if isinstance(words, list) and isinstance(kinds, list) and all(isinstance(word, str) for word in words):
-        newer = {word: (reader.says(KINDS, **{KINDS: [word] * len(kinds)}) or [word])[0] for word in set(words)}
+        newer = {word: (reader.says(TYPES, {TYPES: [word] * len(kinds)}) or [word])[0] for word in set(words)}
         older = {kind: word for word, kind in newer.items()}
         renamed = [older.get(kind, kind) for kind in kinds]
-        if renamed != kinds and reader.says(KINDS, **{KINDS: renamed}) == reader.now.get(KINDS):
-            kept[KINDS] = renamed
+        if renamed != kinds and reader.says(TYPES, {TYPES: renamed}) == reader.now.get(TYPES):
+            kept[TYPES] = renamed
     return kept
 
 
@@ -225,16 +170,3 @@ def file_of(config: PreTrainedConfig) -> Plain:
     except (OSError, ValueError):
         return {}
     return plain if isinstance(plain, dict) and plain.get("model_type") == config.model_type else {}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Reading a config tells it whole at INFO, and warns of older words."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -1,0 +1,152 @@
+"""Writes a trimmed checkpoint from a base's files: its weights, and whatever else of the base loading needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from ..layer_map import LayerMap
+from ..surgery.older_spellings import add_to
+from ..utils import format_bytes
+from .base_files import CODE_ARGUMENTS, FILE_ARGUMENTS, HUB_ARGUMENTS, BaseFiles
+from .beside_weights import copy_beside_weights
+from .kept_layers import KeptLayers, plan_kept_layers, renumbered
+
+logger = logging.get_logger("transformers.trimllm_hf")
+
+_UNFINISHED = ".trimllm_unfinished"  # in the folder, until all is written
+
+
+def write_kept_layers(
+    base: str | Path,
+    kept_layers: Sequence[int],
+    folder: str | Path,
+    auto_class: Any = None,
+    part: str | None = None,
+    portable: bool = False,
+    **hub_kwargs: Any,
+) -> LayerMap:
+    """Write a trimmed checkpoint from a base's files, one file at a time: memory holds one file's kept tensors.
+
+    Tensors keep their bytes, and their names but for the layers' numbers. The base's other files go along as they are,
+    tokenizer, processors and licence among them; what stays behind (other weights, an optimizer's, pickles, the base's
+    card) is said in the log.
+
+    Args:
+        base: As for `load_kept_layers`.
+        kept_layers: The layers to keep, in the base's numbering.
+        folder: Where to write: new, or empty; the current one, a link or a mount will do.
+        auto_class: As for `load_kept_layers`.
+        part: As for `load_kept_layers`.
+        portable: Whether to refuse layers whose kinds some runtimes would work out wrongly from their numbers.
+        **hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `variant`, `trust_remote_code`, …
+
+    Returns:
+        The map, which also stands in the written config.json.
+
+    Raises:
+        ValueError: As `load_kept_layers`, or if the folder holds something, or an argument is of no use here. Nothing is
+            written then.
+        OSError: If the folder cannot be written, or has no room. Nothing stays in it then.
+    """
+    known = (*HUB_ARGUMENTS, *FILE_ARGUMENTS, *CODE_ARGUMENTS)
+    files = BaseFiles(base, hub_kwargs)
+    files.refuse_arguments()
+    if unknown := sorted(hub_kwargs.keys() - set(known)):
+        raise ValueError(f"Expected arguments that say which files to read ({', '.join(known)}), got {', '.join(unknown)}.")
+    with _new_folder(Path(folder)) as unfinished:
+        plan = plan_kept_layers(files, kept_layers, auto_class, part, portable)
+        size = sum(file.nbytes(plan.names[name]) for name, file in plan.files.items())
+        if (room := shutil.disk_usage(unfinished).free) < size:
+            raise OSError(f"Expected {format_bytes(size)} of room for the weights in {folder}, got {format_bytes(room)}.")
+        try:
+            _write_weights(plan, unfinished)
+        except SafetensorError as error:
+            raise OSError(f"Expected to write {format_bytes(size)} of weights in {folder}, got: {error}.") from error
+        plan.config.save_pretrained(unfinished)
+        if (described := files.find("config.json")) is not None:
+            add_to(unfinished / "config.json", plan.config, json.loads(described.read_text(encoding="utf-8")))
+        left_out = copy_beside_weights(files, unfinished, hasattr(plan.config, "auto_map"))
+    if left_out:
+        logger.info(f"Not copied from {base}: {', '.join(left_out)}.")
+    return LayerMap.from_config(plan.config)
+
+
+def _write_weights(plan: KeptLayers, folder: Path) -> None:
+    files = [file for file in plan.files if plan.names[file]]
+    index: dict[str, str] = {}
+    total = 0
+    for number, file in enumerate(files, start=1):
+        name = SAFE_WEIGHTS_NAME if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        tensors = dict(plan.tensors([file]))
+        save_file(tensors, folder / name, metadata=_header_metadata(plan, file))
+        index.update(dict.fromkeys(tensors, name))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        del tensors
+    if len(files) > 1:
+        plain = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+
+
+def _header_metadata(plan: KeptLayers, file: str) -> dict[str, str]:
+    """What else stands in a file's header, without the dropped layers; quantizers keep there how each tensor is packed."""
+    found = plan.files[file].header_metadata()
+    names = renumbered(found, plan.prefix, plan.kept_layers)
+    kept = {names[name]: text for name, text in found.items() if name in names}
+    for name, text in kept.items():
+        if plan.prefix in text:
+            try:
+                kept[name] = json.dumps(_renumbered_json(json.loads(text), plan))
+            except ValueError:
+                continue  # a sentence, not names
+    return {"format": "pt", **kept}
+
+
+def _renumbered_json(value: Any, plan: KeptLayers) -> Any:
+    """Lists and dicts with names of tensors in them, for the layers that stay."""
+    if isinstance(value, str):
+        return renumbered([value], plan.prefix, plan.kept_layers).get(value)
+    if isinstance(value, list):
+        found = [_renumbered_json(item, plan) for item in value]
+        return [new for new, old in zip(found, value, strict=True) if new is not None or old is None]
+    if isinstance(value, dict):
+        names = renumbered(value, plan.prefix, plan.kept_layers)
+        return {names[name]: _renumbered_json(item, plan) for name, item in value.items() if name in names}
+    return value
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A place in a new or empty folder to write to; what is in it at the end moves up, config.json last.
+
+    On an error the folder is as it was.
+
+    Raises:
+        ValueError: If the folder holds something.
+        OSError: If it cannot be made or written.
+    """
+    unfinished = folder / _UNFINISHED
+    if folder.exists() and (not folder.is_dir() or any(path.name != _UNFINISHED for path in folder.iterdir())):
+        raise ValueError(f"Expected a new or empty folder to write to, got {str(folder)!r}. Name another, or empty it.")
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
+            path.rename(folder / path.name)
+        unfinished.rmdir()
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise
