@@ -23,6 +23,7 @@ _FIRST_OR_EXCLUSIVE_END = re.compile(r".*layer.*_end")
 _INCLUSIVE_END = re.compile(r".*layer.*_end_index")
 _LAST = re.compile(r"num_kv_shared_layers|n_output_layers")
 _BETWEEN = re.compile(r"n_recurrent_layers")
+_BEHIND = re.compile(r"num_nextn_predict_layers|num_mtp_layers|mtp_num_(hidden_)?layers|num_mtp_modules")
 _PERIOD = re.compile(r".*(period|interval|_freq|frequency|_step|layer_group_size|pattern)|n_layers_per_.*")
 _OFFSET = re.compile(r".*offset")
 _OF_LAYERS = re.compile(r".*(layer|moe|attn|attention|expert|mlp|sparse|window|rope|mem_block).*")
@@ -56,7 +57,7 @@ def candidate_configs(
                 fixed[name] = options[0]
         elif options:
             choices[name] = options
-    fixed |= _sparse_mlps(config, depth, kept)
+    fixed |= _sparse_mlps(config, depth, kept) | _stages(config, depth, kept)
     for name in fixed:
         choices.pop(name, None)
     _put_exception_lists(config, depth, kept, fixed)
@@ -89,6 +90,8 @@ def _options(name: str, value: Any, depth: int, kept: Sequence[int]) -> list[Any
         return [value * (len(kept) / depth) ** 0.5]
     if not isinstance(value, int) or isinstance(value, bool):
         return []
+    if _BEHIND.fullmatch(name):  # for multi-token prediction, behind the blocks; transformers loads none of them
+        return [0, value] if value else []
     below = sum(position < value for position in kept)
     if _FIRST.fullmatch(name) or _FIRST_OR_EXCLUSIVE_END.fullmatch(name):
         return [below]
@@ -137,6 +140,17 @@ def _sparse_mlps(config: PreTrainedConfig, depth: int, kept: Sequence[int]) -> d
         return {}
     without = [new for new, old in enumerate(kept) if old in (dense or ()) or (old + 1) % step]
     return {"decoder_sparse_step": 1, "mlp_only_layers": without}
+
+
+def _stages(config: PreTrainedConfig, depth: int, kept: Sequence[int]) -> dict[str, Any]:
+    """A vision backbone's stages, which are its blocks: stage n is the output of block n - 1, stage 0 the stem."""
+    names, indices = getattr(config, "stage_names", None), getattr(config, "out_indices", None)
+    if not isinstance(names, list | tuple) or len(names) != depth + 1 or not isinstance(indices, list | tuple):
+        return {}
+    states = [index if index >= 0 else depth + 1 + index for index in indices]
+    out = [sum(position < state for position in kept) for state in states]
+    stages = list(names[: len(kept) + 1])
+    return {"stage_names": stages, "_out_indices": out, "_out_features": [stages[state] for state in out]}
 
 
 def _put_exception_lists(config: PreTrainedConfig, depth: int, kept: Sequence[int], values: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from .blocks import BlockStack
 from .candidate_configs import candidate_configs
 from .custom_models import refuse_sliced, update_classes
 from .layer_pattern import refuse_unportable
+from .layer_references import Reference, find_references
 from .per_layer_tensors import cut
 from .position_constraints import check_position_constraints
 from .sublayers import (
@@ -48,6 +49,7 @@ class PlannedDrop:
         renumbering: What else changes with the numbers of the layers.
         pass_throughs: By its name in the model, what each dropped sublayer returns from then on.
         adapters: The configs of the adapters as they will be, by name.
+        references: What else names layers by number, in configs and the generation config.
     """
 
     target: TrimmableModel
@@ -57,6 +59,7 @@ class PlannedDrop:
     renumbering: Renumbering
     pass_throughs: dict[str, OutputSpec]
     adapters: dict[str, Any]
+    references: Sequence[Reference] = ()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -106,6 +109,8 @@ class PlannedDrop:
             now = getattr(modules.get(name), attribute, None)  # a sublayer that is gone has no number
             if (list(now) if isinstance(now, tuple) else now) == before:  # a value that the user changed stays
                 setattr(modules[name], attribute, after)
+        for reference in self.references:
+            reference.apply(self.model)
         self.model.config.trim = self.layer_map.to_dict()
         for name, adapter in adapters.items():
             vars(adapter).update(vars(self.adapters[name]))
@@ -149,6 +154,7 @@ def plan_drop(
     check_position_constraints(base, stack, kept, after.has_all_sublayers)
     pass_throughs = {} if after.has_all_sublayers else _pass_throughs(target, after)
     full, inner_name = target.skeleton, target.skeleton_stack.name
+    references = find_references(base, stack, kept) if gone else []
     refusal: ValueError | None = None
     for values in candidate_configs(stack.config, stack.depth_name, kept, stack.part) if gone else [{}]:
         for configs in candidate_adapter_configs(target.adapters, full, inner_name, kept):
@@ -161,7 +167,7 @@ def plan_drop(
                 refuse_unloadable(base, values, after)
             if portable:
                 refuse_unportable(stack.config, values, kept)
-            return PlannedDrop(target, after, gone, values, renumbering, pass_throughs, configs)
+            return PlannedDrop(target, after, gone, values, renumbering, pass_throughs, configs, references)
     assert refusal is not None
     raise refusal
 

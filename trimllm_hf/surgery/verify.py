@@ -7,10 +7,7 @@ which are renumbered, without a table of names; a drop that would change anythin
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
-import textwrap
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..layer_map import num_hidden_layers
 from .blocks import BlockStack
+from .forward_reads import forward_computes_with, forward_reads
 from .from_config import build_from_config
 from .per_layer_tensors import is_per_layer, per_layer_dimensions
 from .trimmable import TrimmableModel
@@ -93,6 +91,8 @@ def verify_drop(
                 continue
             if cuts and isinstance(old, int) and isinstance(new, int) and is_per_layer(old, new, len(stack), len(kept)):
                 pass  # the size of what is cut
+            elif block is None and isinstance(new, list) and values.get(attribute) == new:
+                pass  # a copy of the config's own list, like a backbone's stages
             elif isinstance(old, bool) or not _is_place(attribute, old, new, block, kept, len(stack), of_full):
                 _refuse(model, f"{name}.{attribute}" if name else attribute, "another value", old, new)
             attributes[(real_name, attribute)] = (old, new)
@@ -122,6 +122,8 @@ def _is_place(
     """Whether an attribute says where layers are, and changes as their places do."""
     if isinstance(old, list):
         one_per_layer = len(old) == depth and new == [old[position] for position in kept]
+        # of hidden states, the embedding's is the first
+        one_per_layer |= len(old) == depth + 1 and new == [old[0], *(old[position + 1] for position in kept)]
         return one_per_layer or (bool(_INDICES.fullmatch(attribute)) and new == [kept.index(i) for i in old if i in kept])
     if attribute.endswith("tied_weights_keys"):  # transformers' own tables, by the names of the layers
         return True
@@ -129,11 +131,11 @@ def _is_place(
         stay = [layer for layer in old if layer in kept]
         return new == {kept.index(layer): number for number, layer in enumerate(stay)}
     if block is not None and (old, new) == (kept[block], block):
-        return True
+        return not forward_computes_with(module, attribute, old, new)
     if isinstance(old, int) and isinstance(new, int) and _NUMBER.fullmatch(attribute):
         two_a_block = block is not None and old - new == 2 * (kept[block] - block)  # LongCat has two attentions a block
-        return new == bisect_left(kept, old) or two_a_block
-    return (old, new) == (depth, len(kept)) and (block is None or not _in_forward(module, attribute))
+        return (new == bisect_left(kept, old) or two_a_block) and not forward_computes_with(module, attribute, old, new)
+    return (old, new) == (depth, len(kept)) and (block is None or not forward_reads(module, attribute))
 
 
 _INDICES = re.compile(r".*layer.*")
@@ -150,30 +152,6 @@ def _numbers_in_exchanged(stack: BlockStack, built: nn.ModuleList, kept: Sequenc
                 numbers = [name for name, value in vars(module).items() if _NUMBER.fullmatch(name) and value == old]
                 found |= {(path, name): (old, new) for name in numbers}
     return found
-
-
-def _in_forward(module: nn.Module, attribute: str) -> bool:
-    """Whether a module's forward, or a method that it calls, may read an attribute.
-
-    What only `__init__` reads has become a weight or a buffer, which stays what it was.
-    """
-    methods = {}
-    for base in reversed(type(module).__mro__):
-        if base.__module__.startswith("torch.nn") or base is object:
-            continue
-        tree = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        methods.update({node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)})
-    to_read, read = ["forward"], set()
-    while to_read:
-        name = to_read.pop()
-        if name in read or name not in methods:
-            continue
-        read.add(name)
-        used = {node.attr for node in ast.walk(methods[name]) if isinstance(node, ast.Attribute)}
-        if attribute in used:
-            return True
-        to_read += used
-    return False
 
 
 def _pairs(
