@@ -1,0 +1,72 @@
+"""How much of a run may be spent on choosing layers, and what can be had for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STEP = 3  # forward passes that a training step is worth: its own, and twice that backwards
+LOOKS = 3  # models that a lazy scan measures for each layer after the first, about (benchmarks/README.md, scan)
+LEAST = 8  # calibration examples, below which a scan is not worth its passes
+# what is had for more: candidates that a lazy scan looks at (None: all of them), and the share of the examples
+SCANS = ((None, 1.0), (8, 1.0), (4, 1.0), (4, 0.5), (2, 0.5), (2, 0.25))
+
+
+@dataclass(frozen=True)
+class SelectionPlan:
+    """How layers are chosen.
+
+    Attributes:
+        examples: Calibration examples for a ranking by block influence.
+        scanned: Calibration examples for a lazy scan; 0: there is none.
+        width: Layers of the lowest block influence among which it looks; None: all.
+        passes: What that costs, in forward passes of the whole model over one example.
+        affordable: What may be spent, likewise.
+    """
+
+    examples: int
+    scanned: int
+    width: int | None
+    passes: float
+    affordable: float
+
+    def __str__(self) -> str:
+        said = f"block influence on {self.examples} examples"
+        if self.scanned:
+            among = "" if self.width is None else f" among the {self.width} likeliest"
+            said += f", and a lazy scan{among} on {self.scanned}"
+        return f"{said}: about {self.passes:.0f} of {self.affordable:.0f} affordable passes over an example"
+
+
+def plan_selection(
+    share: float, run_examples: float, examples: int, depth: int, drops: int, moments: int = 1
+) -> SelectionPlan:
+    """The best way to choose layers that a run can afford.
+
+    Args:
+        share: Share of the run that may be spent.
+        run_examples: Examples that the run trains on, in all of its steps.
+        examples: Calibration examples at hand.
+        depth: Layers that there are.
+        drops: How many go at a time.
+        moments: How many times layers are chosen.
+
+    Raises:
+        ValueError: If not even a pass over one example is affordable; with the arithmetic.
+    """
+    affordable = share * STEP * run_examples / moments
+    if affordable < 1:
+        raise ValueError(
+            f"Expected a selection_budget that affords a pass over a calibration example each time that layers are chosen, "
+            f"got {share:g} of a run of {run_examples:g} examples, each {STEP} passes, for {moments} times: {affordable:.2g} "
+            f"passes. Raise it to {moments / (STEP * run_examples):.2g}, train longer, drop less often, or name an importance "
+            "that takes no passes ('last')."
+        )
+    ranked = min(examples, int(affordable))
+    left = 1 - (drops - 1) / (2 * depth)  # of the model, on average, while layers leave it
+    for width, part in SCANS:
+        scanned = int(examples * part)
+        first = 1 + depth / 2 if width is None else min(width, depth)
+        passes = ranked + scanned * (1 + first + LOOKS * (drops - 1) * left)
+        if scanned >= LEAST and passes <= affordable:
+            return SelectionPlan(ranked, scanned, width, passes, affordable)
+    return SelectionPlan(ranked, 0, None, float(ranked), affordable)
