@@ -56,10 +56,10 @@ def plan_selection(
     affordable = share * STEP * run_examples / moments
     if affordable < 1:
         raise ValueError(
-            f"Expected a selection_budget that affords a pass over a calibration example each time that layers are chosen, "
-            f"got {share:g} of a run of {run_examples:g} examples, each {STEP} passes, for {moments} times: {affordable:.2g} "
-            f"passes. Raise it to {moments / (STEP * run_examples):.2g}, train longer, drop less often, or name an importance "
-            "that takes no passes ('last')."
+            "Expected a selection_budget that affords a pass over a calibration example each time that layers are chosen, "
+            f"got {share:g} of a run of {run_examples:g} examples, each {STEP} passes, for {moments} times: "
+            f"{affordable:.2g} passes. Raise it to {moments / (STEP * run_examples):.2g}, train longer, drop less often, or "
+            "name an importance that takes no passes ('last')."
         )
     ranked = min(examples, int(affordable))
     left = 1 - (drops - 1) / (2 * depth)  # of the model, on average, while layers leave it
