@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+import copy
+import logging as python_logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+from tiny import tiny_model, tiny_texts
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from trimllm_hf import TrimConfig, TrimTrainer, score_layers
+from trimllm_hf.importance import evaluate_metric
+from trimllm_hf.importance.lazy import PassedOver, greedy_layers
 from trimllm_hf.training.selection_budget import STEP, plan_selection
 
 STEPS = (2, 10, 100, 1000, 3000, 10_000, 30_000, 100_000)
@@ -18,14 +32,87 @@ def test_what_is_planned_is_affordable() -> None:
     assert [plan.passes for plan in plans] == sorted(plan.passes for plan in plans)
 
 
-def test_more_moments_afford_less_each() -> None:
-    once, each = plan_selection(0.05, 4000.0, 32, 30, 15), plan_selection(0.05, 4000.0, 32, 30, 1, moments=15)
-    assert each.affordable == once.affordable / 15
-    assert each.passes <= each.affordable
-
-
 def test_a_budget_that_affords_nothing_is_refused() -> None:
-    said = "0.001 of a run of 20 examples, each 3 passes, for 2 times: 0.03 passes. Raise it to 0.033"
+    said = "0.001 of 20 training examples for each time, of 3 passes each: 0.06 passes. Raise it to 0.017"
     with pytest.raises(ValueError, match=said):
-        plan_selection(0.001, 20, 64, 30, 1, moments=2)
-    assert plan_selection(0.0334, 20, 64, 30, 1, moments=2).examples == 1
+        plan_selection(0.001, 20, 64, 30, 1)
+    assert plan_selection(0.0167, 20, 64, 30, 1).examples == 1
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.5, float("nan"), "0.05"])
+def test_a_share_is_a_share(share: Any) -> None:
+    with pytest.raises(ValueError, match="selection_budget above 0 and up to 1"):
+        TrimConfig(target_layers=2, selection_budget=share)
+
+
+@contextmanager
+def telling(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Take down what the package's logger says."""
+    logger = logging.get_logger("transformers.trimllm_hf")
+    logger.addHandler(caplog.handler)
+    logger.setLevel(python_logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(caplog.handler)
+        logger.setLevel(python_logging.NOTSET)
+
+
+def run(folder: Path, budget: float, steps: int = 6, **trim: Any) -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    """A model of six layers that was trimmed to three, its calibration batches, and the model as it was."""
+    examples, model = tiny_texts(16, seed=5), tiny_model(num_hidden_layers=6)
+    before = copy.deepcopy(model)
+    arguments = TrainingArguments(
+        str(folder), max_steps=steps, per_device_train_batch_size=4, save_strategy="no", use_cpu=True, report_to=[]
+    )  # fmt: skip
+    config = TrimConfig(target_layers=3, importance="auto", selection_budget=budget, **{"drop_every": "once", **trim})
+    trainer = TrimTrainer(model, arguments, trim=config, train_dataset=tiny_texts(), calibration_dataset=examples)
+    trainer.train()
+    batches = [
+        {name: torch.stack([row[name] for row in examples[i : i + 4]]) for name in examples[0]} for i in (0, 4, 8, 12)
+    ]
+    return trainer.model, batches, before
+
+
+def test_little_affords_block_influence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with telling(caplog):
+        model, batches, before = run(tmp_path, 16 / 72)
+    assert "choosing 3 of 4 layers by block influence on 16 examples: about 16 of 16 affordable passes" in caplog.text
+    lowest = score_layers(before, batches, "block_influence")[1:-1].argsort()[:3] + 1
+    assert model.config.trim["kept_layers"] == [layer for layer in range(6) if layer not in lowest.tolist()]
+
+
+def test_with_more_the_better_of_two_sets_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whichever way found it: no set of the audition has a lower loss on what judged."""
+    with telling(caplog):
+        model, batches, before = run(tmp_path, 1.0, 15, warm_up_importance="none")
+    assert "and a lazy scan" in caplog.text
+    kept = model.config.trim["kept_layers"]
+    ranked = score_layers(before, batches, "block_influence")[1:-1].argsort()[:3] + 1
+    scanned = greedy_layers(before, batches[:2], 3).layers
+
+    def loss(layers: Any) -> float:
+        with PassedOver(before).without(layers):
+            return evaluate_metric(before, batches[-1:])
+
+    gone = [layer for layer in range(6) if layer not in kept]
+    assert loss(gone) == pytest.approx(min(loss(ranked.tolist()), loss(scanned)))
+
+
+def test_one_at_a_time_gets_a_share_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with telling(caplog):
+        run(tmp_path, 0.5, drop_every="1")
+    assert len({message for message in caplog.messages if "of 12 affordable passes" in message}) == 3
+
+
+def test_nothing_is_dropped_when_nothing_is_affordable(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected a selection_budget that affords"):
+        run(tmp_path, 0.001)
+
+
+def test_asking_for_a_metric_or_a_tie_breaker_asks_for_a_scan() -> None:
+    auto = TrimConfig(target_layers=2, importance="auto")
+    assert auto.by_budget and auto.score == "block_influence"
+    for changes in ({"scan_metric": "choice_accuracy"}, {"tie_breaker": "activation_norm"}):
+        config = TrimConfig(target_layers=2, importance="auto", **changes)
+        assert not config.by_budget and config.score == "sensitivity"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config_checks import at_least, check_distillation, check_stop_rules
+from .config_checks import at_least, check_distillation, check_selection, check_stop_rules
 
 
 @dataclass
@@ -45,11 +45,20 @@ class TrimConfig:
     importance: str = field(
         default="sensitivity",
         metadata={
-            "help": "The score by which the least important layer is chosen: 'sensitivity' (leave-one-out loss on the "
+            "help": "The score by which the least important layer is chosen: 'auto' (what `selection_budget` affords: block "
+            "influence, and a lazy scan where it does), 'sensitivity' (leave-one-out loss on the "
             "calibration set), 'perplexity', 'activation_norm', 'block_influence', 'layer_redundancy', 'angular', "
             "'relative_magnitude', 'taylor', 'last', 'deepest_except_last', 'first', 'random', or a name given to "
             "`register_importance`. By benchmarks/README.md, quality, 'block_influence' is as good on whole answers and "
             "cheaper, and a little less accurate on labels."
+        },
+    )
+    selection_budget: float = field(
+        default=0.05,
+        metadata={
+            "help": "With importance='auto': the share of the run, in forward passes (a training step is three), that may "
+            "go into choosing layers. It decides whether block influence is looked at alone, or a lazy scan as well, among "
+            "how many layers, on how many examples; the log says which."
         },
     )
     scan_metric: str = field(
@@ -221,11 +230,7 @@ class TrimConfig:
         at_least("calibration_size", self.calibration_size, 1)
         if self.scan_memory_gb is not None and not self.scan_memory_gb > 0:
             raise ValueError(f"Expected scan_memory_gb above 0, or None, got {self.scan_memory_gb}.")
-        if self.scan_metric != "loss" and self.importance != "sensitivity":
-            raise ValueError(
-                f"Expected importance='sensitivity' for scan_metric={self.scan_metric!r}, got {self.importance!r}, which "
-                "does not measure it."
-            )
+        check_selection(self)
         check_stop_rules(self)
         check_distillation(self)
 
@@ -233,6 +238,19 @@ class TrimConfig:
     def has_budget(self) -> bool:
         """Whether measured latency or memory says how far to trim."""
         return self.max_latency_ms is not None or self.max_memory_gb is not None
+
+    @property
+    def by_budget(self) -> bool:
+        """Whether the selection budget says how layers are chosen."""
+        asks = self.scan_metric != "loss" or self.tie_breaker is not None or self.importance_per_ms
+        return self.importance == "auto" and not asks
+
+    @property
+    def score(self) -> str:
+        """The score that layers are ranked by: `importance`; of 'auto' block influence, or a scan where one is asked for."""
+        if self.importance != "auto":
+            return self.importance
+        return "block_influence" if self.scan_metric == "loss" and self.tie_breaker is None else "sensitivity"
 
     def resolve_target(self, base_num_layers: int, num_layers: int) -> int:
         """The number of layers to end with, for a model that has `num_layers` now and had `base_num_layers` once.

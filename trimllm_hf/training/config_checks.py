@@ -6,6 +6,24 @@ import math
 from typing import Any
 
 
+def check_selection(config: Any) -> None:
+    """Check what is spent on choosing layers, and that what is to be measured is.
+
+    Raises:
+        ValueError: If the budget is no share, or the score does not measure the metric of a scan.
+    """
+    if not (is_number(config.selection_budget) and 0 < config.selection_budget <= 1):
+        raise ValueError(
+            f"Expected selection_budget above 0 and up to 1, a share of the run, got {config.selection_budget!r}. To choose "
+            "without a pass, name an importance that takes none ('last')."
+        )
+    if config.scan_metric != "loss" and config.score != "sensitivity":
+        raise ValueError(
+            f"Expected importance='sensitivity' for scan_metric={config.scan_metric!r}, got {config.importance!r}, which "
+            "does not measure it."
+        )
+
+
 def check_stop_rules(config: Any) -> None:
     """Check the budgets, the rule on a metric, and the share that heals.
 

@@ -207,8 +207,10 @@ def begin_run(
         _refuse_lost_calibration_set(config, record, calibration_dataset)
         record.unit_ms = record.unit_ms or ms_of_layers(model, config, engine, args)
         spared = record.trained_layers or ()
+        of_step = args.train_batch_size * args.gradient_accumulation_steps * engine.world_size
+        examples = state.max_steps * of_step / len(plan)  # for each time that layers are chosen
         selector = LayerSelector(
-            config, trainer, engine, dataloader, calibration_dataset, spared, sizes, record.unit_ms
+            config, trainer, engine, dataloader, calibration_dataset, spared, sizes, record.unit_ms, examples
         )  # fmt: skip
     schedule = DropSchedule(plan, record.start_num_layers, least, config.layers_per_drop, rule, budget)
     return Run(config, trainer, engine, record, schedule, selector)
@@ -226,7 +228,7 @@ def _take_adapters(model: PreTrainedModel, config: TrimConfig, layer_map: LayerM
 
 
 def _refuse_lost_calibration_set(config: TrimConfig, record: RunRecord, calibration_dataset: Any) -> None:
-    if calibration_dataset is None and record.calibration_given and needs_data(config.importance):
+    if calibration_dataset is None and record.calibration_given and needs_data(config.score):
         raise ValueError(
             "Expected the calibration_dataset that this run began with, got none. Give it again: "
             "TrimCallback(config, calibration_dataset=…), with restore_callback_states_from_checkpoint=False, since the "

@@ -155,7 +155,7 @@ def source_of(dataset: Any) -> dict[str, str] | None:
 
 
 def _how_calibrated(callback: Any) -> str:
-    if not needs_data(callback.config.importance):
+    if not needs_data(callback.config.score):
         return "none"
     if callback.support.calibration_set_aside:
         return "set aside"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -33,6 +34,7 @@ from ..layer_map import LayerMap
 from ..surgery.drop import PlannedDrop, plan_drop
 from ..surgery.trimmable import resolve_model
 from ..utils import isolated_rng
+from .budgeted_selection import choose_within_budget
 from .config import TrimConfig
 from .dry_run import Planner, droppable, least_important
 from .layer_times import layer_names, names_of
@@ -53,6 +55,7 @@ class LayerSelector:
         spared: Layers that go last, in the base's numbering.
         sizes: For each depth, how many layers have to go at once: what `dry_run` found.
         unit_ms: What `ms_of_layers` found: scores are then per ms.
+        run_examples: Examples that the run trains on for each time that layers are chosen: a selection budget is a share.
 
     Raises:
         ValueError: If there are no examples, there is no metric as the settings name it, or layers are frozen and the
@@ -69,8 +72,10 @@ class LayerSelector:
         spared: Collection[int] = (),
         sizes: Mapping[int, int] = MappingProxyType({}),
         unit_ms: Mapping[str, float] = MappingProxyType({}),
+        run_examples: float = math.inf,
     ) -> None:
         self.config, self.engine, self.spared, self.sizes, self.unit_ms = config, engine, spared, sizes, unit_ms
+        self.run_examples = run_examples
         if config.importance == "taylor":
             refuse_no_gradient(engine)
             refuse_frozen(unwrapped(trainer), config.unit)
@@ -79,7 +84,7 @@ class LayerSelector:
         self._gradients: tuple[int, dict[Any, float]] | None = None  # step, and each layer's score by its gradients
         self.batches: list[Batch] = []
         self.filler_batch: Batch | None = None  # for a process whose share of the calibration set is empty
-        if not needs_data(config.importance):
+        if not needs_data(config.score):
             return
         examples = _drawn(config, trainer.train_dataset) if dataset is None else list(dataset)
         collate, columns = dataloader.collate_fn, getattr(dataloader.dataset, "column_names", None)
@@ -95,7 +100,7 @@ class LayerSelector:
         Of equal ones, the shallower: the deeper is dropped first.
         """
         with self._or_none():
-            scores = self._score(model, self.config.importance, progress)
+            scores = self._score(model, self.config.score, progress)
         order = sorted(range(len(scores)), key=lambda position: (-scores[position].item(), position))
         return sorted(order[:count])
 
@@ -147,7 +152,7 @@ class LayerSelector:
 
     def at_once(self, due: int, depth: int) -> int:
         """How many layers to drop by one scoring: one, unless more are chosen together, or have to go together."""
-        process_group = 1 if self.config.rescore and not is_joint(self.config.importance) else due
+        process_group = 1 if self.config.rescore and not (self.config.by_budget or is_joint(self.config.score)) else due
         return max(process_group, self.sizes.get(depth, 1))
 
     def _allowed(self, model: PreTrainedModel, plan: Planner, scores: Mapping[int, float], count: int) -> PlannedDrop:
@@ -176,16 +181,16 @@ class LayerSelector:
     def _importance(self, model: PreTrainedModel, step: int) -> str:
         """The score to choose by now: not one that goes by the loss while the loss is at chance."""
         config, instead = self.config, self.config.warm_up_importance
-        if instead == "none" or not goes_by_loss(config.importance):
-            return config.importance
+        if instead == "none" or not goes_by_loss(config.score):
+            return config.score
         found = loss_at_unigram_baseline(
             model, self.batches, part=config.part, process_group=self.engine, filler_batch=self.filler_batch
         )
         if found is None:
-            return config.importance
+            return config.score
         logger.warning(
             f"Step {step}: the loss on the calibration set, {found[0]:.4g}, is at chance: knowing only how frequent each "
-            f"label is gives {found[1]:.4g}. Choosing by {instead} instead of {config.importance}."
+            f"label is gives {found[1]:.4g}. Choosing by {instead} instead of {config.score}."
         )
         return instead
 
@@ -193,6 +198,12 @@ class LayerSelector:
         self, model: PreTrainedModel, step: int, progress: bool, count: int, importance: str
     ) -> tuple[Chosen, torch.Tensor]:
         config = self.config
+        if config.by_budget:
+            how = {"process_group": self.engine, "filler_batch": self.filler_batch}
+            spared = self._spared(model)
+            return choose_within_budget(
+                model, self.batches, count, config, step, spared, self.run_examples, **how
+            )  # fmt: skip
         ends = config.protect_first, config.protect_last
         scores = self._scores_by_training(model, step) if importance == config.importance else None
         times = [self.unit_ms[name] for name in layer_names(model, config)] if self.unit_ms else None
@@ -214,7 +225,12 @@ class LayerSelector:
         return [position for position, layer in enumerate(kept) if layer in self.spared]
 
     def _score(
-        self, model: PreTrainedModel, importance: str, progress: bool, window: int = 1, unit_ms: list[float] | None = None
+        self,
+        model: PreTrainedModel,
+        importance: str,
+        progress: bool,
+        window: int = 1,
+        unit_ms: list[float] | None = None,
     ) -> torch.Tensor:
         return score_layers(
             model,
@@ -249,7 +265,7 @@ def check_scores(config: TrimConfig) -> None:
     Raises:
         ValueError: With those that there are.
     """
-    chooses = {config.importance, config.warm_up_importance} - {"none"}
+    chooses = {config.score, config.warm_up_importance} - {"none"}
     for name in chooses | {config.tie_breaker} - {None}:
         needs_data(str(name))
     if config.importance_per_ms:

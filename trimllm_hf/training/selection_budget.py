@@ -37,29 +37,26 @@ class SelectionPlan:
         return f"{said}: about {self.passes:.0f} of {self.affordable:.0f} affordable passes over an example"
 
 
-def plan_selection(
-    share: float, run_examples: float, examples: int, depth: int, drops: int, moments: int = 1
-) -> SelectionPlan:
+def plan_selection(share: float, run_examples: float, examples: int, depth: int, drops: int) -> SelectionPlan:
     """The best way to choose layers that a run can afford.
 
     Args:
         share: Share of the run that may be spent.
-        run_examples: Examples that the run trains on, in all of its steps.
+        run_examples: Examples that the run trains on; for each time that layers are chosen in it.
         examples: Calibration examples at hand.
-        depth: Layers that there are.
-        drops: How many go at a time.
-        moments: How many times layers are chosen.
+        depth: Layers that may go.
+        drops: How many of them go at that time.
 
     Raises:
         ValueError: If not even a pass over one example is affordable; with the arithmetic.
     """
-    affordable = share * STEP * run_examples / moments
+    affordable = share * STEP * run_examples
     if affordable < 1:
         raise ValueError(
             "Expected a selection_budget that affords a pass over a calibration example each time that layers are chosen, "
-            f"got {share:g} of a run of {run_examples:g} examples, each {STEP} passes, for {moments} times: "
-            f"{affordable:.2g} passes. Raise it to {moments / (STEP * run_examples):.2g}, train longer, drop less often, or "
-            "name an importance that takes no passes ('last')."
+            f"got {share:g} of {run_examples:g} training examples for each time, of {STEP} passes each: {affordable:.2g} "
+            f"passes. Raise it to {1 / (STEP * run_examples):.2g}, train longer, drop less often, or name an importance "
+            "that takes no passes ('last')."
         )
     ranked = min(examples, int(affordable))
     left = 1 - (drops - 1) / (2 * depth)  # of the model, on average, while layers leave it

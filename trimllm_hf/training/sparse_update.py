@@ -74,7 +74,7 @@ def refuse_bare_callback(config: TrimConfig, support: TrainerSupport) -> None:
             f"Expected TrimTrainer (or TrimTrainerMixin) for trainable_ratio={ratio}, got a TrimCallback in another "
             "Trainer: a callback comes too late, when the optimizer is made."
         )
-    if ratio is not None and is_joint(config.importance):
+    if ratio is not None and is_joint(config.score):
         raise ValueError(
             f"Expected a score of single layers for trainable_ratio={ratio}, got {config.importance!r}, which scores "
             "successive layers together. Use another importance, like 'block_influence'."

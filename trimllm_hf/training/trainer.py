@@ -76,7 +76,7 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, 
             )
         if any(isinstance(callback, TrimCallback) for callback in self.callback_handler.callbacks):
             raise ValueError("Expected one TrimCallback, got one in callbacks as well. TrimTrainer adds it: pass trim=.")
-        if calibration_dataset is None and self.train_dataset is not None and needs_data(trim.importance):
+        if calibration_dataset is None and self.train_dataset is not None and needs_data(trim.score):
             calibration_dataset, self.train_dataset = set_aside(
                 self.train_dataset, trim.calibration_size, trim.calibration_seed
             )
@@ -157,7 +157,7 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, 
         if not config.has_budget:
             check_room(chosen, depth, config.resolve_target(layer_map.base_num_layers, depth), config)
         layers = [layer_map.kept_layers[position] for position in chosen]
-        logger.info(f"Training {count} of {depth} layers, by {config.importance}: {layers}.")
+        logger.info(f"Training {count} of {depth} layers, by {config.score}: {layers}.")
         return chosen
 
     def before_best_model(self, checkpoint: str) -> None:

@@ -1,0 +1,81 @@
+"""`importance="auto"`: layers chosen by block influence, and by what else the selection budget affords."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..engines import ProcessGroup
+from ..importance import score_layers
+from ..importance.calibration import Batch, num_rows
+from ..importance.lazy import greedy_layers
+from ..importance.order import Chosen, choose
+from ..importance.unigram_baseline import loss_at_unigram_baseline
+from .audition import audition
+from .config import TrimConfig
+from .dry_run import droppable
+from .selection_budget import plan_selection
+
+logger = logging.get_logger("transformers.trimllm_hf")
+
+
+def choose_within_budget(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    count: int,
+    config: TrimConfig,
+    step: int,
+    spared: Collection[int],
+    run_examples: float,
+    *,
+    process_group: ProcessGroup,
+    filler_batch: Batch | None,
+) -> tuple[Chosen, torch.Tensor]:
+    """The layers that go, and the scores of all by block influence.
+
+    Where the budget affords a lazy scan and it finds others, the set without which the held-out loss is lower goes. A scan
+    while the loss is at chance would rank noise.
+
+    Args:
+        model: The unwrapped model.
+        batches: This process's calibration batches.
+        count: How many layers go.
+        config: The settings.
+        step: Optimizer step, for the log.
+        spared: Layers that go only where there are no others.
+        run_examples: Examples that the run trains on for each time that layers are chosen.
+        process_group: The processes of the run.
+        filler_batch: A batch for a process whose share is empty.
+
+    Raises:
+        ValueError: If the budget affords nothing.
+    """
+    how: dict[str, Any] = {"part": config.part, "process_group": process_group, "filler_batch": filler_batch}
+    examples = sum(process_group.gather(sum(map(num_rows, batches))))
+    candidates = droppable(model, config)
+    plan = plan_selection(config.selection_budget, run_examples, examples, len(candidates), count)
+
+    def first(number: int) -> list[Batch]:
+        """So many of the examples, on all processes together: whole batches, one at least."""
+        return list(batches[: max(1, math.ceil(len(batches) * number / examples))])
+
+    logger.info(f"Step {step}: choosing {count} of {len(candidates)} layers by {plan}.")
+    scores = score_layers(model, first(plan.examples), "block_influence", config.unit, **how)
+    chosen = choose(scores, count, candidates=candidates, spared=spared)
+    if not plan.scanned or config.unit != "block" or spared:
+        return chosen, scores
+    if config.warm_up_importance != "none" and loss_at_unigram_baseline(model, batches, **how):
+        return chosen, scores
+    found = greedy_layers(model, first(plan.scanned), count, candidates=candidates, width=plan.width, **how)
+    if sorted(found.layers) == chosen.positions:
+        return chosen, scores
+    sets = {"block influence": chosen.positions, "a lazy scan": sorted(found.layers)}
+    heard = audition(model, sets, batches, config.unit, repaired=getattr(config, "repair", "none") != "none", **how)
+    logger.info(f"Step {step}: {heard}")
+    positions = sets[heard.winner]
+    return Chosen(positions, [scores[position].item() for position in positions], None), scores
