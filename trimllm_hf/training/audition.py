@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -65,7 +66,7 @@ def audition(
         raise ValueError("Expected at least one set of layers to compare, got none.")
     share = max(1, len(batches) // HELD_OUT)
     fitted, held_out = (list(batches[:-share]), list(batches[-share:])) if len(batches) > 1 else (batches, batches)
-    how = {"process_group": process_group, "filler_batch": filler_batch}
+    how: dict[str, Any] = {"process_group": process_group, "filler_batch": filler_batch}
     unique = list(dict.fromkeys(tuple(sorted(layers)) for layers in sets.values()))
     repairs = fit(model, unique, fitted, unit, penalty=PENALTY if repaired else math.inf, part=part, **how)
     heard = {repair.layers: (loss_without(model, repair, held_out, **how), repair) for repair in repairs}

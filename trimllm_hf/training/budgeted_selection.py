@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def choose_within_budget(
     count: int,
     config: TrimConfig,
     step: int,
-    spared: Collection[int],
+    spared: Sequence[int],
     run_examples: float,
     *,
     process_group: ProcessGroup,
