@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config_checks import at_least, check_distillation, check_selection, check_stop_rules
+from .config_checks import at_least, check_distillation, check_selection, check_sparse_update, check_stop_rules
 
 
 @dataclass
@@ -208,12 +208,8 @@ class TrimConfig:
             )
         if self.target_layers is not None:
             at_least("target_layers", self.target_layers, 1)
-        if self.trainable_ratio is not None and not 0 < self.trainable_ratio <= 1:
-            raise ValueError(f"Expected trainable_ratio above 0 and up to 1, or None, got {self.trainable_ratio}.")
         if self.unit not in ("block", "sublayer"):
             raise ValueError(f"Expected unit='block' or 'sublayer', got {self.unit!r}.")
-        if self.unit == "sublayer" and self.trainable_ratio is not None:
-            raise ValueError("Expected unit='block' with trainable_ratio, the share of blocks that train, got 'sublayer'.")
         if self.unit == "sublayer" and self.part is not None:
             raise ValueError(f"Expected unit='block' for a part of an encoder-decoder ({self.part}), got unit='sublayer'.")
         if self.part not in (None, "decoder", "encoder"):
@@ -228,9 +224,8 @@ class TrimConfig:
         at_least("protect_first", self.protect_first, 0)
         at_least("protect_last", self.protect_last, 0)
         at_least("calibration_size", self.calibration_size, 1)
-        if self.scan_memory_gb is not None and not self.scan_memory_gb > 0:
-            raise ValueError(f"Expected scan_memory_gb above 0, or None, got {self.scan_memory_gb}.")
         check_selection(self)
+        check_sparse_update(self)
         check_stop_rules(self)
         check_distillation(self)
 

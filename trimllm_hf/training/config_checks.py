@@ -17,11 +17,25 @@ def check_selection(config: Any) -> None:
             f"Expected selection_budget above 0 and up to 1, a share of the run, got {config.selection_budget!r}. To choose "
             "without a pass, name an importance that takes none ('last')."
         )
+    if config.scan_memory_gb is not None and not config.scan_memory_gb > 0:
+        raise ValueError(f"Expected scan_memory_gb above 0, or None, got {config.scan_memory_gb}.")
     if config.scan_metric != "loss" and config.score != "sensitivity":
         raise ValueError(
             f"Expected importance='sensitivity' for scan_metric={config.scan_metric!r}, got {config.importance!r}, which "
             "does not measure it."
         )
+
+
+def check_sparse_update(config: Any) -> None:
+    """Check the share of the layers that trains.
+
+    Raises:
+        ValueError: If it is no share, or the layers are sublayers.
+    """
+    if config.trainable_ratio is not None and not 0 < config.trainable_ratio <= 1:
+        raise ValueError(f"Expected trainable_ratio above 0 and up to 1, or None, got {config.trainable_ratio}.")
+    if config.unit == "sublayer" and config.trainable_ratio is not None:
+        raise ValueError("Expected unit='block' with trainable_ratio, the share of blocks that train, got 'sublayer'.")
 
 
 def check_stop_rules(config: Any) -> None:

@@ -199,17 +199,10 @@ class LayerSelector:
     ) -> tuple[Chosen, torch.Tensor]:
         config = self.config
         if config.by_budget:
+            of_run = config, step, self._spared(model), self.run_examples
             return choose_within_budget(
-                model,
-                self.batches,
-                count,
-                config,
-                step,
-                self._spared(model),
-                self.run_examples,
-                process_group=self.engine,
-                filler_batch=self.filler_batch,
-            )
+                model, self.batches, count, *of_run, process_group=self.engine, filler_batch=self.filler_batch
+            )  # fmt: skip
         ends = config.protect_first, config.protect_last
         scores = self._scores_by_training(model, step) if importance == config.importance else None
         times = [self.unit_ms[name] for name in layer_names(model, config)] if self.unit_ms else None
