@@ -8,7 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config_checks import at_least, check_distillation, check_selection, check_sparse_update, check_stop_rules
+from .config_checks import (
+    at_least,
+    check_distillation,
+    check_schedule,
+    check_selection,
+    check_sparse_update,
+    check_stop_rules,
+    check_unit,
+)
 
 
 @dataclass
@@ -208,18 +216,8 @@ class TrimConfig:
             )
         if self.target_layers is not None:
             at_least("target_layers", self.target_layers, 1)
-        if self.unit not in ("block", "sublayer"):
-            raise ValueError(f"Expected unit='block' or 'sublayer', got {self.unit!r}.")
-        if self.unit == "sublayer" and self.part is not None:
-            raise ValueError(f"Expected unit='block' for a part of an encoder-decoder ({self.part}), got unit='sublayer'.")
-        if self.part not in (None, "decoder", "encoder"):
-            raise ValueError(f"Expected part='decoder', 'encoder' or None, got {self.part!r}.")
-        if self.drop_every not in ("auto", "once", "epoch"):
-            if not self.drop_every.isdecimal() or int(self.drop_every) < 1:
-                raise ValueError(
-                    f"Expected drop_every to be 'auto', 'once', 'epoch' or a number of steps of at least 1, got "
-                    f"{self.drop_every!r}."
-                )
+        check_unit(self)
+        check_schedule(self)
         at_least("layers_per_drop", self.layers_per_drop, 1)
         at_least("protect_first", self.protect_first, 0)
         at_least("protect_last", self.protect_last, 0)

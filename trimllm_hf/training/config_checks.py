@@ -6,6 +6,34 @@ import math
 from typing import Any
 
 
+def check_unit(config: Any) -> None:
+    """Check what a layer is, and of which stack.
+
+    Raises:
+        ValueError: If there is no such unit or part, or they do not go together.
+    """
+    if config.unit not in ("block", "sublayer"):
+        raise ValueError(f"Expected unit='block' or 'sublayer', got {config.unit!r}.")
+    if config.unit == "sublayer" and config.part is not None:
+        raise ValueError(f"Expected unit='block' for a part of an encoder-decoder ({config.part}), got unit='sublayer'.")
+    if config.part not in (None, "decoder", "encoder"):
+        raise ValueError(f"Expected part='decoder', 'encoder' or None, got {config.part!r}.")
+
+
+def check_schedule(config: Any) -> None:
+    """Check when layers are dropped.
+
+    Raises:
+        ValueError: If there is no such schedule.
+    """
+    if config.drop_every not in ("auto", "once", "epoch"):
+        if not config.drop_every.isdecimal() or int(config.drop_every) < 1:
+            raise ValueError(
+                f"Expected drop_every to be 'auto', 'once', 'epoch' or a number of steps of at least 1, got "
+                f"{config.drop_every!r}."
+            )
+
+
 def check_selection(config: Any) -> None:
     """Check what is spent on choosing layers, and that what is to be measured is.
 
