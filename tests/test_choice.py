@@ -20,7 +20,8 @@ from transformers import (
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer
 from trimllm_hf.surgery.blocks import find_blocks
 from trimllm_hf.surgery.drop import plan_drop
-from trimllm_hf.training.dry_run import dry_run, least_important
+from trimllm_hf.surgery.feasibility import least_important
+from trimllm_hf.training.dry_run import dry_run
 
 
 def hybrid() -> PreTrainedModel:

@@ -9,6 +9,7 @@
 | `from_config` | `build_from_config`: the model that a config describes, on the meta device |
 | `position_constraints`, `per_layer_tensors`, `unshare_config` | what no field of a config shows |
 | `adapters` | `base_of`, `adapters_of`: PEFT's wrapper and the configs of its adapters |
+| `feasibility` | which layers can be dropped, and how far, by the config alone |
 | `units` | the blocks or sublayers of a model as candidates for a score |
 | `sublayers` | an attention or an MLP that is dropped alone |
 """

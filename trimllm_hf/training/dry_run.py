@@ -6,7 +6,6 @@ block of T5), and some repeat a pattern that their config cannot write out: ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,13 +15,12 @@ from transformers import PreTrainedModel
 from ..layer_map import LayerMap
 from ..surgery.adapters import adapters_of, base_of
 from ..surgery.blocks import find_blocks
-from ..surgery.drop import PlannedDrop, plan_drop, refuse_per_layer_tensors
+from ..surgery.drop import plan_drop, refuse_per_layer_tensors
+from ..surgery.feasibility import least_important
 from ..surgery.from_config import build_from_config
 from ..surgery.sublayers import attentions_that_stay
 from ..surgery.trimmable import resolve_model
 from .config import TrimConfig
-
-Planner = Callable[[list[int]], PlannedDrop]  # plans a drop of some positions, or raises a ValueError
 
 
 def droppable(model: nn.Module, config: TrimConfig) -> list[int]:
@@ -42,30 +40,6 @@ def droppable(model: nn.Module, config: TrimConfig) -> list[int]:
         for position, (layer, kind) in enumerate(layer_map.sublayers)
         if layer in inside and not (kind == "attention" and layer in stay)
     ]
-
-
-def least_important(plan: Planner, scores: Mapping[int, float], most: int, usual: int = 1) -> PlannedDrop:
-    """Plan the drop of the least important layer that may go; where none may, of a few that lie next to one another.
-
-    Args:
-        plan: Plans a drop of some positions, or raises a ValueError.
-        scores: The scores of the positions that are not protected; of equal ones the deepest goes first.
-        most: How many layers may go at once.
-        usual: How many had to go at once before: tried first.
-
-    Raises:
-        ValueError: If nothing can be dropped; what was said of the least important layer.
-    """
-    refusal: ValueError | None = None
-    for size in sorted(range(1, most + 1), key=lambda size: (size != usual, size)):
-        runs = [[*range(first, first + size)] for first in scores]
-        possible = [run for run in runs if all(position in scores for position in run)]
-        for run in sorted(possible, key=lambda run: (sum(scores[position] for position in run), -run[0])):
-            try:
-                return plan(run)
-            except ValueError as error:
-                refusal = refusal or error
-    raise refusal or ValueError(f"Expected layers that may go, got only protected ones beside {sorted(scores)}.")
 
 
 def dry_run(model: nn.Module, config: TrimConfig, to_drop: int) -> dict[int, int]:

@@ -32,11 +32,12 @@ from ..importance.order import Chosen, choose, choose_window
 from ..importance.unigram_baseline import loss_at_unigram_baseline
 from ..layer_map import LayerMap
 from ..surgery.drop import PlannedDrop, plan_drop
+from ..surgery.feasibility import Planner, least_important
 from ..surgery.trimmable import resolve_model
 from ..utils import isolated_rng
 from .budgeted_selection import choose_within_budget
 from .config import TrimConfig
-from .dry_run import Planner, droppable, least_important
+from .dry_run import droppable
 from .layer_times import layer_names, names_of
 from .trainer_hooks import unwrapped
 

@@ -1,0 +1,61 @@
+"""What can be dropped is what drop_layers drops, said from the config alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from trimllm_hf import drop_layers
+from trimllm_hf.cli import app
+from trimllm_hf.surgery.feasibility import feasible_drops
+
+
+def doctor(folder: Path, *more: str, code: int = 0) -> dict[str, Any]:
+    done = CliRunner().invoke(app, ["doctor", str(folder), "--json", *more])
+    assert done.exit_code == code, done.output
+    return json.loads(done.stdout)
+
+
+def test_a_llama_loses_any_layer_and_half_of_one(tmp_path: Path) -> None:
+    tiny_model().config.save_pretrained(tmp_path)  # no weights are there
+    said = doctor(tmp_path)
+    assert said["can_be_dropped_alone"] == list(range(6)) and said["depths"] == [5, 4, 3, 2, 1] and said["sublayers"]
+    assert said["parameters"] == tiny_model().num_parameters()
+    # by hand: a pass is 6 block calls; scans at 6, 5, 4 layers make 15 + 10 + 6 calls, and start from 6 + 5 + 4
+    assert said["scan_in_forward_passes"]["half_depth"] == pytest.approx((15 + 10 + 6 + 15) / 6)
+
+
+def test_what_it_says_is_what_drop_layers_does() -> None:
+    """A hybrid whose only attention is block 2: it stays."""
+    config = AutoConfig.for_model(
+        "jamba", vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=1, num_experts_per_tok=1, use_mamba_kernels=False, mamba_d_state=4,
+        attn_layer_period=6, attn_layer_offset=2, expert_layer_period=2, expert_layer_offset=1,
+    )  # fmt: skip
+    with torch.device("meta"):
+        found = feasible_drops(AutoModelForCausalLM.from_config(config))
+    assert set(found.alone) | set(found.refusals) == set(range(6)) and 2 in found.refusals
+    for position in range(6):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        if position in found.alone:
+            assert drop_layers(model, [position]).num_layers == 5
+        else:
+            with pytest.raises(ValueError) as refused:
+                drop_layers(model, [position])
+            assert str(refused.value) == found.refusals[position]
+
+
+def test_a_missing_package_is_named_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model().config.save_pretrained(tmp_path)
+    monkeypatch.setattr("trimllm_hf.cli.doctor._version", lambda name: None if name == "deepspeed" else "1")
+    assert doctor(tmp_path, "--engine", "zero3", code=1)["missing_for_engine"] == ["deepspeed"]
+    assert doctor(tmp_path, "--engine", "ddp")["missing_for_engine"] == []
+    assert CliRunner().invoke(app, ["doctor", str(tmp_path), "--engine", "zero4"]).exit_code == 2

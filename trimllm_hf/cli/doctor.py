@@ -1,0 +1,109 @@
+"""`trimllm doctor`: before a long run, whether a model, an engine and this environment can be trimmed, and what it costs."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+
+from .app import Json, answer, app, table
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model; only its config is read.")],
+    engine: Annotated[
+        str, typer.Option(help="How the run will be launched: none, ddp, fsdp2, zero1, zero2, zero3.")
+    ] = "none",
+    part: Annotated[str | None, typer.Option(help="Of an encoder-decoder: decoder (the default) or encoder.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that lies beside the weights.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say whether a model can be trimmed: which layers can be dropped, how far, under which engine, and what a scan costs.
+
+    Exit status 1 if it cannot be trimmed here; the reason is printed. Nothing is loaded but config.json.
+
+    **Example:** `trimllm doctor org/base --engine zero3`
+    """
+    from ..engines.requirements import ENGINES, PACKAGES
+
+    if engine not in ENGINES:
+        raise typer.BadParameter(f"Expected one of {', '.join(ENGINES)}, got {engine}.", param_hint="--engine")
+    from transformers import AutoConfig
+
+    from ..latency.depths import with_random_weights
+    from ..latency.sizes import sizes_of
+    from ..surgery.feasibility import feasible_drops
+
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    made = with_random_weights(config, device="meta")
+    found, sizes = feasible_drops(made, part), sizes_of(made)
+    packages = {name: _version(name) for name in PACKAGES}
+    missing = [name for name in ENGINES[engine] if packages[name] is None]
+    layers = found.num_layers
+    plain: dict[str, Any] = {
+        "model": model,
+        "model_type": config.model_type,
+        "num_layers": layers,
+        "parameters": sizes.parameters,
+        "weight_bytes": sizes.weight_bytes,
+        "can_be_dropped_alone": list(found.alone),
+        "refused": {str(position): why for position, why in found.refusals.items()},
+        "depths": list(found.depths),
+        "sublayers": found.sublayers is None,
+        "why_no_sublayers": found.sublayers,
+        "engine": engine,
+        "missing_for_engine": missing,
+        "packages": packages,
+        "packages_are": PACKAGES,
+        "scan_in_forward_passes": {"one": layers / 2, "half_depth": _passes(layers, layers // 2)},
+    }
+    answer(plain, as_json, lambda: _shown(plain))
+    if not found.depths or missing:
+        raise typer.Exit(1)
+
+
+def _passes(layers: int, target: int) -> float:
+    """Forward passes of a calibration set that scans for each drop from a depth to another cost, in full-depth passes.
+
+    One scan at depth n is n(n-1)/2 block calls in the sweep, and the pass that it starts from; a pass is n block calls.
+    """
+    return sum((n * (n - 1) / 2 + n) / layers for n in range(target + 1, layers + 1))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _shown(plain: dict[str, Any]) -> list[Any]:
+    layers, depths = plain["num_layers"], plain["depths"]
+    alone, refused = plain["can_be_dropped_alone"], plain["refused"]
+    if not depths:
+        verdict = "cannot be trimmed by blocks"
+    else:
+        verdict = f"can be trimmed, from {layers} layers down to {min(depths)}"
+    lines = [f"{plain['model']} ({plain['model_type']}, {plain['parameters']:,} parameters): {verdict}."]
+    if refused and alone:
+        lines.append(f"Cannot be dropped alone: {', '.join(refused)}.")
+    lines += [f"Why: {next(iter(refused.values()))}"] if refused else []
+    steps = {first - second for first, second in zip([layers, *depths], depths, strict=False)}
+    if depths and steps != {1}:
+        lines.append(f"Depths that can be reached: {', '.join(map(str, depths))}. Layers go {max(steps)} at a time at most.")
+    why = plain["why_no_sublayers"]
+    lines.append("By sublayers: yes." if why is None else f"By sublayers: no. {why}")
+    cost = plain["scan_in_forward_passes"]
+    lines.append(
+        f"A scan of all layers costs {cost['one']:.3g} forward passes of the calibration set; one for each drop down to "
+        f"half the depth {cost['half_depth']:.3g}. Block influence costs one pass each time."
+    )
+    if plain["missing_for_engine"]:
+        lines.append(f"Missing for {plain['engine']}: {', '.join(plain['missing_for_engine'])}.")
+    rows = [(name, found or "not installed", plain["packages_are"][name]) for name, found in plain["packages"].items()]
+    return [*lines, table(None, "package", "version", "", rows=rows)]

@@ -1,0 +1,106 @@
+"""Which layers of a model can be dropped, and how far, by its config alone: nothing is loaded and nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from .adapters import adapters_of, base_of
+from .blocks import find_blocks
+from .drop import PlannedDrop, plan_drop
+from .from_config import build_from_config
+from .sublayers import find_output_specs
+from .trimmable import resolve_model
+
+Planner = Callable[[list[int]], PlannedDrop]  # plans a drop of some positions, or raises a ValueError
+
+
+@dataclass(frozen=True)
+class Feasibility:
+    """What can be dropped from a model.
+
+    Attributes:
+        num_layers: Its depth.
+        alone: The positions of blocks that can be dropped alone.
+        refusals: Why the others cannot, by position.
+        depths: The depths that can be reached, deepest first.
+        sublayers: Whether an attention or an MLP can be dropped alone; None: yes, else the reason why not.
+    """
+
+    num_layers: int
+    alone: tuple[int, ...]
+    refusals: Mapping[int, str]
+    depths: tuple[int, ...]
+    sublayers: str | None
+
+
+def feasible_drops(model: nn.Module, part: str | None = None) -> Feasibility:
+    """Try the drop of each block, of as many blocks as possible, and of a sublayer, on copies without memory.
+
+    Args:
+        model: A transformers model, unwrapped; one on the meta device will do.
+        part: Of an encoder-decoder, "decoder" or "encoder".
+
+    Raises:
+        ValueError: If the model has no single list of blocks.
+    """
+    target = resolve_model(model, part)
+    alone, refusals = [], {}
+    for position in range(len(target.stack)):
+        try:
+            plan_drop(target, [position])
+            alone.append(position)
+        except ValueError as error:
+            refusals[position] = str(error)
+    try:
+        find_output_specs(target.skeleton_stack.blocks[0], target.stack.config.hidden_size)
+        without: str | None = "encoder-decoders lose whole blocks only" if target.stack.part else None
+    except ValueError as error:
+        without = str(error)
+    return Feasibility(len(target.stack), tuple(alone), refusals, tuple(_depths(model, part)), without)
+
+
+def least_important(plan: Planner, scores: Mapping[int, float], most: int, usual: int = 1) -> PlannedDrop:
+    """Plan the drop of the least important layer that may go; where none may, of a few that lie next to one another.
+
+    Args:
+        plan: Plans a drop of some positions, or raises a ValueError.
+        scores: The scores of the positions that are not protected; of equal ones the deepest goes first.
+        most: How many layers may go at once.
+        usual: How many had to go at once before: tried first.
+
+    Raises:
+        ValueError: If nothing can be dropped; what was said of the least important layer.
+    """
+    refusal: ValueError | None = None
+    for size in sorted(range(1, most + 1), key=lambda size: (size != usual, size)):
+        runs = [[*range(first, first + size)] for first in scores]
+        possible = [run for run in runs if all(position in scores for position in run)]
+        for run in sorted(possible, key=lambda run: (sum(scores[position] for position in run), -run[0])):
+            try:
+                return plan(run)
+            except ValueError as error:
+                refusal = refusal or error
+    raise refusal or ValueError(f"Expected layers that may go, got only protected ones beside {sorted(scores)}.")
+
+
+def _depths(model: nn.Module, part: str | None) -> list[int]:
+    """The depths on the way down, the deepest block that may go first."""
+    base = base_of(model)
+    copy: Any = build_from_config(base, {}, part, adapters_of(base))
+    depth, size, found = len(find_blocks(copy, part)), 1, []
+    while depth > 1:
+        scores = {position: -float(position) for position in range(depth)}
+        try:
+            drop = least_important(partial(plan_drop, resolve_model(copy, part)), scores, depth - 1, size)
+        except ValueError:
+            break
+        size = len(drop.positions)
+        drop.apply()
+        depth -= size
+        found.append(depth)
+    return found
