@@ -282,7 +282,7 @@ def _mean(
             f"Expected calibration batches with tokens to score by {name!r}, got {num_counted} batches without any."
         )
     scores = sums[:-1] / sums[-1]
-    if unit == "sublayer" and len(scores) != len(list_units(model, unit)):
+    if unit != "block" and len(scores) != len(list_units(model, unit)):
         raise ValueError(f"Expected unit='block' for the importance {name!r}, got {unit!r}. Use a scan or a rule.")
     refuse_not_finite(name, scores, process_group.gather(wrong))
     return scores

@@ -39,7 +39,7 @@ def measure_layers(
         prompt_tokens: Tokens before the generated ones.
     """
     stack = find_blocks(base_of(model), part)
-    units = list_units(model, unit) if unit == "sublayer" else [Unit(position) for position in range(len(stack))]
+    units = [Unit(position) for position in range(len(stack))] if unit == "block" else list_units(model, unit)
     modules = [unit.parts or (stack.blocks[unit.position],) for unit in units]
     types = layer_types(stack)
     kinds = [(types[unit.position], *map(_built, parts)) for unit, parts in zip(units, modules, strict=True)]

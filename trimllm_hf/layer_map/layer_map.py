@@ -19,7 +19,7 @@ __all__ = ["DropRecord", "LayerMap", "depth_name", "num_hidden_layers", "part_co
 
 VERSION = 1
 MODEL_TYPE = "trimllm"  # in config.json, of a model that lacks sublayers
-UNITS = ("block", "sublayer")
+UNITS = {"block": 1, "sublayer": 2}  # what can be dropped, and how many of it a block has
 SUBLAYER_KINDS = ("attention", "mlp")  # of a block, in the order in which sublayers are numbered
 MOST_LAYERS = 100_000  # a map from a hostile file must not fill the memory
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME, which takes seconds to import

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from ..layer_map import TRAINER_STATE, LayerMap
+from ..layer_map import TRAINER_STATE, UNITS, LayerMap
 from ..loading.checkpoints import last_complete_checkpoint
 from ..utils import json_at
 from .card import read_report
@@ -114,10 +114,10 @@ def points(log: list[dict[str, Any]], name: str) -> tuple[list[float], list[floa
 
 def drops(layer_map: LayerMap) -> list[tuple[int, int]]:
     """Step and depth after each drop with a known step, in blocks or, by sublayers, in sublayers."""
-    sublayers = layer_map.unit == "sublayer"
-    depth, found = layer_map.base_num_layers * (2 if sublayers else 1), []
+    a_block = UNITS[layer_map.unit]
+    depth, found = layer_map.base_num_layers * a_block, []
     for record in layer_map.history:
-        depth -= len(record.dropped) * (2 if sublayers and record.sublayers is None else 1)
+        depth -= len(record.dropped) * (a_block if record.sublayers is None else 1)
         if record.step is not None:
             found.append((record.step, depth))
     return found
@@ -139,7 +139,7 @@ def _course(record: RunRecord) -> Any:
     if upper.lines:
         upper.legend(frameon=False, labelcolor=INK)
     last = max([step for steps, _ in losses.values() for step in steps] + [step for step, _ in went])
-    depth = record.layer_map.base_num_layers * (2 if record.layer_map.unit == "sublayer" else 1)
+    depth = record.layer_map.base_num_layers * UNITS[record.layer_map.unit]
     lower.step([0, *(step for step, _ in went), last], [depth, *(d for _, d in went), went[-1][1] if went else depth],
                where="post", color=KEPT, linewidth=1.6)  # fmt: skip
     lower.set_ylim(0, depth * 1.05)

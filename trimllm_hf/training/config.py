@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..layer_map import UNITS
 from .config_checks import (
     at_least,
     check_distillation,
@@ -254,10 +255,9 @@ class TrimConfig:
         Raises:
             ValueError: If the target is not below the depth, or would need a protected layer to go.
         """
-        protected = (self.protect_first + self.protect_last) * (2 if self.unit == "sublayer" else 1)
+        protected = (self.protect_first + self.protect_last) * UNITS[self.unit]
         if self.target_layers is not None:
-            target = self.target_layers
-            said = f"target_layers={target}"
+            target, said = self.target_layers, f"target_layers={self.target_layers}"
         elif self.target_ratio is None:
             target = max(1, protected)
             said = f"{protected} protected layers"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..layer_map import UNITS
+
 
 def check_unit(config: Any) -> None:
     """Check what a layer is, and of which stack.
@@ -12,9 +14,9 @@ def check_unit(config: Any) -> None:
     Raises:
         ValueError: If there is no such unit or part, or they do not go together.
     """
-    if config.unit not in ("block", "sublayer"):
+    if config.unit not in UNITS:
         raise ValueError(f"Expected unit='block' or 'sublayer', got {config.unit!r}.")
-    if config.unit == "sublayer" and config.part is not None:
+    if config.unit != "block" and config.part is not None:
         raise ValueError(f"Expected unit='block' for a part of an encoder-decoder ({config.part}), got unit='sublayer'.")
     if config.part not in (None, "decoder", "encoder"):
         raise ValueError(f"Expected part='decoder', 'encoder' or None, got {config.part!r}.")
@@ -62,7 +64,7 @@ def check_sparse_update(config: Any) -> None:
     """
     if config.trainable_ratio is not None and not 0 < config.trainable_ratio <= 1:
         raise ValueError(f"Expected trainable_ratio above 0 and up to 1, or None, got {config.trainable_ratio}.")
-    if config.unit == "sublayer" and config.trainable_ratio is not None:
+    if config.unit != "block" and config.trainable_ratio is not None:
         raise ValueError("Expected unit='block' with trainable_ratio, the share of blocks that train, got 'sublayer'.")
 
 

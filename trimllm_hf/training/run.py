@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..engines import Engine, attach
 from ..importance import needs_data
-from ..layer_map import LayerMap
+from ..layer_map import UNITS, LayerMap
 from ..loading.depth_check import refuse_deeper_best
 from ..loading.trim_like import restore_layers_from
 from ..surgery.adapters import adapters_of, base_of, patch_adapter_save
@@ -190,7 +190,7 @@ def begin_run(
     engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
     record.num_processes = engine.world_size
     depth = record.layer_map.num_units(config.unit)
-    base_depth = record.layer_map.base_num_layers * (2 if config.unit == "sublayer" else 1)
+    base_depth = record.layer_map.base_num_layers * UNITS[config.unit]
     target = least = config.resolve_target(base_depth, depth)
     budget = rule = selector = None
     if config.has_budget:
