@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from trimllm_hf import LayerMap, trim_like
+from trimllm_hf.layer_map.base_check import logger
 
 GOOD = LayerMap(6, (0, 1, 2, 3, 4, 5), base_model="org/base").drop([1], 3, "sensitivity", [0.5]).drop([2, 0], 6)
 
@@ -97,3 +99,23 @@ def test_trim_like_wants_a_base_that_has_the_layers(tmp_path: Path) -> None:
         trim_like(model, tmp_path)
     with pytest.raises(ValueError, match="is not a folder"):
         trim_like(model, tmp_path / "nowhere")
+
+
+def test_layers_of_another_base_are_refused() -> None:
+    ours = LayerMap(6, tuple(range(6)), base_model="org/one", base_revision="a" * 40)
+    theirs = LayerMap(6, (0, 2, 3, 4, 5), base_model="org/other", base_revision="b" * 40)
+    with pytest.raises(ValueError, match=r"Expected a model of the base 'org/other'.*got one of 'org/one'"):
+        ours.positions_to_drop(theirs)
+    for same in (replace(theirs, base_model="org/one"), replace(theirs, base_model=None)):
+        assert ours.positions_to_drop(same) == [1]
+
+
+def test_a_base_under_another_path_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    ours = LayerMap(6, tuple(range(6)), base_model="/models/one")
+    theirs = LayerMap(6, (0, 2, 3, 4, 5), base_model="org/other", base_revision="b" * 40)
+    logger.addHandler(caplog.handler)
+    try:
+        assert ours.positions_to_drop(theirs) == [1]
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "'org/other'" in caplog.text and "'/models/one'" in caplog.text

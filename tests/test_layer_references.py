@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from test_surgery import assert_same, snapshot
 from tiny import tiny_model, tokens
 from torch import nn
 from transformers import BitsAndBytesConfig, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
-from trimllm_hf import drop_layers
+from trimllm_hf import drop_layers, load_kept_layers, write_kept_layers
 from trimllm_hf.surgery.blocks import find_blocks
 from trimllm_hf.surgery.forward_reads import fields_in_source
 from trimllm_hf.surgery.layer_references import HANDLED_ELSEWHERE, OF_OTHER_PARTS, OF_THE_LAST, OFFSETS
@@ -257,12 +258,44 @@ def test_an_early_exit_follows_its_layers() -> None:
     assert_same(before, snapshot(model))
 
 
-def test_a_trimmed_config_counts_no_layers_that_are_not_in_its_files() -> None:
+def test_an_early_exit_follows_its_layers_by_files(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.generation_config.assistant_early_exit = 4
+    model.save_pretrained(tmp_path / "base")
+    write_kept_layers(tmp_path / "base", [0, 2, 3, 4], tmp_path / "trimmed")
+    for trimmed in (
+        load_kept_layers(tmp_path / "base", [0, 2, 3, 4]),
+        type(model).from_pretrained(tmp_path / "trimmed"),
+    ):
+        assert trimmed.generation_config.assistant_early_exit == 3
+
+
+def with_layer_behind() -> PreTrainedModel:
     config = transformers.Glm4MoeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4, head_dim=8,
         num_key_value_heads=2, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
         num_nextn_predict_layers=1, pad_token_id=0,
     )  # fmt: skip
-    model = transformers.Glm4MoeForCausalLM(config)
+    torch.manual_seed(0)
+    return transformers.Glm4MoeForCausalLM(config).eval()
+
+
+def test_a_trimmed_config_counts_no_layers_that_are_not_in_its_files(tmp_path: Path) -> None:
+    model = with_layer_behind()
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.5.")}
+    behind = {name.replace("layers.5.", "layers.6."): tensor.clone() for name, tensor in last.items()}
+    save_file({**tensors, **behind}, file, metadata={"format": "pt"})
+    write_kept_layers(tmp_path / "base", [0, 1, 3, 4, 5], tmp_path / "trimmed")
     drop_layers(model, [2])
     assert model.config.num_nextn_predict_layers == 0
+    again = type(model).from_pretrained(tmp_path / "trimmed")
+    assert again.config.num_nextn_predict_layers == 0
+    assert (
+        max(int(name.split(".")[2]) for name in load_file(tmp_path / "trimmed" / "model.safetensors") if "layers" in name)
+        == 4
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens() % 64).logits, model(tokens() % 64).logits, rtol=0, atol=0)

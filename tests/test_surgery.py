@@ -229,6 +229,45 @@ def test_a_shared_config_is_not_shared_any_more() -> None:
     assert alone.config is config_of_alone
 
 
+def test_a_config_that_a_module_shares_in_any_way_is_found() -> None:
+    """As where a module's attributes are no dict that refers to the config (Python 3.13)."""
+
+    class Holder(nn.Module):
+        def __init__(self, config) -> None:
+            super().__init__()
+            self.config = config
+
+    model = tiny_model()
+    config = model.config
+    holder = Holder(config)
+    drop_layers(model, [1])
+    assert holder.config is config and config.num_hidden_layers == 6
+    assert model.config is not config and model.config.num_hidden_layers == 5
+
+
+def hybrid() -> PreTrainedModel:
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    types = ["mamba", "moe", "attention", "mlp", "mamba", "moe"]
+    config = NemotronHConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, layers_block_type=types, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=8, n_groups=1, chunk_size=8,
+        moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, moe_shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return NemotronHForCausalLM(config).eval()
+
+
+def test_the_only_layer_with_keys_and_values_stays() -> None:
+    model = hybrid()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"attention layers \[2\] to stay.*Nothing was changed"):
+        drop_layers(model, [2])  # the other layers are a state space's, experts and an MLP
+    assert_same(before, snapshot(model))
+    drop_layers(model, [1, 3, 4])
+    assert model.generate(tokens(1), max_new_tokens=2, do_sample=False).shape == (1, 14)
+
+
 def test_a_shared_text_config_is_not_shared_any_more() -> None:
     from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedConfig
 from ..utils import is_count, shown
 
 PARTS = ("decoder", "encoder")
+LAYERS_BEHIND = re.compile(r"num_nextn_predict_layers|num_mtp_layers|mtp_num_(hidden_)?layers|num_mtp_modules")
 _FLAT = {  # where one config describes both stacks
     "decoder": ("decoder_layers", "num_decoder_layers"),
     "encoder": ("encoder_layers", "num_encoder_layers", "num_layers"),
@@ -79,6 +81,12 @@ def num_hidden_layers(config: PreTrainedConfig, part: str | None = None) -> int:
     if not is_count(depth) or depth < 1:
         raise ValueError(f"Expected a config with num_hidden_layers, got {type(config).__name__} with {shown(depth)}.")
     return depth
+
+
+def num_layers_behind(config: PreTrainedConfig) -> int:
+    """How many layers for multi-token prediction stand behind the blocks in a checkpoint's files, by the config."""
+    found = [value for name, value in vars(config).items() if LAYERS_BEHIND.fullmatch(name) and is_count(value)]
+    return max(found, default=0)
 
 
 def base_name(config: PreTrainedConfig) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..utils import is_count, json_at, shown
+from .base_check import refuse_other_base
 from .depth import PARTS, base_name, depth_name, num_hidden_layers, part_config, resolve_part
 from .record import DropRecord, check_layers, check_positions, check_sublayers
 from .trainer_state import run_in
@@ -176,18 +177,16 @@ class LayerMap:
         """Which positions a model with this map has to drop to keep what `other` keeps, counted in `common_unit`.
 
         Raises:
-            ValueError: If `other` is of another base depth or keeps layers that this model no longer has.
+            ValueError: If `other` is of another base or depth, or keeps layers that this model no longer has.
         """
         if other.part != self.part:
-            raise ValueError(
-                f"Expected a model whose map is of the part {other.part!r}, got one of the part {self.part!r}. Load the "
-                "full-depth base model instead."
-            )
+            raise ValueError(f"Expected a map of the part {other.part!r}, got one of {self.part!r}. Load the base model.")
         if other.base_num_layers != self.base_num_layers:
             raise ValueError(
                 f"Expected a base model of {other.base_num_layers} layers, got one of {self.base_num_layers}. Load the "
                 f"base model that was trimmed{f' ({other.base_model})' if other.base_model else ''}."
             )
+        refuse_other_base(self, other)
         missing = sorted(set(other.sublayers) - set(self.sublayers))
         if missing:
             layers = sorted({layer for layer, _ in missing})

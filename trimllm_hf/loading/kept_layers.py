@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import extract_commit_hash  # type: ignore[attr-defined]  # re-exported there
 
-from ..layer_map import LayerMap
+from ..layer_map import LayerMap, num_layers_behind
 from ..surgery.blocks import find_blocks
 from ..surgery.drop import plan_drop
 from ..surgery.per_layer_tensors import cut
@@ -33,6 +33,7 @@ class KeptLayers:
         kept_layers: The layers that stay.
         depth: How many the base has.
         prefix: What stands before a layer's number in the names.
+        generation: The fields of the base's generation config that name layers, as they are for the trimmed model.
     """
 
     model_class: type[PreTrainedModel]
@@ -43,6 +44,7 @@ class KeptLayers:
     kept_layers: Sequence[int]
     depth: int
     prefix: str
+    generation: dict[str, Any]
 
     def tensors(self, files: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """File by file: a kept tensor's name in the trimmed model, and the tensor as it is there."""
@@ -85,7 +87,7 @@ def load_kept_layers(
     state = dict(plan.tensors())
     model: PreTrainedModel = plan.model_class.from_pretrained(None, config=plan.config, state_dict=state, **arguments)
     if model.can_generate() and (generation := files.find("generation_config.json")):
-        model.generation_config = transformers.GenerationConfig.from_pretrained(generation.parent)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(generation.parent, **plan.generation)
     return model
 
 
@@ -113,18 +115,23 @@ def plan_kept_layers(
     if getattr(config, "trim", None) is not None and LayerMap.from_config(config).unit != "block":
         raise ValueError("Expected a base of whole blocks, got one trimmed by sublayers. Load it with from_pretrained.")
     weights = files.weights()
-    prefix = _layer_prefix([name for file in weights.values() for name in file.tensors], stack.name, depth)
+    behind = num_layers_behind(stack.config)
+    prefix = _layer_prefix([name for file in weights.values() for name in file.tensors], stack.name, depth, behind)
     names = {file: renumbered(held.tensors, prefix, kept_layers) for file, held in weights.items()}
     per_layer: dict[str, int] = {}
+    generation: dict[str, Any] = {}
+    if model.can_generate() and (file := files.find("generation_config.json")):
+        model.generation_config = transformers.GenerationConfig.from_pretrained(file.parent)
     dropped = [layer for layer in range(depth) if layer not in set(kept_layers)]
     if dropped:
         drop = plan_drop(model, dropped, part=part, portable=portable)
         drop.apply()
+        generation = {each.field: each.value for each in drop.references if each.path == ("generation_config",)}
         for (module, key), dimension in drop.renumbering.per_layer.items():
             ending = f"{module.rpartition('.')[2]}.{key}"
             per_layer |= {n: dimension for held in names.values() for n in held.values() if n.endswith(ending)}
     needed = {name: files.download(weights[name]) for name in weights if names[name]}
-    return KeptLayers(type(model), model.config, needed, names, per_layer, kept_layers, depth, prefix)
+    return KeptLayers(type(model), model.config, needed, names, per_layer, kept_layers, depth, prefix, generation)
 
 
 def renumbered(names: Iterable[str], prefix: str, kept_layers: Sequence[int]) -> dict[str, str]:
@@ -140,14 +147,17 @@ def renumbered(names: Iterable[str], prefix: str, kept_layers: Sequence[int]) ->
     return found
 
 
-def _layer_prefix(names: Sequence[str], stack_name: str, depth: int) -> str:
-    """What stands before a layer's number in a checkpoint's names: in some files another prefix than in the model."""
+def _layer_prefix(names: Sequence[str], stack_name: str, depth: int, behind: int) -> str:
+    """What stands before a layer's number in a checkpoint's names: in some files another prefix than in the model.
+
+    Layers for multi-token prediction, `behind` of them, may follow; transformers does not load them.
+    """
     last = stack_name.rpartition(".")[2]
     numbers: dict[str, set[int]] = {}
     for name in names:
         for match in re.finditer(rf"(?:^|\.){re.escape(last)}\.(\d+)\.", name):
             numbers.setdefault(name[: match.start(1)], set()).add(int(match[1]))
-    whole = [prefix for prefix, found in numbers.items() if found == set(range(depth))]
+    whole = [prefix for prefix, found in numbers.items() if found - set(range(depth, depth + behind)) == set(range(depth))]
     exact = [prefix for prefix in whole if f"{stack_name}.".endswith(prefix) or prefix.endswith(f"{stack_name}.")]
     if len(exact or whole) != 1:
         raise ValueError(

@@ -75,6 +75,10 @@ def write_kept_layers(
         if (described := files.find("config.json")) is not None:
             add_to(unfinished / "config.json", plan.config, json.loads(described.read_text(encoding="utf-8")))
         left_out = copy_beside_weights(files, unfinished, hasattr(plan.config, "auto_map"))
+        if plan.generation:
+            file = unfinished / "generation_config.json"
+            text = json.dumps({**json.loads(file.read_text(encoding="utf-8")), **plan.generation}, indent=2) + "\n"
+            file.write_text(text, encoding="utf-8")
     if left_out:
         logger.info(f"Not copied from {base}: {', '.join(left_out)}.")
     return LayerMap.from_config(plan.config)

@@ -16,6 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..layer_map.depth import LAYERS_BEHIND
+
 MAX_CANDIDATES = 80  # each costs one build on the meta device
 
 _FIRST = re.compile(r"first_k_dense.*|num_dense_layers|n_dense_layers|max_window_layers|n_input_layers|.*_start(_index)?")
@@ -23,7 +25,6 @@ _FIRST_OR_EXCLUSIVE_END = re.compile(r".*layer.*_end")
 _INCLUSIVE_END = re.compile(r".*layer.*_end_index")
 _LAST = re.compile(r"num_kv_shared_layers|n_output_layers")
 _BETWEEN = re.compile(r"n_recurrent_layers")
-_BEHIND = re.compile(r"num_nextn_predict_layers|num_mtp_layers|mtp_num_(hidden_)?layers|num_mtp_modules")
 _PERIOD = re.compile(r".*(period|interval|_freq|frequency|_step|layer_group_size|pattern)|n_layers_per_.*")
 _OFFSET = re.compile(r".*offset")
 _OF_LAYERS = re.compile(r".*(layer|moe|attn|attention|expert|mlp|sparse|window|rope|mem_block).*")
@@ -90,7 +91,7 @@ def _options(name: str, value: Any, depth: int, kept: Sequence[int]) -> list[Any
         return [value * (len(kept) / depth) ** 0.5]
     if not isinstance(value, int) or isinstance(value, bool):
         return []
-    if _BEHIND.fullmatch(name):  # for multi-token prediction, behind the blocks; transformers loads none of them
+    if LAYERS_BEHIND.fullmatch(name):  # for multi-token prediction, behind the blocks; transformers loads none of them
         return [0, value] if value else []
     below = sum(position < value for position in kept)
     if _FIRST.fullmatch(name) or _FIRST_OR_EXCLUSIVE_END.fullmatch(name):

@@ -31,7 +31,7 @@ from .sublayers import (
     keep_attentions,
     refuse_unloadable,
 )
-from .sublayers.attentions import WITHOUT_CACHE
+from .sublayers.attentions import keeps_keys_and_values
 from .trimmable import TrimmableModel, resolve_model
 from .unshare_config import unshare_config
 from .verify import Renumbering, verify_drop
@@ -237,7 +237,7 @@ def _keep_an_attention(stack: BlockStack, kept: Sequence[int]) -> None:
     types = getattr(stack.config, "layer_types", None)
     if not isinstance(types, list | tuple) or len(types) != len(stack):
         return
-    with_cache = [position for position in range(len(stack)) if types[position] not in WITHOUT_CACHE]
+    with_cache = [position for position in range(len(stack)) if keeps_keys_and_values(types[position])]
     if with_cache and not set(with_cache) & set(kept):
         raise ValueError(
             f"Expected at least one of the attention layers {with_cache} to stay, got all of them to drop. The model could "

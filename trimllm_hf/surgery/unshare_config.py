@@ -19,28 +19,29 @@ def unshare_config(model: nn.Module) -> None:
 
     A config that only this model holds stays the same object.
     """
-    held = {id(module.config): module.config for module in model.modules() if _has_config(module)}
-    mine = {id(vars(module)) for module in model.modules()}
-    # modules keep their attributes in a dict, which is what refers to the config
-    holders = [dict_ for dict_ in gc.get_referrers(*held.values()) if isinstance(dict_, dict) and "_modules" in dict_]
-    wrappers = [holder for holder in holders if id(holder) not in mine and model in _modules_below(holder)]
-    others = [holder for holder in holders if id(holder) not in mine and not any(holder is each for each in wrappers)]
-    if not others:
+    own = list(model.modules())
+    held = {id(config): config for config in map(_config_of, own) if config is not None}
+    ids = set(map(id, own))
+    # asked of every module that is alive, not of what refers to the config: Python does not say that the same way in all
+    # its versions
+    holders = [module for module in _living_modules() if id(_config_of(module)) in held and id(module) not in ids]
+    wrappers = [holder for holder in holders if any(module is model for module in holder.modules())]
+    if len(wrappers) == len(holders):
         return
     logger.info(f"This {type(model).__name__} shares its config with another model: it gets one of its own.")
     copies: dict[int, Any] = {}
     for config in held.values():
         copy.deepcopy(config, copies)
-    for holder in [vars(module) for module in model.modules()] + wrappers:
-        if id(holder.get("config")) in held:
-            holder["config"] = copies[id(holder["config"])]
+    for module in [*own, *wrappers]:
+        if id(own_config := _config_of(module)) in held:
+            vars(module)["config"] = copies[id(own_config)]
 
 
-def _has_config(module: nn.Module) -> bool:
-    return isinstance(vars(module).get("config"), PreTrainedConfig)
+def _living_modules() -> Iterator[nn.Module]:
+    # by the type itself: some objects answer isinstance by loading what they stand for
+    return (found for found in gc.get_objects() if issubclass(type(found), nn.Module) and "_modules" in vars(found))
 
 
-def _modules_below(attributes: dict[str, Any]) -> Iterator[nn.Module]:
-    for child in attributes["_modules"].values():
-        if child is not None:
-            yield from child.modules()
+def _config_of(module: nn.Module) -> PreTrainedConfig | None:
+    config = vars(module).get("config")
+    return config if isinstance(config, PreTrainedConfig) else None

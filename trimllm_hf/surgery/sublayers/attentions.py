@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from transformers import cache_utils
+
 from ...layer_map import LayerMap
 from ..blocks import BlockStack
 
-# Layer types without keys and values.
-WITHOUT_CACHE = {"linear_attention", "conv", "moe", "recurrent", "mamba"}
+WITH_STATE = {"linear_attention", "conv", "recurrent", "mamba"}  # in place of keys and values
+WITHOUT_CACHE = {"moe", "mlp"}  # layers of a hybrid that have no attention at all
+
+
+def keeps_keys_and_values(layer_type: str) -> bool:
+    """Whether layers of a type have keys and values in the cache, by transformers' own table where it has one."""
+    kind = getattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING", {}).get(layer_type)
+    if kind is not None:
+        return issubclass(kind, cache_utils.CacheLayerMixin)
+    return layer_type not in WITH_STATE | WITHOUT_CACHE
 
 
 def layer_types(stack: BlockStack) -> list[str]:
@@ -31,9 +41,11 @@ def attentions_that_stay(stack: BlockStack, layers: Sequence[int], positions: Se
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for layer, position in zip(layers, positions, strict=True):
+        if types[position] in WITHOUT_CACHE:
+            continue
         first.setdefault(types[position], layer)
         last[types[position]] = layer
-    return sorted({*first.values(), *(layer for kind, layer in last.items() if kind in WITHOUT_CACHE)})
+    return sorted({*first.values(), *(layer for kind, layer in last.items() if kind in WITH_STATE)})
 
 
 def keep_attentions(stack: BlockStack, after: LayerMap, positions: Sequence[int]) -> None:
