@@ -24,6 +24,7 @@ from accelerate.utils import is_compiled_module
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..layer_map import ADAPTER_MAP, LayerMap
 
@@ -33,16 +34,19 @@ _NUMBERED = re.compile(r"\d")
 
 
 def base_of(model: nn.Module) -> Any:
-    """The transformers model inside a PeftModel or a compiled model; any other model as it is.
+    """The transformers model inside a PeftModel, a compiled model, or a module that wraps exactly one; others as they are.
+
+    A module that wraps one is a Sentence-Transformers model, or one of the user's own around an encoder.
 
     Raises:
-        ValueError: If the adapter is of a kind that cannot lose layers: prompts and prefixes, or several kinds mixed.
+        ValueError: If the adapter is of a kind that cannot lose layers: prompts and prefixes, or several kinds mixed; or if
+            a module wraps several transformers models.
     """
     if is_compiled_module(model):
         model = model._orig_mod  # type: ignore[assignment]  # a module, for all that torch's types say
     peft = sys.modules.get("peft")  # not imported: nothing can be of its classes
     if peft is None or not isinstance(model, peft.PeftModel | peft.PeftMixedModel):
-        return model
+        return _inner_model(model)
     if isinstance(model, peft.PeftMixedModel) or any(c.is_prompt_learning for c in model.peft_config.values()):
         kinds = [config.peft_type.value for config in model.peft_config.values()]
         raise ValueError(
@@ -50,6 +54,20 @@ def base_of(model: nn.Module) -> Any:
             "adapters cannot follow when layers are dropped. Use LoRA."
         )
     return base_of(model.get_base_model())
+
+
+def _inner_model(model: nn.Module) -> nn.Module:
+    """The one transformers model in a module that is none itself; the module where it holds none, or an engine wraps it."""
+    if isinstance(model, PreTrainedModel) or not isinstance(model, nn.Module) or "module" in model._modules:
+        return model
+    found = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    if len(outer) > 1:
+        raise ValueError(
+            f"Expected one transformers model inside {type(model).__name__}, got {len(outer)}: {outer}. Give the one whose "
+            f"layers are meant, e.g. model.{outer[0]}."
+        )
+    return found[outer[0]] if outer else model
 
 
 def adapters_of(base: nn.Module) -> dict[str, Any]:

@@ -52,8 +52,8 @@ def find_blocks(model: nn.Module, part: str | None = None) -> BlockStack:
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(
-            f"Expected a transformers model (with a config), got {type(model).__name__}. Unwrap it first, or use "
-            "drop_prepared_layers for a model that an Accelerator has prepared."
+            f"Expected a transformers model (with a config), got {type(model).__name__}. Unwrap it first (a SetFitModel is "
+            "in model.model_body), or use drop_prepared_layers for a model that an Accelerator has prepared."
         )
     part = resolve_part(config, part)
     text_config = part_config(config, part)

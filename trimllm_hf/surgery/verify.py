@@ -15,6 +15,7 @@ from math import isclose
 from typing import Any, NoReturn
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..layer_map import num_hidden_layers
@@ -75,7 +76,7 @@ def verify_drop(
     seen: set[int] = set()
     for name, (of_full, of_trimmed) in _pairs(full, trimmed, inner_name, kept).items():
         block = _block_number(name, inner_name)
-        if of_full is None or of_trimmed is None or type(of_full) is not type(of_trimmed):
+        if of_full is None or of_trimmed is None or not _same_kind(of_full, of_trimmed):
             _refuse(model, name, "another kind of module", _kind(of_full), _kind(of_trimmed))
         cuts = {} if block is not None else per_layer_dimensions(name, of_full, of_trimmed, len(stack), len(kept))
         per_layer |= {(name, parameter): dimension for parameter, dimension in cuts.items()}
@@ -213,6 +214,13 @@ def _config_changes(of_full: nn.Module, of_trimmed: nn.Module, seen: set[int]) -
         for key, old in vars(before).items()
         if not key.startswith("_") and not isinstance(old, PreTrainedConfig) and vars(after).get(key, old) != old
     }
+
+
+def _same_kind(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules are of one class; torch gives each parametrized module a class of its own."""
+    if is_parametrized(one) and is_parametrized(other):
+        return type(one).__bases__ == type(other).__bases__
+    return type(one) is type(other)
 
 
 def _kind(module: nn.Module | None) -> str:
