@@ -104,7 +104,7 @@ def by_hand(model: Any, before: int, last: int, down: str, scale: float, norm: s
         a = a if bias is None else torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
         a, r = (a * weights[..., None])[mask], (r * weights[..., None])[mask] / scale
         gram, cross = gram + a.T @ a, cross + a.T @ r
-    ridge = 0.01 * gram.diagonal().mean()
+    ridge = 0.1 * gram.diagonal().mean()
     return torch.linalg.solve(gram + ridge * torch.eye(len(old)), cross + ridge * old)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -65,6 +65,17 @@ class SingleProcess:
     def gathered(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """Parameters are always whole."""
         return nullcontext()
+
+
+@contextmanager
+def all_or_none(process_group: ProcessGroup) -> Iterator[None]:
+    """All processes go on behind the block, or none does: an error in one is raised on all."""
+    try:
+        yield
+    except Exception as error:
+        process_group.raise_on_all(error)
+        raise
+    process_group.all_reduce(torch.zeros(1))
 
 
 class DistributedProcesses:

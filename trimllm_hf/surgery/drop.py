@@ -66,6 +66,13 @@ class PlannedDrop:
         """The unwrapped model, without PEFT's wrapper."""
         return self.target.model
 
+    def dropped(self, unit: str) -> list[int]:
+        """Positions of the layers that go, blocks or sublayers, in the model as it was when the drop was planned."""
+        before, after = self.target.layer_map, self.layer_map
+        if unit == "block":
+            return sorted(self.positions)
+        return [position for position, each in enumerate(before.sublayers) if each not in set(after.sublayers)]
+
     @property
     def removed_parameters(self) -> list[nn.Parameter]:
         """The parameters that only the dropped modules hold."""

@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..layer_map import UNITS
-from .config_checks import (
-    at_least,
-    check_distillation,
-    check_schedule,
-    check_selection,
-    check_sparse_update,
-    check_stop_rules,
-    check_unit,
-)
+from .config_checks import check_settings
 
 
 @dataclass
@@ -149,7 +141,17 @@ class TrimConfig:
     calibration_seed: int = field(
         default=0, metadata={"help": "Seed for drawing the calibration examples and for the score 'random'."}
     )
-
+    repair: str = field(
+        default="none",
+        metadata={
+            "help": "Whether a weight in front of dropped layers is fitted anew to take over what it can of them: 'auto' "
+            "(where the architecture allows, and the calibration loss is lower for it), 'required' (or an error), 'none'."
+        },
+    )
+    repair_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of training examples that it is fitted on. Default: 8 times the MLP's width."},
+    )
     scan_memory_gb: float | None = field(
         default=None,
         metadata={"help": "Memory for a scan beside a forward pass, in 10^9 bytes. Default: half of what is free."},
@@ -203,30 +205,7 @@ class TrimConfig:
 
     def __post_init__(self) -> None:
         self.drop_every = str(self.drop_every)
-        targets = [value for value in (self.target_layers, self.target_ratio) if value is not None]
-        if len(targets) > 1 or (not targets and not self.has_budget):
-            raise ValueError(
-                "Expected exactly one of target_layers (a number of layers) and target_ratio (a share), or a budget "
-                f"(max_latency_ms, max_memory_gb), got target_layers={self.target_layers} and "
-                f"target_ratio={self.target_ratio}. Set one of them."
-            )
-        if self.target_ratio is not None and not 0 < self.target_ratio < 1:
-            raise ValueError(
-                f"Expected target_ratio above 0 and below 1, got {self.target_ratio}. It is the share of layers that "
-                "is kept: 0.5 keeps half of them."
-            )
-        if self.target_layers is not None:
-            at_least("target_layers", self.target_layers, 1)
-        check_unit(self)
-        check_schedule(self)
-        at_least("layers_per_drop", self.layers_per_drop, 1)
-        at_least("protect_first", self.protect_first, 0)
-        at_least("protect_last", self.protect_last, 0)
-        at_least("calibration_size", self.calibration_size, 1)
-        check_selection(self)
-        check_sparse_update(self)
-        check_stop_rules(self)
-        check_distillation(self)
+        check_settings(self)
 
     @property
     def has_budget(self) -> bool:

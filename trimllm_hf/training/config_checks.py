@@ -8,6 +8,46 @@ from typing import Any
 from ..layer_map import UNITS
 
 
+def check_settings(config: Any) -> None:
+    """Check everything that neither the model nor the run is needed for.
+
+    Raises:
+        ValueError: If a value is out of range, or contradicts another.
+    """
+    check_target(config)
+    check_unit(config)
+    check_schedule(config)
+    for name, least in (("layers_per_drop", 1), ("protect_first", 0), ("protect_last", 0), ("calibration_size", 1)):
+        at_least(name, getattr(config, name), least)
+    check_selection(config)
+    check_sparse_update(config)
+    check_repair(config)
+    check_stop_rules(config)
+    check_distillation(config)
+
+
+def check_target(config: Any) -> None:
+    """Check how far to trim.
+
+    Raises:
+        ValueError: If it is not said once, or a value is out of range.
+    """
+    targets = [value for value in (config.target_layers, config.target_ratio) if value is not None]
+    if len(targets) > 1 or (not targets and not config.has_budget):
+        raise ValueError(
+            "Expected exactly one of target_layers (a number of layers) and target_ratio (a share), or a budget "
+            f"(max_latency_ms, max_memory_gb), got target_layers={config.target_layers} and "
+            f"target_ratio={config.target_ratio}. Set one of them."
+        )
+    if config.target_ratio is not None and not 0 < config.target_ratio < 1:
+        raise ValueError(
+            f"Expected target_ratio above 0 and below 1, got {config.target_ratio}. It is the share of layers that "
+            "is kept: 0.5 keeps half of them."
+        )
+    if config.target_layers is not None:
+        at_least("target_layers", config.target_layers, 1)
+
+
 def check_unit(config: Any) -> None:
     """Check what a layer is, and of which stack.
 
@@ -101,6 +141,18 @@ def check_stop_rules(config: Any) -> None:
         )
     if config.reference_metric is not None and not is_number(config.reference_metric):
         raise ValueError(f"Expected reference_metric to be a number, or None, got {config.reference_metric!r}.")
+
+
+def check_repair(config: Any) -> None:
+    """Check what is said of repairs.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+    if config.repair not in ("auto", "required", "none"):
+        raise ValueError(f"Expected repair='auto', 'required' or 'none', got {config.repair!r}.")
+    if config.repair_tokens is not None:
+        at_least("repair_tokens", config.repair_tokens, 1)
 
 
 def check_distillation(config: Any) -> None:

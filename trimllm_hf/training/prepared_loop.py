@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers.utils import logging
 
-from ..engines import Engine, attach
+from ..engines import Changes, Engine, attach
+from ..importance.calibration import Batch
 from ..layer_map import LayerMap
 from ..surgery.drop import PlannedDrop, plan_drop, refuse_per_layer_tensors
 from ..utils import isolated_rng
+from .repair import fit_and_evaluate
+
+logger = logging.get_logger("transformers.trimllm_hf")
 
 
 def drop_prepared_layers(
@@ -25,6 +30,7 @@ def drop_prepared_layers(
     unit: str = "block",
     step: int | None = None,
     part: str | None = None,
+    repair: Sequence[Batch] | None = None,
 ) -> LayerMap:
     """Drop layers of a model while it trains, in place: call it after `optimizer.step()`, on every process.
 
@@ -38,26 +44,39 @@ def drop_prepared_layers(
         unit: "block" or "sublayer", as for `drop_layers`.
         step: Optimizer step, for the map's history.
         part: As for `drop_layers`.
+        repair: This process's share of batches on which to repair the model for the drop, as `repair_layers` does: what
+            stays in front of the layers takes over what it can of them. None: the plain drop.
 
     Returns:
         The kept-layer map, which also stands in the unwrapped model's `config.trim`.
 
     Raises:
-        ValueError: If the engine, the optimizer, the architecture or the layers do not allow it. Nothing has changed.
+        ValueError: If the engine, the optimizer, the architecture or the layers do not allow it, or the repair. Nothing has
+            changed.
     """
     engine = attach(accelerator, model, optimizer)
-    return apply_drop(
-        engine, plan_drop(accelerator.unwrap_model(model, keep_torch_compile=False), layers, unit, step=step, part=part)
-    )
+    drop = plan_drop(accelerator.unwrap_model(model, keep_torch_compile=False), layers, unit, step=step, part=part)
+    if repair is None:
+        return apply_drop(engine, drop)
+    found, report = fit_and_evaluate(drop.model, layers, repair, None, unit, part=part, process_group=engine)
+    logger.info(str(report))
+    return apply_drop(engine, drop, found.changes(drop.model) if report.applied else ())
 
 
-def apply_drop(engine: Engine, drop: PlannedDrop) -> LayerMap:
+def apply_drop(engine: Engine, drop: PlannedDrop, changes: Changes = ()) -> LayerMap:
     """Carry out a planned drop under an engine; random state stays as it was, and what was dropped is freed.
+
+    Args:
+        engine: The engine.
+        drop: The drop.
+        changes: What a repair adds to parameters that stay.
 
     Raises:
         ValueError: If parameters outside the layers would change their shape. Nothing has changed.
     """
     refuse_per_layer_tensors(drop)
+    if changes:
+        engine.add(changes)
     with isolated_rng(0):  # an engine may draw when it is built anew
         layer_map = engine.edit(drop.apply, lambda: drop.removed_parameters)
     if "torch._dynamo" in sys.modules:  # compiled graphs have the dropped layers in them

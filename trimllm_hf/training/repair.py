@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..engines import ProcessGroup, SingleProcess
+from ..engines import ProcessGroup, SingleProcess, all_or_none
 from ..engines.local import add_whole
 from ..importance import evaluate_metric
 from ..importance.calibration import Batch, model_inputs
@@ -91,20 +91,42 @@ def repair_layers(
         ValueError: If the layers cannot be dropped, there are too few tokens, nothing can be repaired in this architecture,
             or the model has adapters. Nothing has changed.
     """
-    refuse_adapters(model)
     plan_drop(model, layers, unit, part=part)  # raises on layers that cannot go
-    batches = list(batches)
-    if held_out is None:
-        share = max(1, len(batches) // HELD_OUT)
-        batches, held_out = batches[:-share], batches[-share:]
-    if not batches:
-        raise ValueError("Expected at least two batches, one to fit on and one to evaluate_repair by, got fewer. Give more.")
-    (repair,) = fit(model, [layers], batches, unit, penalty=penalty, part=part)
-    refuse_without_refits(repair)
-    report = evaluate_repair(model, repair, held_out)
+    repair, report = fit_and_evaluate(model, layers, batches, held_out, unit, penalty=penalty, part=part)
     if report.applied:
         add_whole(repair.changes(model))
     return report
+
+
+def fit_and_evaluate(
+    model: nn.Module,
+    layers: Sequence[int],
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch] | None,
+    unit: str,
+    *,
+    penalty: float = PENALTY,
+    part: str | None = None,
+    process_group: ProcessGroup | None = None,
+) -> tuple[Repair, RepairReport]:
+    """A repair, and whether a model is the better for it; nothing is changed. See `repair_layers`.
+
+    Raises:
+        ValueError: If there is nothing to fit or to judge by, no place for a repair, or the model has adapters.
+    """
+    process_group = process_group or SingleProcess()
+    with all_or_none(process_group):
+        refuse_adapters(model)
+        batches = list(batches)
+        if held_out is None:
+            share = max(1, len(batches) // HELD_OUT)
+            batches, held_out = batches[:-share], batches[-share:]
+        if not batches or not held_out:
+            raise ValueError("Expected at least two batches, one to fit on and one to judge by, got fewer. Give more.")
+    with all_or_none(process_group):
+        (repair,) = fit(model, [layers], batches, unit, penalty=penalty, part=part, process_group=process_group)
+        refuse_without_refits(repair)
+        return repair, evaluate_repair(model, repair, held_out, process_group=process_group)
 
 
 def refuse_without_refits(repair: Repair) -> None:
@@ -170,7 +192,7 @@ def evaluate_repair(
     """Whether a model without the layers has a lower loss on held-out batches with a repair than without. No weight changes.
 
     Raises:
-        ValueError: If there is nothing to evaluate_repair by.
+        ValueError: If there is nothing to judge by.
     """
     how: dict[str, Any] = {"process_group": process_group, "filler_batch": filler_batch}
     plain, repaired = (loss_without(model, repair, held_out, refitted=refitted, **how) for refitted in (False, True))

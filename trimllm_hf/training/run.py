@@ -12,8 +12,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..engines import Engine, attach
-from ..importance import needs_data
+from ..engines import Changes, Engine, attach
 from ..layer_map import UNITS, LayerMap
 from ..loading.depth_check import refuse_deeper_best
 from ..loading.trim_like import restore_layers_from
@@ -26,8 +25,9 @@ from .drop_schedule import DropSchedule
 from .dry_run import droppable, dry_run
 from .layer_times import ms_of_layers
 from .prepared_loop import apply_drop
+from .repairer import Repairer
 from .schedule import plan_drops
-from .selection import LayerSelector
+from .selection import LayerSelector, takes_calibration_examples
 from .stop_rules import MetricRule, StopState
 from .trainer_hooks import unwrapped
 
@@ -49,6 +49,7 @@ class RunRecord:
         stop: Where the run stands with its stop rule.
         budget: What was measured for its budget.
         model_step: The step that the model is of, if the run ended with an earlier one.
+        repairs: Of each drop that was to be repaired, what came of it.
     """
 
     layer_map: LayerMap
@@ -61,6 +62,7 @@ class RunRecord:
     stop: StopState = field(default_factory=StopState)
     budget: BudgetState = field(default_factory=BudgetState)
     model_step: int | None = None
+    repairs: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for trainer_state.json."""
@@ -87,6 +89,7 @@ class Run:
         record: What is known of the run.
         schedule: When how many layers go.
         selector: Which ones go; None where nothing is to be dropped.
+        repairer: What repairs the model for each drop; None: nothing does.
     """
 
     config: TrimConfig
@@ -95,6 +98,7 @@ class Run:
     record: RunRecord
     schedule: DropSchedule
     selector: LayerSelector | None
+    repairer: Repairer | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -154,7 +158,13 @@ class Run:
         """Choose by scores of the model as it is now, and drop."""
         trainer, model = self.trainer, self.model
         progress = trainer.is_local_process_zero() and not trainer.args.disable_tqdm
-        self.record.layer_map = apply_drop(self.engine, selector.next_drop(model, step, progress, count))
+        drop = selector.next_drop(model, step, progress, count)
+        changes: Changes = ()
+        if self.repairer is not None:
+            repair, report = self.repairer.repair_for(drop)
+            changes = repair.changes(model) if repair is not None else ()
+            self.record.repairs.append({"step": step, **(asdict(report) if report is not None else {"applied": False})})
+        self.record.layer_map = apply_drop(self.engine, drop, changes)
         if self.schedule.rule is not None:
             self.schedule.rule.dropped(step)
         parameters = get_model_param_count(model)
@@ -192,7 +202,7 @@ def begin_run(
     depth = record.layer_map.num_units(config.unit)
     base_depth = record.layer_map.base_num_layers * UNITS[config.unit]
     target = least = config.resolve_target(base_depth, depth)
-    budget = rule = selector = None
+    budget = rule = selector = repairer = None
     if config.has_budget:
         budget = Budget(config, engine, args, record.budget)
         target = budget.target(model, least, droppable(model, config))
@@ -212,8 +222,11 @@ def begin_run(
         selector = LayerSelector(
             config, trainer, engine, dataloader, calibration_dataset, spared, sizes, record.unit_ms, examples
         )  # fmt: skip
+        if config.repair != "none":
+            repairer = Repairer(config, trainer, engine, dataloader, calibration_dataset)
+            repairer.check(model)
     schedule = DropSchedule(plan, record.start_num_layers, least, config.layers_per_drop, rule, budget)
-    return Run(config, trainer, engine, record, schedule, selector)
+    return Run(config, trainer, engine, record, schedule, selector, repairer)
 
 
 def _take_adapters(model: PreTrainedModel, config: TrimConfig, layer_map: LayerMap, drops: bool, goes_back: bool) -> None:
@@ -228,7 +241,7 @@ def _take_adapters(model: PreTrainedModel, config: TrimConfig, layer_map: LayerM
 
 
 def _refuse_lost_calibration_set(config: TrimConfig, record: RunRecord, calibration_dataset: Any) -> None:
-    if calibration_dataset is None and record.calibration_given and needs_data(config.score):
+    if calibration_dataset is None and record.calibration_given and takes_calibration_examples(config):
         raise ValueError(
             "Expected the calibration_dataset that this run began with, got none. Give it again: "
             "TrimCallback(config, calibration_dataset=…), with restore_callback_states_from_checkpoint=False, since the "

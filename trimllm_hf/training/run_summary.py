@@ -17,8 +17,8 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..importance import needs_data
 from ..publish.card_data import Quality, Score
+from .selection import takes_calibration_examples
 
 PACKAGES = ("trimllm_hf", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "peft", "trl")
 MOST_COMPARED = 20_000  # examples that are compared token by token, to see that two sets share none
@@ -155,7 +155,7 @@ def source_of(dataset: Any) -> dict[str, str] | None:
 
 
 def _how_calibrated(callback: Any) -> str:
-    if not needs_data(callback.config.score):
+    if not takes_calibration_examples(callback.config):
         return "none"
     if callback.support.calibration_set_aside:
         return "set aside"

@@ -272,6 +272,11 @@ def check_scores(config: TrimConfig) -> None:
         refuse_not_per_ms(*chooses)
 
 
+def takes_calibration_examples(config: TrimConfig) -> bool:
+    """Whether a run looks at calibration examples at all: to score layers, or to judge repairs."""
+    return needs_data(config.score) or config.repair != "none"
+
+
 def metric_of(config: TrimConfig, trainer: Trainer) -> str | Metric:
     """What a run's scan measures: a metric by its name, or a key of what the Trainer's `compute_metrics` returns.
 

@@ -8,7 +8,6 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..engines import engine_class
-from ..importance import needs_data
 from ..importance.calibration import set_aside
 from ..layer_map import LayerMap
 from ..loading.checkpoints import last_complete_checkpoint, processes_of, run_of
@@ -19,7 +18,7 @@ from .card_mixin import CardMixin
 from .config import TrimConfig
 from .distillation import DistillationMixin
 from .push_mixin import PushMixin
-from .selection import LayerSelector
+from .selection import LayerSelector, takes_calibration_examples
 from .sparse_update import check_room, train_only
 from .trainer_hooks import BestModelMixin, CallbackStateMixin, OptimizerMixin, TrainerSupport, unwrapped
 
@@ -76,7 +75,7 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, 
             )
         if any(isinstance(callback, TrimCallback) for callback in self.callback_handler.callbacks):
             raise ValueError("Expected one TrimCallback, got one in callbacks as well. TrimTrainer adds it: pass trim=.")
-        if calibration_dataset is None and self.train_dataset is not None and needs_data(trim.score):
+        if calibration_dataset is None and self.train_dataset is not None and takes_calibration_examples(trim):
             calibration_dataset, self.train_dataset = set_aside(
                 self.train_dataset, trim.calibration_size, trim.calibration_seed
             )

@@ -37,6 +37,7 @@ parser.add_argument("--config_optimizer", action="store_true", help="optimizer a
 parser.add_argument("--sharded", action="store_true", help="checkpoints hold shards: FSDP2, ZeRO-3")
 parser.add_argument("--lora", action="store_true", help="train adapters only")
 parser.add_argument("--trainable_ratio", type=float)
+parser.add_argument("--repair", action="store_true", help="repair the model for each drop")
 parser.add_argument("--born", action="store_true", help="load the model when the engine is known: ZeRO-3 makes it in shards")
 options = parser.parse_args()
 if options.engine.startswith("zero"):
@@ -273,6 +274,8 @@ def main() -> None:
     if options.unit == "sublayer":
         trim = replace(trim, unit="sublayer", target_layers=6, layers_per_drop=3, importance_per_ms=options.per_ms)
         trim = replace(trim, latency_prompt_tokens=16)
+    if options.repair:
+        trim = replace(trim, repair="required", importance="block_influence", layers_per_drop=2, rescore=False)
     before = Before()
     after = After(before)
     texts = tiny_texts(options.examples)
@@ -280,7 +283,8 @@ def main() -> None:
         trainer: Trainer = TrimTrainer(model, args, train_dataset=texts, trim=trim, callbacks=[before])
         trainer.add_callback(after)
     else:
-        trainer = Trainer(model, args, train_dataset=texts, callbacks=[before, TrimCallback(trim), after])
+        watching = [] if options.repair else [before, after]  # a repair changes weights, as it should
+        trainer = Trainer(model, args, train_dataset=texts, callbacks=[*watching[:1], TrimCallback(trim), *watching[1:]])
     held = []
 
     class Identity(TrainerCallback):
@@ -310,6 +314,7 @@ def main() -> None:
         "unchanged": after.unchanged,
         "bytes": after.bytes,
         "block_bytes": block_bytes,
+        "repairs": callback.record.repairs,
         "trained_layers": callback.record.trained_layers,
         "unit_ms": callback.record.unit_ms,
         "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),

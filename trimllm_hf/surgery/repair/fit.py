@@ -24,7 +24,8 @@ from .ridge import solve
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
-PENALTY = 0.01
+PENALTY = 0.1
+INFINITE = "the penalty is infinite"
 ENOUGH = 4  # tokens for each feature of a refit
 
 Inputs = tuple[Mapping[str, Any], torch.Tensor | None]
@@ -86,7 +87,7 @@ def fit_repairs(
     refits: dict[Gap, Refit] = {}
     for number, (gap, each) in enumerate(sums.items()):
         if penalty == float("inf"):
-            unrepaired[gap] = "the penalty is infinite"
+            unrepaired[gap] = INFINITE
             continue
         change = _solved(each, penalty, number, process_group)
         if change is None:

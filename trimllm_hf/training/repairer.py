@@ -1,0 +1,146 @@
+"""A run's repairs: the training examples that they are fitted on, and whether a drop is the better for one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
+
+from ..engines import ProcessGroup, all_or_none
+from ..importance.calibration import Batch, calibration_batches, draw
+from ..importance.statistics import real_tokens
+from ..surgery.adapters import adapters_of, base_of
+from ..surgery.blocks import find_blocks
+from ..surgery.drop import PlannedDrop
+from ..surgery.repair import INFINITE, PENALTY, Repair, places
+from ..surgery.repair.output_projection import is_linear, shape_of
+from ..utils import isolated_rng
+from .config import TrimConfig
+from .repair import RepairReport, evaluate_repair, fit, refuse_adapters, refuse_without_refits
+
+logger = logging.get_logger("transformers.trimllm_hf")
+
+TOKENS = 8  # for each unit of the MLP's width: 1,536 take 12,288 tokens, 128 examples of 96
+
+
+class Repairer:
+    """Fits a repair for each drop of a run, on training examples, and judges it on the calibration set.
+
+    Args:
+        config: The settings.
+        trainer: The Trainer.
+        process_group: The processes of the run.
+        dataloader: The training run's: it tells how examples become batches.
+        dataset: The calibration examples; None: drawn from the training set, as they are to score layers by.
+    """
+
+    def __init__(
+        self, config: TrimConfig, trainer: Trainer, process_group: ProcessGroup, dataloader: Any, dataset: Any = None
+    ) -> None:
+        self.config, self.process_group = config, process_group
+        self._collate, self._columns = dataloader.collate_fn, getattr(dataloader.dataset, "column_names", None)
+        self._batch_size = trainer.args.per_device_train_batch_size
+        calibration, self._rest = _examples(config, trainer.train_dataset, dataset)
+        with isolated_rng(config.calibration_seed):  # a collator may draw
+            (self._filler_batch,) = calibration_batches(calibration[:1], self._collate, 1, self._columns)
+            self._held_out = self._batches(calibration)
+        self._to_fit: list[Batch] = []
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse what cannot be repaired, where a repair is required, before the first step.
+
+        Raises:
+            ValueError: If the model has adapters, or no block a place for a repair.
+        """
+        if self.config.repair != "required":
+            return
+        with all_or_none(self.process_group):
+            refuse_adapters(model)
+            every_other = range(1, len(places(model, self.config.unit, self.config.part)), 2)
+            (repair,) = self.fit(model, [every_other], penalty=math.inf)  # no more than a first look
+            if INFINITE not in repair.unrepaired.values():
+                refuse_without_refits(repair)
+
+    def fit(self, model: PreTrainedModel, candidates: Sequence[Sequence[int]], penalty: float = PENALTY) -> list[Repair]:
+        """The repairs for one or another set of layers, by their positions in the unit, in one pass."""
+        config = self.config
+        self._to_fit = self._to_fit or self._enough(model)
+        how: dict[str, Any] = {"process_group": self.process_group, "filler_batch": self._filler_batch}
+        return fit(model, candidates, self._to_fit, config.unit, penalty=penalty, part=config.part, **how)
+
+    def evaluate(self, model: PreTrainedModel, repair: Repair) -> RepairReport:
+        """The held-out loss with a repair and without."""
+        return evaluate_repair(
+            model, repair, self._held_out, process_group=self.process_group, filler_batch=self._filler_batch
+        )
+
+    def repair_for(self, drop: PlannedDrop) -> tuple[Repair | None, RepairReport | None]:
+        """The repair for a planned drop, if the model is the better for it; the same on every process, or an error on all.
+
+        Raises:
+            ValueError: If a repair is required and there is none. Nothing has changed.
+        """
+        model = drop.model
+        if adapters_of(base_of(model)):
+            if self.config.repair == "required":
+                refuse_adapters(model)
+            logger.warning("No repair: the model has adapters, whose checkpoints do not hold their base.")
+            return None, None
+        with all_or_none(self.process_group):
+            (repair,) = self.fit(model, [drop.dropped(self.config.unit)])
+            if self.config.repair == "required":
+                refuse_without_refits(repair)
+            if not repair.refits:
+                reasons = "; ".join(f"{gap}: {why}" for gap, why in repair.unrepaired.items())
+                logger.warning(f"No repair, the plain drop stays ({reasons}).")
+                return None, None
+            report = self.evaluate(model, repair)
+        (logger.info if report.applied else logger.warning)(str(report))
+        return repair if report.applied else None, report
+
+    def _enough(self, model: nn.Module) -> list[Batch]:
+        """This process's share of as many training examples as have enough tokens together."""
+        wanted = self.config.repair_tokens or TOKENS * _width(model, self.config.part)
+        found: list[Batch] = []
+        tokens, each = 0, self._batch_size * self.process_group.world_size
+        with isolated_rng(self.config.calibration_seed):
+            while tokens < wanted and (examples := list(islice(self._rest, each))):
+                batches = self._batches(examples)
+                tokens += sum(self.process_group.gather(sum(_num_tokens(model, batch) for batch in batches)))
+                found += batches
+        return found
+
+    def _batches(self, examples: Sequence[Any]) -> list[Batch]:
+        group = self.process_group
+        return calibration_batches(
+            examples, self._collate, self._batch_size, self._columns, group.rank, group.world_size
+        )  # fmt: skip
+
+
+def _examples(config: TrimConfig, training: Any, calibration: Any) -> tuple[list[Any], Iterable[Any]]:
+    """The calibration examples, and training examples that are none of them, one after the other."""
+    size, seed = config.calibration_size, config.calibration_seed
+    if hasattr(training, "__len__"):
+        order = iter(draw(len(training), len(training), seed))
+        drawn = [] if calibration is not None else [training[i] for i in islice(order, size)]
+        rest: Iterable[Any] = (training[i] for i in order)
+    else:
+        rest = iter(training)
+        drawn = [] if calibration is not None else list(islice(rest, size))
+    return (drawn if calibration is None else list(calibration)), rest
+
+
+def _num_tokens(model: nn.Module, batch: Batch) -> int:
+    tokens, mask = real_tokens(model, batch)
+    return int(tokens.shape[:2].numel() if mask is None else (mask != 0).sum())
+
+
+def _width(model: nn.Module, part: str | None) -> int:
+    """Of the linear maps in a block, the most inputs that one has: the width of the MLP."""
+    block = find_blocks(base_of(model), part).blocks[0]
+    return max((shape_of(module)[0] for module in block.modules() if is_linear(module)), default=1)
