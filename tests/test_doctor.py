@@ -59,3 +59,10 @@ def test_a_missing_package_is_named_and_fails(tmp_path: Path, monkeypatch: pytes
     assert doctor(tmp_path, "--engine", "zero3", code=1)["missing_for_engine"] == ["deepspeed"]
     assert doctor(tmp_path, "--engine", "ddp")["missing_for_engine"] == []
     assert CliRunner().invoke(app, ["doctor", str(tmp_path), "--engine", "zero4"]).exit_code == 2
+
+
+def test_brackets_are_printed_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "[bold]run"
+    tiny_model().config.save_pretrained(folder)
+    shown = CliRunner().invoke(app, ["doctor", str(folder)], env={"COLUMNS": "300"}).stdout
+    assert str(folder) in shown and "'trimllm_hf[plot]'" in shown

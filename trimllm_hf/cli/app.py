@@ -78,7 +78,7 @@ def answer(plain: Any, as_json: bool, render: Callable[[], RenderableType | list
         typer.echo(json.dumps(plain, indent=2, ensure_ascii=not unicode))
         return
     shown = render()
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # a name may have brackets
     for part in shown if isinstance(shown, list) else [shown]:
         console.print(part, soft_wrap=isinstance(part, str))  # an address stays in one piece
 
