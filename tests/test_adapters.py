@@ -315,21 +315,37 @@ def check_refused(model: Any, said: str, unit: str = "block") -> None:
     assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize(
-    ("of_args", "of_config"), [({"load_best_model_at_end": True}, {}), ({}, {"max_metric_drop": 0.1})], ids=["best", "stop"]
-)
-def test_going_back_to_a_deeper_model_cannot_be_promised(
-    of_args: dict[str, Any], of_config: dict[str, Any], tmp_path: Path
-) -> None:
-    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, **of_args}
+def test_the_best_adapter_is_loaded_onto_the_layers_that_it_belongs_to(tmp_path: Path) -> None:
+    scores = iter([0.9, 0.5, 0.4, 0.7, 0.6, 0.1])  # after steps 2, 4, …: layers go after 3 and 6
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+    trainer = TrimTrainer(
+        with_lora(),
+        arguments(tmp_path, **settings, **best),
+        train_dataset=tiny_texts(),
+        eval_dataset=tiny_texts(8, seed=9),
+        compute_metrics=lambda _: {"score": next(scores)},
+        trim=config(),
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-8")
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "checkpoint-8" / "adapter_model.safetensors")
+    now = {name.replace(".default", ""): value for name, value in trainer.model.state_dict().items() if "lora_" in name}
+    assert now and all(torch.equal(value, saved[name]) for name, value in now.items())
+
+
+def test_going_back_to_a_deeper_model_cannot_be_promised(tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer = TrimTrainer(
         with_lora(),
         arguments(tmp_path, metric_for_best_model="loss", greater_is_better=False, **settings),
         train_dataset=tiny_texts(),
         eval_dataset=tiny_texts(8, seed=9),
-        trim=config(**of_config),
+        trim=config(max_metric_drop=0.1),
     )
-    with pytest.raises(ValueError, match=r"neither load_best_model_at_end nor max_metric_drop when a model with adapters"):
+    with pytest.raises(ValueError, match=r"a model without adapters for max_metric_drop"):
         trainer.train()
     assert trainer.model.config.num_hidden_layers == 6
 

@@ -10,9 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 
-def test_trainer_loads_its_best_model_by_this_method() -> None:
-    assert "self._load_best_model()" in inspect.getsource(Trainer._finalize_training)
-    assert list(inspect.signature(Trainer._load_best_model).parameters) == ["self"]
+def test_trainer_makes_its_callbacks_anew_by_this_method() -> None:
+    assert "self._load_callback_state()" in inspect.getsource(Trainer._init_training_state)
+    assert list(inspect.signature(Trainer._load_callback_state).parameters) == ["self"]
 
 
 def test_trainer_waits_for_its_pushes_by_this_method() -> None:

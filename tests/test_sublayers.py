@@ -491,7 +491,7 @@ def test_resume_and_best_model(tmp_path: Path) -> None:
         wrong.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
-def test_the_best_model_gets_its_halves_back(tmp_path: Path) -> None:
+def test_the_best_model_has_the_halves_that_were_reached(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     run = TrimTrainer(
         tiny_model(),
@@ -503,6 +503,7 @@ def test_the_best_model_gets_its_halves_back(tmp_path: Path) -> None:
     run.train()
     best = LayerMap.from_checkpoint(run.state.best_model_checkpoint)
     assert best is not None and LayerMap.from_config(run.model.config).keeps_the_same(best)
+    assert best.keeps_the_same(run.trim_callback().layer_map) and best.num_units("sublayer") == TRIM["target_layers"]
     loaded = AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint)
     assert torch.equal(logits(run.model.eval()), logits(loaded.eval()))
 

@@ -346,38 +346,6 @@ def test_plain_trainer_refuses_to_resume_onto_another_depth(max_shard_size: str,
         resumed.train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_best_model_of_another_depth_is_loaded_with_its_layers(tmp_path: Path) -> None:
-    """The metric is the depth itself: the best checkpoint is from before the first drop."""
-    model = tiny_model()
-    trainer = TrimTrainer(
-        model,
-        arguments(
-            tmp_path,
-            save_strategy="steps",
-            save_steps=2,
-            eval_strategy="steps",
-            eval_steps=2,
-            load_best_model_at_end=True,
-            metric_for_best_model="depth",
-            greater_is_better=True,
-        ),
-        train_dataset=tiny_texts(),
-        eval_dataset=tiny_texts(16, seed=9),
-        compute_metrics=lambda _: {"depth": model.config.num_hidden_layers},
-        trim=config(),
-    )
-    trainer.train()
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
-    best = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
-    assert trainer.model is model and model.config.num_hidden_layers == 6
-    assert all(torch.equal(value, best.state_dict()[name]) for name, value in model.state_dict().items())
-    then = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(then, abs=1e-6)
-    trainer.save_model(str(tmp_path / "final"))
-    again = LlamaForCausalLM.from_pretrained(tmp_path / "final")
-    assert LayerMap.from_config(again.config).num_layers == 6
-
-
 def test_trainer_state_holds_the_settings(tmp_path: Path) -> None:
     train(tmp_path, save_strategy="steps", save_steps=12)
     state = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())

@@ -121,6 +121,10 @@ class DeepSpeedEngine(DistributedProcesses, Engine):
         """Add to the fp32 copies, and give the model's parameters what these are then."""
         add_to_sharded(changes)
 
+    def groups_to_fill(self) -> list[list[nn.Parameter]]:
+        """All groups: none may become empty."""
+        return param_groups(self.wrapper.optimizer)
+
     def save_whole(self) -> None:
         """ZeRO-3 gathers the weights for a Trainer's save only if the config says so."""
         self.wrapper._config.zero_config.gather_16bit_weights_on_model_save = True

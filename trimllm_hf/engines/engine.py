@@ -56,6 +56,10 @@ class Engine(ProcessGroup, ABC):
     def add(self, changes: Changes) -> None:
         """Add to parameters, also to the copies that the optimizer steps on. The changes are whole, on every process."""
 
+    def groups_to_fill(self) -> list[list[nn.Parameter]]:
+        """The optimizer's groups of parameters, where none of them may become empty."""
+        return []
+
     def save_whole(self) -> None:
         """From now on a Trainer's save writes the whole model, also where its checkpoints hold shards."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate.utils import is_compiled_module
@@ -82,22 +82,3 @@ def wrong_depth(of_model: Sequence[int] | LayerMap, of_checkpoint: Sequence[int]
         "TrimTrainer, which gives the model the checkpoint's layers on resume, or call trim_like(model, checkpoint) on the "
         "full-depth model before the Trainer is made."
     )
-
-
-def refuse_deeper_best(load_best_model_at_end: bool, plan: Mapping[int, int], restores_layers: bool) -> None:
-    """Refuse what would fail at the very end of a run: the best checkpoint may be deeper than the model by then.
-
-    Args:
-        load_best_model_at_end: The Trainer's setting.
-        plan: How many layers go after which step.
-        restores_layers: Whether the engine can give a model layers back.
-
-    Raises:
-        ValueError: If it cannot, and layers go while the run trains.
-    """
-    if load_best_model_at_end and max(plan) > 0 and not restores_layers:
-        raise ValueError(
-            "Expected load_best_model_at_end=False, got True: where the engine cuts parameters into shards, a best "
-            "checkpoint from before a drop could not be loaded into the smaller model. Drop everything at the start "
-            "(drop_every='once'), or set it to False and choose among the checkpoints: each is a complete model."
-        )

@@ -32,6 +32,8 @@ def summary(data: TrimCardData) -> str:
         said += f"; {run['steps']:,} training steps"
         if run["healed_steps"] is not None:
             said += f", the last {run['healed_steps']:,} of them after the last layer had gone"
+        if run.get("asked_num_layers") is not None:
+            said += f"; dropping ended early, at {run['asked_num_layers']} layers it would have been done"
     return said + "."
 
 

@@ -12,11 +12,12 @@ from transformers.trainer_callback import ExportableState
 
 from ..layer_map import LayerMap, run_in
 from ..loading.depth_check import refuse_other_depths, wrong_depth
+from .best_model import forget_other_best
 from .config import TrimConfig
 from .distillation import refuse_another_teacher
 from .run import Run, RunRecord, begin_run
-from .selection import check_scores
 from .sparse_update import refuse_bare_callback, refuse_other_share
+from .start_checks import check_scores
 from .trainer_hooks import TrainerSupport, find_trainer, unwrapped
 
 
@@ -83,7 +84,10 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.run = None
         self._watch(model)
         record = self._record(trainer, model, state)
-        run = begin_run(self.config, trainer, record, state, kwargs["train_dataloader"], self.calibration_dataset)
+        goes_on = state.global_step > 0 or (self.layer_map is not None and record.layer_map.keeps_the_same(self.layer_map))
+        forget_other_best(state, record.layer_map)
+        data = kwargs["train_dataloader"], self.calibration_dataset
+        run = begin_run(self.config, trainer, record, state, *data, goes_on)
         self.record, self.run = record, run
         run.drop_what_is_due(state.global_step)
 

@@ -14,10 +14,10 @@ from transformers.utils import logging
 
 from ..engines import Changes, Engine, attach
 from ..layer_map import UNITS, LayerMap
-from ..loading.depth_check import refuse_deeper_best
 from ..loading.trim_like import restore_layers_from
-from ..surgery.adapters import adapters_of, base_of, patch_adapter_save
+from ..surgery.adapters import base_of, patch_adapter_save
 from ..surgery.blocks import find_blocks
+from .best_model import forget_best
 from .budget import Budget, BudgetState
 from .config import TrimConfig
 from .drop_log import drop_log
@@ -27,7 +27,8 @@ from .layer_times import ms_of_layers
 from .prepared_loop import apply_drop
 from .repairer import Repairer
 from .schedule import plan_drops
-from .selection import LayerSelector, takes_calibration_examples
+from .selection import LayerSelector
+from .start_checks import refuse_emptied_groups, refuse_lost_calibration_set, refuse_reached_target, rehearse_scores
 from .stop_rules import MetricRule, StopState
 from .trainer_hooks import unwrapped
 
@@ -46,6 +47,7 @@ class RunRecord:
         trained_layers: Of the sparse update, in the base's numbering; None: all layers train.
         teacher: The fingerprint of the model that teaches, if one does.
         unit_ms: What each layer takes, where scores are per ms.
+        target_num_layers: The depth that its plan aims at.
         stop: Where the run stands with its stop rule.
         budget: What was measured for its budget.
         model_step: The step that the model is of, if the run ended with an earlier one.
@@ -63,10 +65,16 @@ class RunRecord:
     budget: BudgetState = field(default_factory=BudgetState)
     model_step: int | None = None
     repairs: list[dict[str, Any]] = field(default_factory=list)
+    target_num_layers: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for trainer_state.json."""
         return {**asdict(self), "layer_map": self.layer_map.to_dict()}
+
+    def asked_num_layers(self, unit: str) -> int | None:
+        """The depth that was aimed at, if the model has more layers than that."""
+        target = self.target_num_layers
+        return target if target is not None and self.layer_map.num_units(unit) > target else None
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> RunRecord:
@@ -146,6 +154,7 @@ class Run:
                 self.trainer.log({"trim/num_layers": self.depth, "trim/parameters": get_model_param_count(model)})
         if self.schedule.budget is not None:
             self.schedule.budget.report(self.model)
+        self._warn_of_what_is_left()
         self.engine.save_whole()
 
     def restore_layers(self, edit: Callable[[], LayerMap]) -> None:
@@ -153,6 +162,21 @@ class Run:
         blocks = find_blocks(self.model, self.config.part).blocks
         self.record.layer_map = self.engine.edit(edit, lambda: list(blocks.parameters()))
         self.trainer.optimizer = self.trainer.lr_scheduler = None  # made for other layers; a later train() makes them anew
+
+    def _warn_of_what_is_left(self) -> None:
+        state, target = self.trainer.state, self.record.asked_num_layers(self.config.unit)
+        by_rule = self.schedule.rule is not None or self.schedule.budget is not None  # they have said why
+        if target is not None and not by_rule:
+            logger.warning(
+                f"The run ended at step {state.global_step} of {state.max_steps}, before its plan was done: the model has "
+                f"{self.depth} layers, and {target} were asked for. Resume the last checkpoint to go on, without what "
+                "stopped it (early stopping, should_training_stop, a time limit)."
+            )
+        if self.trainer.args.load_best_model_at_end and self.schedule.plan and state.best_model_checkpoint is None:
+            logger.warning(
+                f"No checkpoint with {self.depth} layers was evaluated and saved: the run ends with the model of its last "
+                "step, not with a best one. Evaluate and save after the last drop."
+            )
 
     def _drop(self, selector: LayerSelector, step: int, count: int) -> None:
         """Choose by scores of the model as it is now, and drop."""
@@ -170,6 +194,7 @@ class Run:
         parameters = get_model_param_count(model)
         line, logs = drop_log(self.record.layer_map, self.config.unit, step, selector.margin, parameters)
         logger.info(line)
+        forget_best(trainer.state)
         should_log = trainer.control.should_log
         trainer.log(logs)
         trainer.control.should_log = should_log  # a record clears it, and this step's loss would go unlogged
@@ -182,6 +207,7 @@ def begin_run(
     state: TrainerState,
     dataloader: Any,
     calibration_dataset: Any = None,
+    goes_on: bool = False,
 ) -> Run:
     """Check everything that can be checked, and make the plan. The model is not changed.
 
@@ -192,9 +218,11 @@ def begin_run(
         state: The Trainer's.
         dataloader: The training run's.
         calibration_dataset: Examples to score layers by; None: drawn from the training set.
+        goes_on: Whether the model is as a run before, or a checkpoint, left it: it may be at the target already.
 
     Raises:
-        ValueError: On a target that the model or the plan cannot reach, or a model or engine that cannot be trimmed.
+        ValueError: On a target that the model or the plan cannot reach, a model or engine that cannot be trimmed, or
+            layers that cannot be scored.
     """
     args, model = trainer.args, unwrapped(trainer)
     engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
@@ -202,19 +230,23 @@ def begin_run(
     depth = record.layer_map.num_units(config.unit)
     base_depth = record.layer_map.base_num_layers * UNITS[config.unit]
     target = least = config.resolve_target(base_depth, depth)
+    if not goes_on:
+        refuse_reached_target(config, base_depth, depth)
     budget = rule = selector = repairer = None
     if config.has_budget:
         budget = Budget(config, engine, args, record.budget)
         target = budget.target(model, least, droppable(model, config))
     per_epoch = _steps_per_epoch(args.gradient_accumulation_steps, dataloader)
     plan = plan_drops(config, record.start_num_layers, target, state.max_steps, per_epoch)
-    _take_adapters(model, config, record.layer_map, bool(plan), args.load_best_model_at_end)
+    record.target_num_layers = target if plan else None
+    base = base_of(model)
+    patch_adapter_save(base, find_blocks(base, config.part).name, record.layer_map)
     if config.max_metric_drop is not None:
         rule = MetricRule(config, trainer, engine, plan, record.stop)
     if plan:
         sizes = dry_run(model, config, depth - target)  # raises where there is no way
-        refuse_deeper_best(args.load_best_model_at_end, plan, engine.restores_layers)
-        _refuse_lost_calibration_set(config, record, calibration_dataset)
+        refuse_emptied_groups(engine, model, config, depth - target)
+        refuse_lost_calibration_set(config, record.calibration_given, calibration_dataset)
         record.unit_ms = record.unit_ms or ms_of_layers(model, config, engine, args)
         spared = record.trained_layers or ()
         of_step = args.train_batch_size * args.gradient_accumulation_steps * engine.world_size
@@ -222,31 +254,12 @@ def begin_run(
         selector = LayerSelector(
             config, trainer, engine, dataloader, calibration_dataset, spared, sizes, record.unit_ms, examples
         )  # fmt: skip
+        rehearse_scores(selector, model)
         if config.repair != "none":
             repairer = Repairer(config, trainer, engine, dataloader, calibration_dataset)
             repairer.check(model)
     schedule = DropSchedule(plan, record.start_num_layers, least, config.layers_per_drop, rule, budget)
     return Run(config, trainer, engine, record, schedule, selector, repairer)
-
-
-def _take_adapters(model: PreTrainedModel, config: TrimConfig, layer_map: LayerMap, drops: bool, goes_back: bool) -> None:
-    base = base_of(model)
-    if adapters_of(base) and (goes_back or config.max_metric_drop is not None) and (drops or layer_map.dropped_layers):
-        raise ValueError(
-            "Expected neither load_best_model_at_end nor max_metric_drop when a model with adapters is trimmed: to go "
-            "back it would need layers of the base that are gone by then, and a checkpoint holds the adapter only. Load "
-            "one yourself: trim_like(base, checkpoint), then PeftModel.from_pretrained(base, checkpoint)."
-        )
-    patch_adapter_save(base, find_blocks(base, config.part).name, layer_map)
-
-
-def _refuse_lost_calibration_set(config: TrimConfig, record: RunRecord, calibration_dataset: Any) -> None:
-    if calibration_dataset is None and record.calibration_given and takes_calibration_examples(config):
-        raise ValueError(
-            "Expected the calibration_dataset that this run began with, got none. Give it again: "
-            "TrimCallback(config, calibration_dataset=…), with restore_callback_states_from_checkpoint=False, since the "
-            "Trainer would make the callback anew, without it; TrimCallback restores its state by itself."
-        )
 
 
 def _steps_per_epoch(accumulation_steps: int, dataloader: Any) -> int | None:

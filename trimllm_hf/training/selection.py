@@ -23,7 +23,6 @@ from ..importance import (
     is_joint,
     needs_data,
     per_ms,
-    refuse_not_per_ms,
     score_layers,
 )
 from ..importance.calibration import Batch, calibration_batches, draw
@@ -91,9 +90,18 @@ class LayerSelector:
         collate, columns = dataloader.collate_fn, getattr(dataloader.dataset, "column_names", None)
         with isolated_rng(config.calibration_seed):  # a collator may draw
             (self.filler_batch,) = calibration_batches(examples[:1], collate, 1, columns)
-            self.batches = calibration_batches(
-                examples, collate, trainer.args.per_device_train_batch_size, columns, engine.rank, engine.world_size
-            )
+            # auto_find_batch_size may have lowered it: the arguments keep the size that ran out of memory
+            size = trainer.state.train_batch_size or trainer.args.per_device_train_batch_size
+            self.batches = calibration_batches(examples, collate, size, columns, engine.rank, engine.world_size)
+
+    def try_score(self, model: PreTrainedModel, importance: str) -> None:
+        """Score the layers by one batch of each process."""
+        whole, self.batches = self.batches, self.batches[:1]
+        try:
+            with self._or_none():
+                self._score(model, importance, progress=False)
+        finally:
+            self.batches = whole
 
     def most_important(self, model: PreTrainedModel, count: int, progress: bool = False) -> list[int]:
         """Positions of the `count` layers of the highest scores, ascending; the same on every process, or an error on all.
@@ -257,19 +265,6 @@ class LayerSelector:
         scores = self.engine.all_reduce(torch.tensor([shares[name] for name in names], dtype=torch.float64))
         # in half precision a step may overflow, and is skipped
         return scores if torch.isfinite(scores).all() and scores.any() else None
-
-
-def check_scores(config: TrimConfig) -> None:
-    """Refuse names of scores that there are not, and scores that cannot be had per ms where that is asked for.
-
-    Raises:
-        ValueError: With those that there are.
-    """
-    chooses = {config.score, config.warm_up_importance} - {"none"}
-    for name in chooses | {config.tie_breaker} - {None}:
-        needs_data(str(name))
-    if config.importance_per_ms:
-        refuse_not_per_ms(*chooses)
 
 
 def takes_calibration_examples(config: TrimConfig) -> bool:

@@ -16,10 +16,13 @@ from .config import TrimConfig
 from .trainer_hooks import TrainerSupport
 
 
-def train_only(model: nn.Module, positions: Collection[int], config: TrimConfig) -> None:
+def train_only(model: nn.Module, positions: Collection[int], config: TrimConfig) -> list[nn.Parameter]:
     """Freeze the blocks at other positions, and by the settings the embeddings and what else is outside of the blocks.
 
     Nothing that was frozen before is set free: of a model with adapters, the adapters of the chosen blocks train.
+
+    Returns:
+        The parameters that are frozen now and were not before.
 
     Raises:
         ValueError: If one of the blocks has nothing that trains. Nothing has changed then.
@@ -40,9 +43,17 @@ def train_only(model: nn.Module, positions: Collection[int], config: TrimConfig)
             f"Expected each of the layers {sorted(positions)}, the most important ones, to have parameters that train, got "
             f"none in {idle}. Free them (requires_grad), or put adapters on every layer."
         )
-    for parameter in model.parameters():
-        if id(parameter) in frozen:
-            parameter.requires_grad_(False)
+    changed = [parameter for parameter in model.parameters() if id(parameter) in frozen and parameter.requires_grad]
+    for parameter in changed:
+        parameter.requires_grad_(False)
+    return changed
+
+
+def set_free(support: TrainerSupport) -> None:
+    """Take back what `train_only` froze for a run before: a run that begins chooses anew."""
+    for parameter in support.frozen:
+        parameter.requires_grad_(True)
+    support.frozen, support.trained_layers = [], None
 
 
 def check_room(trained: Sequence[int], num_layers: int, target: int, config: TrimConfig) -> None:

@@ -11,7 +11,7 @@ from ..engines import engine_class
 from ..importance.calibration import set_aside
 from ..layer_map import LayerMap
 from ..loading.checkpoints import last_complete_checkpoint, processes_of, run_of
-from ..loading.trim_like import restore_layers_from, trim_like
+from ..loading.trim_like import trim_like
 from ..publish.card_data import TrimCardData
 from .callback import TrimCallback
 from .card_mixin import CardMixin
@@ -19,8 +19,8 @@ from .config import TrimConfig
 from .distillation import DistillationMixin
 from .push_mixin import PushMixin
 from .selection import LayerSelector, takes_calibration_examples
-from .sparse_update import check_room, train_only
-from .trainer_hooks import BestModelMixin, CallbackStateMixin, OptimizerMixin, TrainerSupport, unwrapped
+from .sparse_update import check_room, set_free, train_only
+from .trainer_hooks import CallbackStateMixin, OptimizerMixin, TrainerSupport, unwrapped
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -30,15 +30,14 @@ else:
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
-class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, OptimizerMixin, CallbackStateMixin, _Base):
+class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, OptimizerMixin, CallbackStateMixin, _Base):
     """Trimming for any subclass of Trainer: `class MyTrainer(TrimTrainerMixin, SFTTrainer): pass`.
 
     Over a plain Trainer with `TrimCallback` it adds: calibration examples are taken out of the training set;
     `train(resume_from_checkpoint=…)` of a Trainer made with the full-depth model gives the model the checkpoint's layers
-    first, and passes over checkpoints that a kill left half written; `load_best_model_at_end` loads a best checkpoint of
-    another depth with the layers that belong to it; `trainable_ratio`, TrimLLM's sparse update, which has to be settled
-    before an optimizer is made; a teacher (`distill_weight`); the model card, by `save_model` and, with latency measured,
-    `create_model_card`; a last push to the Hub that is checked and lands whole or not at all.
+    first, and passes over checkpoints that a kill left half written; `trainable_ratio`, TrimLLM's sparse update, which has
+    to be settled before an optimizer is made; a teacher (`distill_weight`); the model card, by `save_model` and, with
+    latency measured, `create_model_card`; a last push to the Hub that is checked and lands whole or not at all.
 
     Args:
         *args: As for the Trainer.
@@ -64,7 +63,7 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, 
             raise ValueError(f"Expected trim=TrimConfig(…), got {trim!r}. For training without trimming use Trainer.")
         self._resume_from: str | None = None
         self.trim_config = trim
-        self.trim_support = TrainerSupport(freezes_layers=True, restores_best_depth=True)
+        self.trim_support = TrainerSupport(freezes_layers=True)
         self.card_data = TrimCardData() if card_data is None else card_data
         super().__init__(*args, **kwargs)
         if trim.trainable_ratio is not None and self.optimizer is not None:
@@ -103,6 +102,7 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, 
                 engine_class(self.accelerator).refuse_other_processes(self.accelerator, saved)
             if self.model_init is None:
                 trim_like(unwrapped(self), self._resume_from)
+        set_free(self.trim_support)
         self.training_finished = False
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -145,7 +145,8 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, 
         if support.trained_layers is None:
             support.trained_layers = [layer_map.kept_layers[position] for position in self._choose(layer_map, dataloader)]
         kept = list(layer_map.kept_layers)
-        train_only(model, [kept.index(layer) for layer in support.trained_layers if layer in kept], config)
+        positions = [kept.index(layer) for layer in support.trained_layers if layer in kept]
+        support.frozen += train_only(model, positions, config)
 
     def _choose(self, layer_map: LayerMap, dataloader: Any) -> list[int]:
         config, depth, model = self.trim_config, layer_map.num_layers, unwrapped(self)
@@ -158,19 +159,6 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, BestModelMixin, 
         layers = [layer_map.kept_layers[position] for position in chosen]
         logger.info(f"Training {count} of {depth} layers, by {config.score}: {layers}.")
         return chosen
-
-    def before_best_model(self, checkpoint: str) -> None:
-        """Give the model the depth of the best checkpoint, which the Trainer is about to load."""
-        best = LayerMap.from_checkpoint(checkpoint)
-        run = self.trim_callback().run
-        if best is None or run is None or best.keeps_the_same(run.record.layer_map):
-            return
-        logger.warning(
-            f"The best checkpoint, {checkpoint}, keeps the layers {best} and not those "
-            f"that training ended with: the model gets its layers back. To end with the trimmed model, set "
-            "load_best_model_at_end=False."
-        )
-        run.restore_layers(lambda: restore_layers_from(unwrapped(self), checkpoint))
 
 
 class TrimTrainer(TrimTrainerMixin, Trainer):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 
 
@@ -15,34 +16,17 @@ class TrainerSupport:
 
     Attributes:
         freezes_layers: Whether it settles which layers train before an optimizer is made (`trainable_ratio`).
-        restores_best_depth: Whether it gives the model the depth of the best checkpoint before it loads that.
         calibration_set_aside: Whether it has taken the calibration examples out of the training set.
         trained_layers: The layers that train, in the base's numbering, where it froze the others.
+        frozen: The parameters that it froze for that.
         teacher: The fingerprint of the model that teaches, where it trains by one.
     """
 
     freezes_layers: bool = False
-    restores_best_depth: bool = False
     calibration_set_aside: bool = False
     trained_layers: list[int] | None = None
+    frozen: list[torch.nn.Parameter] = field(default_factory=list)
     teacher: str | None = None
-
-
-class BestModelMixin:
-    """Calls `before_best_model` before a Trainer loads its best checkpoint into the model.
-
-    `Trainer._load_best_model` has no public seam, and loads a checkpoint of another depth by index.
-    """
-
-    state: Any
-
-    def before_best_model(self, checkpoint: str) -> None:
-        """Make the model ready for the weights in `checkpoint`."""
-        raise NotImplementedError
-
-    def _load_best_model(self) -> None:
-        self.before_best_model(self.state.best_model_checkpoint)
-        super()._load_best_model()  # type: ignore[misc]  # the Trainer's, by the order of the bases
 
 
 class OptimizerMixin:

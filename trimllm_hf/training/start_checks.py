@@ -1,0 +1,100 @@
+"""What is refused when a run begins, since it could only fail later, or do nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..engines import Engine
+from ..importance import needs_data, refuse_not_per_ms
+from ..surgery.adapters import base_of
+from ..surgery.blocks import find_blocks
+from .config import TrimConfig
+from .selection import LayerSelector, takes_calibration_examples
+
+
+def check_scores(config: TrimConfig) -> None:
+    """Refuse names of scores that there are not, and scores that cannot be had per ms where that is asked for.
+
+    Raises:
+        ValueError: With those that there are.
+    """
+    chooses = {config.score, config.warm_up_importance} - {"none"}
+    for name in chooses | {config.tie_breaker} - {None}:
+        needs_data(str(name))
+    if config.importance_per_ms:
+        refuse_not_per_ms(*chooses)
+
+
+def refuse_reached_target(config: TrimConfig, base_num_layers: int, num_layers: int) -> None:
+    """Refuse a model that is at the target before its run begins. All are counted in the unit.
+
+    Raises:
+        ValueError: With the arithmetic.
+    """
+    if config.has_budget or config.resolve_target(base_num_layers, num_layers) < num_layers:
+        return
+    said, lower = f"target_layers={config.target_layers}", "target_layers"
+    if config.target_ratio is not None:
+        said = f"target_ratio={config.target_ratio} of the base's {base_num_layers} layers, that is {num_layers}"
+        lower = f"target_ratio, below {num_layers / base_num_layers:.4g}"
+    raise ValueError(
+        f"Expected a model with more layers than the target, got {said}, for a model that has {num_layers} of "
+        f"{base_num_layers}: nothing is left to drop. To trim it further, lower {lower}; to train it as it is, leave "
+        "TrimCallback out; to go on with a run, resume its checkpoint."
+    )
+
+
+def refuse_emptied_groups(engine: Engine, model: PreTrainedModel, config: TrimConfig, to_drop: int) -> None:
+    """Refuse an optimizer of which a drop may empty a parameter group, where the engine cannot hold an empty one.
+
+    Raises:
+        ValueError: Saying how many layers the group is made of.
+    """
+    blocks = find_blocks(base_of(model), config.part).blocks
+    layer_of = {id(parameter): number for number, block in enumerate(blocks) for parameter in block.parameters()}
+    most = to_drop if config.unit == "block" else (to_drop + 1) // 2
+    for number, group in enumerate(engine.groups_to_fill()):
+        layers = {layer_of.get(id(parameter)) for parameter in group}
+        if group and None not in layers and len(layers) <= most:
+            raise ValueError(
+                f"Expected every parameter group of the optimizer to keep a parameter, got the group {number} with only "
+                f"the layers {sorted(str(layer) for layer in layers)}, of a model that loses {to_drop}: DeepSpeed cannot "
+                "hold an empty group. Put a parameter that stays into it, merge groups, or use another engine."
+            )
+
+
+def refuse_lost_calibration_set(config: TrimConfig, given_before: bool, calibration_dataset: Any) -> None:
+    """Refuse to resume with other calibration examples than the run began with.
+
+    Raises:
+        ValueError: Saying how to give them.
+    """
+    if calibration_dataset is None and given_before and takes_calibration_examples(config):
+        raise ValueError(
+            "Expected the calibration_dataset that this run began with, got none. Give it again: "
+            "TrimCallback(config, calibration_dataset=…), with restore_callback_states_from_checkpoint=False, since the "
+            "Trainer would make the callback anew, without it; TrimCallback restores its state by itself."
+        )
+
+
+def rehearse_scores(selector: LayerSelector, model: PreTrainedModel) -> None:
+    """Score the layers once by one batch, by each score that the run may choose by: what would fail later fails now.
+
+    Raises:
+        ValueError: If they cannot be scored so. Nothing has changed.
+    """
+    config = selector.config
+    names = {config.score, config.tie_breaker or config.score, config.warm_up_importance} - {"none"}
+    for importance in sorted(names):
+        try:
+            selector.try_score(model, importance)
+        except Exception as error:
+            if isinstance(error, ValueError) and str(error).startswith("Expected"):
+                raise
+            raise ValueError(
+                f"Expected a model and batches by which {importance!r} can score layers, got {type(error).__name__}: "
+                f"{error}. Use another importance (and warm_up_importance), like 'block_influence' or 'last', or give "
+                "examples for it as calibration_dataset. Nothing was changed."
+            ) from error
