@@ -18,7 +18,7 @@ from trimllm_hf.publish.card_data import TrimCardData
 from trimllm_hf.publish.contents import contents_of
 from trimllm_hf.publish.model_check import check_model
 from trimllm_hf.publish.usage import run_example
-from trimllm_hf.surgery.sublayers.remote_code import write_remote_code
+from trimllm_hf.surgery.remote_code import write_remote_code
 
 FAST = {"prompt_tokens": 4, "new_tokens": 3, "repeats": 2, "warmup": 0}
 ASKED = TrimCardData(usage_prompt="w5 w6", domain="invented words")

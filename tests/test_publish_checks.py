@@ -19,7 +19,7 @@ from trimllm_hf.publish.card_data import tag_name
 from trimllm_hf.publish.contents import contents_of
 from trimllm_hf.publish.credentials import secrets_of_environment
 from trimllm_hf.publish.model_check import check_model
-from trimllm_hf.surgery.sublayers.remote_code import write_remote_code
+from trimllm_hf.surgery.remote_code import write_remote_code
 from trimllm_hf.utils import format_bytes
 
 CARD = "---\nlibrary_name: transformers\nbase_model: org/base\ntags: [pruned]\n---\n# A model\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from tiny import tiny_model, tokens
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from trimllm_hf import LayerMap, SliceMap, drop_layers, load_kept_layers, slice_model
+from trimllm_hf import LayerMap, SliceMap, drop_layers, load_kept_layers, slice_model, write_remote_code
 from trimllm_hf.slicing.allocation import LARGEST_SHARE, allocate, redundancy_of, shares_of
 from trimllm_hf.slicing.modules import shape_model
 from trimllm_hf.slicing.principal import Covariance, random_basis
@@ -327,6 +328,33 @@ assert "trimllm_hf" not in sys.modules
     of_auto, of_class = found.stdout.strip().splitlines()
     assert "trimllm_sliced" in of_auto and "does not recognize this architecture" in of_auto
     assert "run `import trimllm_hf`" in of_class
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_it_loads_by_the_code_beside_it(name: str, tmp_path: Path) -> None:
+    model = model_to_slice(name)
+    slice_model(model, calibration(), spread=1.0, multiple=1, progress=False)
+    model.save_pretrained(tmp_path)
+    write_remote_code(tmp_path)
+    ids = tokens().tolist()
+    code = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eval()
+model.save_pretrained({str(tmp_path / "again")!r})
+with torch.no_grad():
+    ids = torch.tensor({ids})
+    cached, plain = (model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False))
+    assert torch.equal(cached, plain)
+    torch.save(model(ids).logits, {str(tmp_path / "seen.pt")!r})
+assert "trimllm_hf" not in sys.modules
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert found.returncode == 0, found.stderr
+    assert torch.equal(torch.load(tmp_path / "seen.pt"), logits(model))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()  # by the package
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_weights_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:

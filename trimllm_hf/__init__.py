@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .slicing.slice_map import SliceMap
     from .slicing.slice_model import slice_model
     from .surgery.drop import drop_layers
-    from .surgery.sublayers.remote_code import write_remote_code
+    from .surgery.remote_code import write_remote_code
     from .training.callback import TrimCallback
     from .training.config import TrimConfig
     from .training.prepared_loop import drop_prepared_layers
@@ -58,7 +58,7 @@ _FILES = {
     "trim_like": "loading.trim_like",
     "write_card": "publish.card",
     "write_kept_layers": "loading.trimmed_folder",
-    "write_remote_code": "surgery.sublayers.remote_code",
+    "write_remote_code": "surgery.remote_code",
 }
 
 __all__ = [

@@ -15,7 +15,7 @@ from tiny import tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
 from trimllm_hf import drop_layers
-from trimllm_hf.surgery.sublayers import write_remote_code
+from trimllm_hf.surgery.remote_code import write_remote_code
 
 pytestmark = pytest.mark.hub
 

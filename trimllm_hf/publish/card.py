@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from ..layer_map import LayerMap
-from ..surgery.sublayers.remote_code import is_our_code
+from ..surgery.remote_code import is_our_code
 from . import plots
 from .card_data import TrimCardData
 from .figures import cost_rows, dropped, history_rows, map_of, quality_rows, summary, text_strip

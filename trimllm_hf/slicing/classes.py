@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..surgery.custom_models import CustomModel
-from .modules import shape_model
+from ..surgery.remote_code import template
+from .modules import matrix_sizes, shape_model
 from .slice_map import SliceMap
 from .wiring import find_wiring
 
@@ -46,6 +47,32 @@ def _refuse_gaps(model: PreTrainedModel, info: dict[str, Any]) -> None:
             )
 
 
+def _code(model: PreTrainedModel) -> tuple[str, dict[str, str]]:
+    stock: Any = type(model)
+    wiring = find_wiring(stock.stock_class, model.config)
+    sizes: dict[str, Any] = {name: (None, model.get_submodule(name).embedding_dim, False) for name in wiring.embeddings}
+    norms = [wiring.norm]
+    matrices = [wiring.head]
+    blocks = {}
+    for block in wiring.blocks:
+        module: Any = model.get_submodule(block.name)
+        norms += [f"{block.name}.{norm}" for norm in block.norms]
+        for half in (block.attention, block.mlp):
+            matrices += [f"{block.name}.{name}" for name in (*half.readers, half.writer)]
+        blocks[block.name] = (*reversed(module.shortcut.weight.shape), module.held_back)
+    for name in matrices:
+        matrix: Any = model.get_submodule(name)
+        inputs, outputs = matrix_sizes(matrix)
+        sizes[name] = (inputs, outputs, matrix.bias is not None)
+    values: dict[str, dict[str, Any]] = {
+        "SIZES": sizes,
+        "NORMS": {name: model.get_submodule(name).eps for name in norms},
+        "BLOCKS": blocks,
+    }
+    lines = {key: "\n".join(f"    {name!r}: {value!r}," for name, value in found.items()) for key, found in values.items()}
+    return template(__package__, "sliced.py.txt"), {**lines, "WIDTH": str(wiring.width)}
+
+
 SLICED = CustomModel(
     model_type=MODEL_TYPE,
     prefix="Sliced",
@@ -56,6 +83,8 @@ SLICED = CustomModel(
     build=_build,
     check=_refuse_gaps,
     cannot="This architecture cannot be sliced.",
+    summary="each layer's hidden states have a width of their own",
+    code=_code,
 )
 
 

@@ -104,6 +104,12 @@ def rename_sizes(module: Any) -> None:
         module.out_features, module.in_features = rows, columns
 
 
+def matrix_sizes(module: Any) -> tuple[int, int]:
+    """How many numbers a `Linear` or a `Conv1D` reads, and how many it writes."""
+    rows, columns = module.weight.shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
 def _like(parameter: Any, data: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(data.clone(memory_format=torch.contiguous_format), requires_grad=parameter.requires_grad)
 
@@ -166,8 +172,8 @@ def _outermost(name: str) -> str:
 
 def connect(module: Any, held: dict[str, bool]) -> None:
     """Make a block hold back what these modules of it return, and add it behind its shortcut."""
-    rate = next((value for name in DROPOUTS if isinstance(value := vars(module).get(name), float)), 0.0)
-    module.held_back = {name: rate if applied else 0.0 for name, applied in held.items()}
+    rate = next((name for name in DROPOUTS if isinstance(vars(module).get(name), float)), None)
+    module.held_back = {name: rate if applied else None for name, applied in held.items()}
     module.register_forward_pre_hook(_begin)
     module.register_forward_hook(_finish)
 
@@ -199,7 +205,7 @@ def _finish(block: Any, _: Any, output: Any) -> Any:
     for name, rate in block.held_back.items():
         module = block.get_submodule(name)
         for held in module.held:
-            dropped = nn.functional.dropout(held, rate, block.training) if rate else held
+            dropped = nn.functional.dropout(held, getattr(block, rate), block.training) if rate else held
             result = result + dropped.view(result.shape)
         module.held = ()
     return (result, *output[1:]) if isinstance(output, tuple) else result

@@ -40,6 +40,9 @@ class CustomModel:
         build: Gives a model that was built as a stock one the modules that it has.
         check: Raises ValueError on what `from_pretrained` told of missing weights.
         cannot: What to say of an architecture whose config cannot tell it.
+        summary: What such a model is, in a few words.
+        code: For `write_remote_code`: code with a function `build(model)`, with marks like <NAME>, and the values of these,
+            by a model without memory.
     """
 
     model_type: str
@@ -51,6 +54,8 @@ class CustomModel:
     build: Callable[[PreTrainedModel], None]
     check: Callable[[PreTrainedModel, dict[str, Any]], None]
     cannot: str
+    summary: str
+    code: Callable[[PreTrainedModel], tuple[str, dict[str, str]]]
     configs: dict[type, type[PreTrainedConfig]] = field(default_factory=dict)
     models: dict[type, type[PreTrainedModel]] = field(default_factory=dict)
 

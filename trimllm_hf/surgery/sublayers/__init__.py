@@ -4,7 +4,6 @@ from .attentions import attentions_that_stay, keep_attentions, layer_types
 from .classes import SUBLAYERS, custom_of, refuse_unloadable, remove_missing_sublayers
 from .output_specs import OutputSpecs, find_output_specs
 from .pass_through import OutputSpec, PassThrough
-from .remote_code import write_remote_code
 
 __all__ = [
     "SUBLAYERS",
@@ -18,5 +17,4 @@ __all__ = [
     "layer_types",
     "refuse_unloadable",
     "remove_missing_sublayers",
-    "write_remote_code",
 ]

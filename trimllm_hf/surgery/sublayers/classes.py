@@ -12,6 +12,7 @@ from ...layer_map import MODEL_TYPE, LayerMap, part_config
 from ...utils import shown
 from ..blocks import find_blocks
 from ..custom_models import CustomModel, class_as
+from ..remote_code import template
 from .output_specs import find_output_specs
 from .pass_through import PassThrough
 
@@ -61,6 +62,12 @@ def _refuse_gaps(model: PreTrainedModel, info: dict[str, Any]) -> None:
             )
 
 
+def _code(model: PreTrainedModel) -> tuple[str, dict[str, str]]:
+    found = {path: module.spec for path, module in model.named_modules() if isinstance(module, PassThrough)}
+    lines = [f'    "{path}": ({spec.argument}, {spec.rest}),' for path, spec in found.items()]
+    return template(__package__, "pass_through.py.txt"), {"STAND_INS": "\n".join(lines)}
+
+
 SUBLAYERS = CustomModel(
     model_type=MODEL_TYPE,
     prefix="Trimmed",
@@ -71,6 +78,8 @@ SUBLAYERS = CustomModel(
     build=remove_missing_sublayers,
     check=_refuse_gaps,
     cannot="Sublayers of this architecture cannot be dropped: use unit='block'.",
+    summary="some layers lack their attention or their MLP",
+    code=_code,
 )
 
 

@@ -1,4 +1,4 @@
-"""Modelling code beside the weights: `trust_remote_code=True` loads a model that lacks sublayers without trimllm_hf."""
+"""Modelling code beside the weights: `trust_remote_code=True` loads what stock transformers cannot, without trimllm_hf."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import AutoConfig
 
-from ...layer_map import MODEL_TYPE
-from ...utils import json_at
-from ..custom_models import class_as
-from .classes import SUBLAYERS
-from .pass_through import PassThrough
+from ..utils import json_at
+from .custom_models import CustomModel, class_as
 
 MODULE = "modeling_trimllm"
-TEMPLATE = "modeling_trimllm.py.txt"
+TEMPLATE = "modeling.py.txt"
 _AUTO = {
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
@@ -30,7 +28,7 @@ _AUTO = {
 
 
 def write_remote_code(folder: str | Path) -> Path:
-    """Write modelling code into the folder of a saved model that lacks sublayers, and name it in its config.json.
+    """Write modelling code into the folder of a saved model that lacks sublayers or is sliced; name it in its config.json.
 
     `from_pretrained(folder, trust_remote_code=True)` then loads the model where trimllm_hf is not installed.
 
@@ -45,12 +43,13 @@ def write_remote_code(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     plain = json_at(folder / "config.json")
-    if not isinstance(plain, dict) or plain.get("model_type") != MODEL_TYPE:
+    custom = _custom_of(folder, plain)
+    if custom is None:
         raise ValueError(
-            f"Expected the folder of a saved model that lacks sublayers, got {str(folder)!r}, whose config.json is not of "
-            f"the type {MODEL_TYPE!r}. A model that lost whole blocks loads as it is."
+            f"Expected the folder of a saved model that lacks sublayers or is sliced, got {str(folder)!r}, whose "
+            "config.json is not of a model type of trimllm_hf. A model that lost whole blocks loads as it is."
         )
-    code, auto_map = _remote_code(plain)
+    code, auto_map = _remote_code(custom, plain)
     file = folder / f"{MODULE}.py"
     file.write_text(code, encoding="utf-8")
     text = json.dumps({**plain, "auto_map": auto_map}, indent=2, sort_keys=True) + "\n"
@@ -61,35 +60,47 @@ def write_remote_code(folder: str | Path) -> Path:
 def is_our_code(folder: str | Path) -> bool:
     """Whether the code beside a model's weights is, to the letter, what `write_remote_code` writes for its config."""
     folder = Path(folder)
-    plain = json_at(folder / "config.json")
-    if not isinstance(plain, dict) or plain.get("model_type") != MODEL_TYPE:
-        return False
     try:
-        code, auto_map = _remote_code(plain)
+        plain = json_at(folder / "config.json")
+        custom = _custom_of(folder, plain)
+        if custom is None:
+            return False
+        code, auto_map = _remote_code(custom, plain)
     except (ValueError, AttributeError, KeyError, TypeError):  # a damaged config
         return False
     scripts = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
     return plain.get("auto_map") == auto_map and scripts == {f"{MODULE}.py": code}
 
 
-def _remote_code(plain: dict[str, Any]) -> tuple[str, dict[str, str]]:
+def _custom_of(folder: Path, plain: Any) -> CustomModel | None:
+    """The kind of the model in a folder; None of a stock one."""
+    if not isinstance(plain, dict) or "base_model_type" not in plain:
+        return None
+    return getattr(type(AutoConfig.from_pretrained(folder, trust_remote_code=False)), "custom", None)
+
+
+def _remote_code(custom: CustomModel, plain: dict[str, Any]) -> tuple[str, dict[str, str]]:
     """The code for a saved config, and the `auto_map` that names it."""
-    stock = SUBLAYERS.from_saved_config(plain)
+    stock = custom.from_saved_config(plain)
     (name,) = stock["architectures"]
     model_class, config_class = getattr(transformers, name), transformers.CONFIG_MAPPING[stock["model_type"]]
     with torch.device("meta"):
-        model = class_as(model_class, SUBLAYERS)(SUBLAYERS.cast(config_class.from_dict(dict(stock))))
-    found = {path: module.spec for path, module in model.named_modules() if isinstance(module, PassThrough)}
-    lines = [f'    "{path}": ({spec.argument}, {spec.rest}),' for path, spec in found.items()]
+        model = class_as(model_class, custom)(custom.cast(config_class.from_dict(dict(stock))))
+    body, values = custom.code(model)
     values = {
-        "GONE": SUBLAYERS.warning,
+        "BODY": body,
+        "GONE": custom.warning,
+        "SUMMARY": custom.summary,
+        "PREFIX": custom.prefix,
         "CONFIG": config_class.__name__,
         "MODEL": name,
+        "MODEL_TYPE": custom.model_type,
         "BASE_TYPE": config_class.model_type,
-        "DEPTH": repr(tuple(_path_to(SUBLAYERS.warning, plain))),
-        "STAND_INS": "\n".join(lines),
+        "LAYERS": str(custom.depth(plain)),
+        "DEPTH": repr(tuple(_path_to(custom.warning, plain))),
+        **values,
     }
-    text = files(__package__).joinpath("templates", TEMPLATE).read_text(encoding="utf-8")
+    text = template(__package__, TEMPLATE)
     for key, value in values.items():
         text = text.replace(f"<{key}>", value)
     autos = [
@@ -97,8 +108,13 @@ def _remote_code(plain: dict[str, Any]) -> tuple[str, dict[str, str]]:
         for auto, mapping in _AUTO.items()
         if getattr(transformers, mapping).get(config_class, None) in (model_class, (model_class,))
     ]
-    auto_map = {"AutoConfig": f"{MODULE}.{SUBLAYERS.prefix}{config_class.__name__}"}
-    return text, auto_map | {auto: f"{MODULE}.{SUBLAYERS.prefix}{name}" for auto in autos}
+    auto_map = {"AutoConfig": f"{MODULE}.{custom.prefix}{config_class.__name__}"}
+    return text, auto_map | {auto: f"{MODULE}.{custom.prefix}{name}" for auto in autos}
+
+
+def template(package: str | None, name: str) -> str:
+    """A text in a room's folder `templates`."""
+    return files(package or __package__).joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _path_to(value: Any, plain: dict[str, Any]) -> list[str]:
