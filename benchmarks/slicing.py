@@ -8,8 +8,8 @@
 A run makes one model, measures it, fine-tunes it on MedQuAD if --steps are given, measures it again, and adds a line to
 --out. Methods: `full`, the base; `uniform` and `redundancy`, hidden states sliced, all layers alike or by their redundancy;
 `mlp`, the MLPs' channels by redundancy; `depth`, the blocks of the lowest block influence dropped. All are calibrated on the
-same pieces of books, half of the tokens, and of answers in MedQuAD's training split, the other half; none is in what is measured: a book
-that is left out, and answers of the test split. Training: the same rows in the same order, the loss on the answer.
+same tokens: half of them pieces of books, half answers in MedQuAD's training split. None is in what is measured: a book that
+is left out, and answers of the test split. Training: the same rows in the same order, the loss on the answer.
 
 `decode_bytes` are the weights that are read for each token that is generated, `bytes` all of them: the slicing unties the
 head from the embedding, and its shortcuts count. Speed is measured in turn with the base, one thread, and is left out with
