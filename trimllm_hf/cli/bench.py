@@ -37,13 +37,16 @@ def bench(
 
     from ..layer_map import LayerMap
     from ..publish.measure import measure_pair
+    from ..slicing.slice_map import SliceMap
 
     revision = None
     if base is None and not alone:
-        layer_map = LayerMap.from_config(AutoConfig.from_pretrained(model))
-        if layer_map.dropped_layers and layer_map.base_model is None:
+        config = AutoConfig.from_pretrained(model)
+        layer_map = LayerMap.from_config(config)
+        of: Any = layer_map if layer_map.dropped_layers else SliceMap.from_config(config)
+        if of is not None and of.base_model is None:
             raise ValueError(f"Expected {model} to name its base, got a map that does not. Give --base, or --alone.")
-        base, revision = (layer_map.base_model, layer_map.base_revision) if layer_map.dropped_layers else (None, None)
+        base, revision = (None, None) if of is None else (of.base_model, of.base_revision)
     report = measure_pair(
         model, base, revision, device, dtype, batch_sizes=batch_size or [1], prompt_tokens=prompt_tokens,
         new_tokens=new_tokens, repeats=repeats, warmup=warmup, cache=cache, compile=compile, progress=not as_json,

@@ -32,6 +32,7 @@ def inspect(
     from ..layer_map import LayerMap
     from ..publish.figures import text_strip
     from ..publish.folder import describe_weights
+    from ..slicing.slice_map import SliceMap
 
     adapter = _adapter(model, revision)
     if adapter is not None:
@@ -44,17 +45,34 @@ def inspect(
             return
         kind, layer_map, trimmed = config.model_type, LayerMap.from_config(config), getattr(config, "trim", None) is not None
         weights = describe_weights(model, revision)
+    slices = None if adapter is not None else SliceMap.from_config(config)
     plain = {
         "model": model,
         "model_type": kind,
         "trimmed": trimmed,
+        "sliced": None if slices is None else slices.to_dict(),
         "strip": text_strip(layer_map),
         "num_layers": layer_map.num_layers,
         "dropped_layers": layer_map.dropped_layers,
         "map": layer_map.to_dict(),
         "weights": weights,
     }
-    answer(plain, as_json, lambda: _shown(plain, layer_map))
+    answer(plain, as_json, lambda: [*_shown(plain, layer_map), *([] if slices is None else _widths(slices))])
+
+
+def _widths(slices: Any) -> list[RenderableType]:
+    from .slice import describe, text_widths
+
+    rows = [
+        (layer, width, f"{1 - width / slices.width:.0%}", f"{slices.redundancy[layer]:.4f}" if slices.redundancy else "-")
+        for layer, width in enumerate(slices.widths)
+    ]
+    base = slices.base_model or "a base that is not named"
+    return [
+        f"sliced from {base}: {describe(slices)}",
+        text_widths(slices),
+        table(None, "layer", "width", "cut", "influence", rows=rows),
+    ]
 
 
 def _adapter(model: str, revision: str | None) -> tuple[str, Any, dict[str, Any]] | None:

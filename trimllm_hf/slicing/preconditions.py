@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from ..layer_map import LayerMap
 from ..surgery.adapters import adapters_of
-from .slice_map import ALLOCATIONS, MEANS, SliceMap
+from .slice_map import ALLOCATIONS, KINDS, MEANS, SliceMap
 
 
-def refuse_arguments(ratio: float, allocation: str, spread: float, mean: str, multiple: int) -> None:
+def refuse_arguments(ratio: float, allocation: str, spread: float, mean: str, multiple: int, what: str) -> None:
     """Refuse arguments out of range.
 
     Raises:
@@ -25,7 +25,8 @@ def refuse_arguments(ratio: float, allocation: str, spread: float, mean: str, mu
         raise ValueError(f"Expected a ratio between 0 and 1, the share to cut, got {ratio!r}.")
     if isinstance(spread, bool) or not isinstance(spread, int | float) or not 0 <= spread <= 1:
         raise ValueError(f"Expected a spread from 0 (uniform) to 1, got {spread!r}.")
-    for name, value, known in (("allocation", allocation, ALLOCATIONS), ("mean", mean, MEANS)):
+    named = (("allocation", allocation, ALLOCATIONS), ("mean", mean, MEANS), ("what", what, tuple(KINDS)))
+    for name, value, known in named:
         if value not in known:
             raise ValueError(f"Expected {name} to be one of {list(known)}, got {value!r}.")
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
@@ -93,6 +94,11 @@ def _is_trained(model: nn.Module) -> bool:
         return True
     optimizers = [found for found in gc.get_objects() if issubclass(type(found), torch.optim.Optimizer)]
     return any(id(p) in own for found in optimizers for group in found.param_groups for p in group["params"])
+
+
+def on_device(batches: Sequence[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """The batches where the model is."""
+    return [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in batches]
 
 
 def real_tokens(batches: Sequence[dict[str, Any]], width: int) -> int:

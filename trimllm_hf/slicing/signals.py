@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..surgery.blocks import find_blocks
 from .principal import Covariance
-from .wiring import Block, Wiring
+from .wiring import Block
 
 
 class _Reached(Exception):
@@ -42,14 +43,11 @@ class Calls:
 
 
 @torch.no_grad()
-def record(
-    model: PreTrainedModel, wiring: Wiring, batch: dict[str, Any], see: Callable[[int, torch.Tensor, torch.Tensor], None]
-) -> Calls:
-    """Run a model on a batch, up to its last norm, and note what its blocks are called with.
+def record(model: PreTrainedModel, batch: dict[str, Any], see: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Calls:
+    """Run a model on a batch, up to its last block, and note what its blocks are called with.
 
     Args:
         model: The stock model, in evaluation mode.
-        wiring: What reads and writes its hidden states.
         batch: What it is called with; labels are left out.
         see: Is shown each block's number, input and output.
     """
@@ -66,13 +64,14 @@ def record(
 
     def behind(_: nn.Module, args: Any, output: Any) -> None:
         see(len(arguments) - 1, states[-1], output[0] if isinstance(output, tuple) else output)
+        if len(arguments) == len(blocks):
+            raise _Reached
 
+    blocks = find_blocks(model).blocks
     with ExitStack() as stack:
-        for block in wiring.blocks:
-            module = model.get_submodule(block.name)
+        for module in blocks:
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(behind).remove)
-        stack.callback(model.get_submodule(wiring.norm).register_forward_pre_hook(_stop).remove)
         try:
             model(**inputs, use_cache=False)
         except _Reached:
@@ -80,8 +79,36 @@ def record(
     return Calls(states[0], arguments, mask if mask is not None and mask.dim() == 2 else None)
 
 
-def _stop(*_: Any) -> None:
-    raise _Reached
+def observe(
+    model: PreTrainedModel, batches: Sequence[dict[str, Any]], done: Callable[[], Any]
+) -> tuple[list[Calls], list[float]]:
+    """What the blocks are called with, and each one's block influence: 1 - cosine of input and output, mean over tokens.
+
+    `done` is called after each block and batch.
+
+    Raises:
+        ValueError: If hidden states are no finite numbers.
+    """
+    sums = torch.zeros(len(find_blocks(model)), dtype=torch.float64)
+    count = 0.0
+    calls = []
+    for batch in batches:
+        mask = batch.get("attention_mask")
+
+        def see(number: int, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = mask) -> None:
+            distance = 1 - torch.cosine_similarity(x.float(), y.float(), dim=-1)
+            sums[number] += (distance if mask is None else distance.masked_fill(mask == 0, 0)).sum().double().cpu()
+            done()
+
+        calls.append(record(model, batch, see))
+        count += float(batch["input_ids"].numel() if mask is None else (mask != 0).sum())
+    influence = (sums / count).tolist()
+    if not all(abs(value) < 3 for value in influence):  # a cosine is none of a state that is no number
+        raise ValueError(
+            f"Expected hidden states that are finite numbers on the calibration batches, got others: {influence}. Load the "
+            "model in float32 or bfloat16. Nothing was changed."
+        )
+    return calls, influence
 
 
 @torch.no_grad()
@@ -94,7 +121,7 @@ def gather(calls: Sequence[Calls], number: int, module: nn.Module, block: Block,
     for call in calls:
         found.add(call.states, call.mask)
         if not block.parallel:
-            with _at(module, block.mlp.norm, partial(_seen, found, call)):
+            with at(module, block.mlp.norm, partial(_seen, found, call)):
                 try:
                     call.run(number, module)
                 except _Reached:
@@ -129,15 +156,15 @@ def advance(
                 lost.append(states - kept)
                 return kept
 
-            with _at(module, block.mlp.norm, narrow):
+            with at(module, block.mlp.norm, narrow):
                 result = call.run(number, module)
             call.states = result - lost[0].view(result.shape)
         done()
 
 
 @contextmanager
-def _at(module: nn.Module, name: str, do: Callable[[torch.Tensor], Any]) -> Iterator[None]:
-    """What a module inside a block reads is shown to a function, and may be changed by it."""
+def at(module: nn.Module, name: str, do: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    """Show what a module inside a block reads to a function, which may return something else for it."""
     handle = module.get_submodule(name).register_forward_pre_hook(lambda _, args: do(args[0]))
     try:
         yield

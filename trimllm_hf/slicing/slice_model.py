@@ -16,12 +16,13 @@ from ..surgery.custom_models import update_classes
 from ..surgery.unshare_config import unshare_config
 from ..utils import evaluating
 from .allocation import allocate, redundancy_of
+from .channels import slice_channels
 from .classes import SLICED
 from .modules import assign, norm_eps, replace_norm, shape_block
-from .preconditions import real_tokens, refuse_arguments, refuse_model
+from .preconditions import on_device, real_tokens, refuse_arguments, refuse_model
 from .principal import Covariance
 from .rotation import Gain, read_gain, rotated_block, rotated_embedding, rotated_head
-from .signals import Calls, advance, gather, record
+from .signals import Calls, advance, gather, observe
 from .slice_map import SliceMap, next_widths
 from .verify import refuse_unequal
 from .wiring import Block, Wiring, find_wiring
@@ -54,6 +55,7 @@ def slice_model(
     spread: float = 0.5,
     mean: str = "layers",
     multiple: int = 8,
+    what: str = "hidden",
     progress: bool = True,
 ) -> SliceMap:
     """Cut the hidden states of a model to their principal components, each layer to a width of its own, in place.
@@ -61,6 +63,9 @@ def slice_model(
     SliceGPT (arXiv 2401.15024) with the widths of Dynamic LLM Slicing (arXiv 2411.03513): what a layer reads and writes is
     rotated, so that the first components hold most of it, and the rest is cut off. A layer that changes the hidden states
     little loses more. The head is untied from the embedding. To be called before the model is wrapped or trained.
+
+    With `what="mlp"` the hidden states stay, and channels of the MLPs go, by the same widths; the matrices behind them are
+    refitted in closed form. With allocation="uniform" what is left is a stock model, which every runtime loads.
 
     Args:
         model: A causal language model with norms in front of its attentions and MLPs, on any device.
@@ -70,16 +75,20 @@ def slice_model(
         spread: How far shares follow redundancy: from 0 (uniform) to 1 (the least redundant layer keeps its width).
         mean: Whether `ratio` is the mean over the "layers", or the share of the blocks' "parameters", shortcuts counted.
         multiple: What widths are multiples of: 8, or 64 for a GPU's tiles.
+        what: "hidden", the hidden states; or "mlp", the MLPs' channels.
         progress: Whether to show a progress bar.
 
     Returns:
-        The widths. They also stand in `model.config.slicing`.
+        The widths. They also stand in `model.config.slicing`, unless the model is a stock one.
 
     Raises:
         ValueError: If an argument is out of range, the batches hold too few tokens, or the model cannot be sliced: one
             whose logits do not stay the same when its hidden states are rotated, a wrapped, quantized, adapted or already
             sliced one, one without memory (meta), or one that is being trained. Nothing has changed then.
     """
+    refuse_arguments(ratio, allocation, spread, mean, multiple, what)
+    if what == "mlp":
+        return slice_channels(model, batches, ratio, allocation, spread, multiple, progress)
     return apply(plan(model, batches, ratio, allocation, spread, mean, multiple, progress))
 
 
@@ -98,19 +107,17 @@ def plan(
     Raises:
         ValueError: As `slice_model`.
     """
-    refuse_arguments(ratio, allocation, spread, mean, multiple)
     stock = refuse_model(model)
     wiring = find_wiring(type(stock), stock.config)
     tokens = real_tokens(batches, wiring.width)
     layer_map = LayerMap.from_config(stock.config)
     allocate([1.0] * len(wiring.blocks), wiring.width, ratio, 0.0, multiple)  # raises on a ratio that leaves too little
-    device = next(stock.parameters()).device
-    batches = [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in batches]
+    batches = on_device(batches, next(stock.parameters()).device)
     rounds = len(wiring.blocks) * len(batches)
     with torch.no_grad(), evaluating([stock]), tqdm(total=3 * rounds, desc="Slicing", disable=not progress) as bar:
         gains = read_gains(stock, wiring)
         refuse_unequal(stock, wiring, gains, batches[0]["input_ids"])
-        calls, influence = _observe(stock, wiring, batches, bar)
+        calls, influence = observe(stock, batches, bar.update)
         redundancy = redundancy_of(influence) if allocation == "redundancy" else [1.0] * len(influence)
         cost = _cost(stock, wiring) if mean == "parameters" else None
         widths = allocate(redundancy, wiring.width, ratio, spread, multiple, cost)
@@ -144,32 +151,6 @@ def read_gains(model: nn.Module, wiring: Wiring) -> dict[str, Gain]:
             f"Expected norms of one kind, got RMSNorms and LayerNorms in {type(model).__name__}. Nothing was changed."
         )
     return gains
-
-
-def _observe(
-    model: PreTrainedModel, wiring: Wiring, batches: Sequence[dict[str, Any]], bar: Any
-) -> tuple[list[Calls], list[float]]:
-    """What the blocks are called with, and each one's block influence: 1 - cosine of input and output, mean over tokens."""
-    sums = torch.zeros(len(wiring.blocks), dtype=torch.float64)
-    count = 0.0
-    calls = []
-    for batch in batches:
-        mask = batch.get("attention_mask")
-
-        def see(number: int, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = mask) -> None:
-            distance = 1 - torch.cosine_similarity(x.float(), y.float(), dim=-1)
-            sums[number] += (distance if mask is None else distance.masked_fill(mask == 0, 0)).sum().double().cpu()
-            bar.update()
-
-        calls.append(record(model, wiring, batch, see))
-        count += float(batch["input_ids"].numel() if mask is None else (mask != 0).sum())
-    influence = (sums / count).tolist()
-    if not all(abs(value) < 3 for value in influence):  # a cosine is none of a state that is no number
-        raise ValueError(
-            f"Expected hidden states that are finite numbers on the calibration batches, got others: {influence}. Load the "
-            "model in float32 or bfloat16. Nothing was changed."
-        )
-    return calls, influence
 
 
 def find_bases(
