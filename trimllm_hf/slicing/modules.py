@@ -7,7 +7,7 @@ shortcut, from the one basis into the other, before it is added. In a parallel b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from .slice_map import next_widths
 from .wiring import Block, Wiring
 
 SHORTCUT = "shortcut"  # the name in each block
+_BLOCKS: dict[type, type[nn.Module]] = {}
 DROPOUTS = ("dropout", "hidden_dropout", "residual_dropout")  # by which a block that has no such module names the rate
 
 
@@ -174,11 +175,40 @@ def connect(module: Any, held: dict[str, bool]) -> None:
     """Make a block hold back what these modules of it return, and add it behind its shortcut."""
     rate = next((name for name in DROPOUTS if isinstance(vars(module).get(name), float)), None)
     module.held_back = {name: rate if applied else None for name, applied in held.items()}
-    module.register_forward_pre_hook(_begin)
-    module.register_forward_hook(_finish)
+    module.__class__ = block_class(type(module))
 
 
-def _begin(block: Any, _: Any) -> None:
+class SlicedBlockMixin:
+    """What is added to an architecture's block class.
+
+    It is a `forward`, and no hooks on the block: gradient checkpointing runs a forward again, and all of this belongs in it.
+    """
+
+    stock_class: ClassVar[type[nn.Module]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        block: Any = self
+        _begin(block)
+        return _finish(block, super().forward(*args, **kwargs))  # type: ignore[misc]  # the architecture's
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (self.stock_class,), vars(self)  # pickle cannot find a class made here by its name
+
+
+def block_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """The class of a sliced block. It bears the architecture's name, by which transformers and engines know blocks."""
+    if stock not in _BLOCKS:
+        names = {"stock_class": stock, "__module__": stock.__module__}
+        _BLOCKS[stock] = type(stock.__name__, (SlicedBlockMixin, stock), names)
+    return _BLOCKS[stock]
+
+
+def _empty(stock: type[nn.Module]) -> nn.Module:
+    made = block_class(stock)
+    return made.__new__(made)
+
+
+def _begin(block: Any) -> None:
     for name in block.held_back:
         module = block.get_submodule(name)
         if not getattr(module, "holds", False):  # new, or an adapter has taken its place
@@ -199,7 +229,7 @@ def _hold(module: Any, _: Any, output: Any) -> Any:
     return (zero, *output[1:]) if isinstance(output, tuple) else zero
 
 
-def _finish(block: Any, _: Any, output: Any) -> Any:
+def _finish(block: Any, output: Any) -> Any:
     hidden = output[0] if isinstance(output, tuple) else output
     result = block.shortcut(hidden)
     for name, rate in block.held_back.items():
