@@ -18,7 +18,7 @@ from .distillation import refuse_another_teacher
 from .run import Run, RunRecord, begin_run
 from .sparse_update import refuse_bare_callback, refuse_other_share
 from .start_checks import check_scores
-from .trainer_hooks import TrainerSupport, find_trainer, unwrapped
+from .trainer_hooks import TrainerSupport, find_trainer, finish_current_push, unwrapped
 
 
 class TrimCallback(TrainerCallback, ExportableState):
@@ -118,6 +118,14 @@ class TrimCallback(TrainerCallback, ExportableState):
         """Remove models that no checkpoint has to go back to."""
         if self.run is not None and self.run.schedule.rule is not None:
             self.run.schedule.rule.tidy()
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Wait for the push of an earlier save: it reads the folder whose files this one is about to replace.
+
+        Else, with `hub_always_push`, a commit could hold the config of one depth and the weights of another.
+        """
+        if self.run is not None:
+            finish_current_push(self.run.trainer)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End the run: it lets go of the Trainer, the calibration batches and the engine."""
