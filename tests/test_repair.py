@@ -17,7 +17,9 @@ from trimllm_hf.importance.evaluation import to_be_scored
 from trimllm_hf.surgery.blocks import find_blocks
 from trimllm_hf.surgery.drop import drop_layers
 from trimllm_hf.surgery.repair import Repair, fit_repairs
+from trimllm_hf.surgery.repair.fit import PENALTIES
 from trimllm_hf.surgery.repair.normal_equations import weights_of
+from trimllm_hf.surgery.repair.ridge import Sums, best_penalty, solve
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -31,9 +33,11 @@ def inputs(rows: int = 24, length: int = 24, seed: int = 3) -> Inputs:
     return [({"input_ids": ids[i : i + 8], "attention_mask": mask[i : i + 8]}, mask[i : i + 8]) for i in range(0, rows, 8)]
 
 
-def fitted(model: nn.Module, layers: list[int], batches: Any = None, unit: str = "block", **how: Any) -> Repair:
+def fitted(
+    model: nn.Module, layers: list[int], batches: Any = None, unit: str = "block", penalty: float | None = 0.1
+) -> Repair:
     with to_be_scored(model, None):
-        (repair,) = fit_repairs(model, [layers], batches or inputs(), unit, **how)
+        (repair,) = fit_repairs(model, [layers], batches or inputs(), unit, penalty=penalty)
     return repair
 
 
@@ -245,7 +249,7 @@ def test_tried_is_what_comes_of_it(family: str, tmp_path: Path) -> None:
 def test_candidates_in_one_pass_are_as_each_alone() -> None:
     model = tiny_model()
     with to_be_scored(model, None):
-        several = fit_repairs(model, [[2, 3], [1, 2, 3], [2, 3, 5]], inputs())
+        several = fit_repairs(model, [[2, 3], [1, 2, 3], [2, 3, 5]], inputs(), penalty=0.1)
     for repair in several:
         alone = fitted(model, list(repair.layers))
         assert [refit.gap for refit in repair.refits] == [refit.gap for refit in alone.refits]
@@ -335,3 +339,29 @@ def test_sublayers(layers: list[int]) -> None:
 def test_a_dropped_mlp_is_taken_over_by_its_own_attention() -> None:
     (refit,) = fitted(tiny_model(), [5], unit="sublayer").refits
     assert (refit.position, refit.projection.name) == (2, "self_attn.o_proj")
+
+
+def test_the_penalty_that_does_best_on_other_tokens() -> None:
+    """Of noise it is the greatest, of what is linear in the features the least; the fit then takes all tokens."""
+    generator = torch.Generator().manual_seed(0)
+    features, weight = torch.randn(400, 40, generator=generator).double(), torch.randn(40, 8, generator=generator).double()
+    noise = torch.randn(400, 8, generator=generator).double()
+
+    def sums(target: torch.Tensor, rows: slice) -> Sums:
+        return Sums(features[rows].T @ features[rows], features[rows].T @ target[rows])
+
+    ours, others, penalties = slice(0, 50), slice(50, 400), (0.1, 0.01, 1.0, 10.0)
+    assert best_penalty(sums(noise, ours), sums(noise, others), penalties) == 10.0
+    assert best_penalty(sums(features @ weight, ours), sums(features @ weight, others), penalties) == 0.01
+    errors = {}
+    for penalty in penalties:
+        change = solve(sums(noise, ours), penalty)
+        errors[penalty] = float((features[others] @ change - noise[others]).square().sum())
+    assert min(errors, key=lambda penalty: errors[penalty]) == 10.0
+
+
+def test_by_default_the_penalty_is_chosen() -> None:
+    model = tiny_model()
+    chosen = fitted(model, [2, 3], penalty=None).refits[0].changes["mlp.down_proj.weight"]
+    with_each = [fitted(model, [2, 3], penalty=each).refits[0].changes["mlp.down_proj.weight"] for each in PENALTIES]
+    assert sum(torch.equal(chosen, each) or torch.allclose(chosen, each, atol=1e-5) for each in with_each) == 1

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..engines import ProcessGroup
 from ..importance.calibration import Batch
-from ..surgery.repair import PENALTY, Repair
+from ..surgery.repair import Repair
 from .repair import HELD_OUT, fit, loss_without
 
 
@@ -68,7 +68,7 @@ def audition(
     fitted, held_out = (list(batches[:-share]), list(batches[-share:])) if len(batches) > 1 else (batches, batches)
     how: dict[str, Any] = {"process_group": process_group, "filler_batch": filler_batch}
     unique = list(dict.fromkeys(tuple(sorted(layers)) for layers in sets.values()))
-    repairs = fit(model, unique, fitted, unit, penalty=PENALTY if repaired else math.inf, part=part, **how)
+    repairs = fit(model, unique, fitted, unit, penalty=None if repaired else math.inf, part=part, **how)
     heard = {repair.layers: (loss_without(model, repair, held_out, **how), repair) for repair in repairs}
     of_each = {name: heard[tuple(sorted(layers))] for name, layers in sets.items()}
     losses = {name: loss for name, (loss, _) in of_each.items()}

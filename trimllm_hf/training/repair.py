@@ -24,7 +24,7 @@ from ..importance.statistics import real_tokens
 from ..surgery.adapters import adapters_of, base_of
 from ..surgery.blocks import find_blocks
 from ..surgery.drop import plan_drop
-from ..surgery.repair import PENALTY, Repair, fit_repairs
+from ..surgery.repair import Repair, fit_repairs
 from ..utils import isolated_rng
 
 logger = logging.get_logger("transformers.trimllm_hf")
@@ -65,7 +65,7 @@ def repair_layers(
     unit: str = "block",
     *,
     held_out: Sequence[Batch] | None = None,
-    penalty: float = PENALTY,
+    penalty: float | None = None,
     part: str | None = None,
 ) -> RepairReport:
     """Make a model ready to lose layers: in front of each gap, a new weight takes over what it can of them.
@@ -81,7 +81,8 @@ def repair_layers(
             tokens as four times the width of the MLP are enough; fewer are used for less.
         unit: "block" or "sublayer", as for `drop_layers`.
         held_out: The batches to judge by. Default: one of eight of `batches`, the last ones, which are not fitted on.
-        penalty: How much holds the old weights, as a share of the features' mean square.
+        penalty: How much holds the old weights, as a share of the features' mean square. Default: chosen for each gap, by
+            one of eight of the batches to fit on.
         part: Of an encoder-decoder, the stack that the layers are of.
 
     Returns:
@@ -105,7 +106,7 @@ def fit_and_evaluate(
     held_out: Sequence[Batch] | None,
     unit: str,
     *,
-    penalty: float = PENALTY,
+    penalty: float | None = None,
     part: str | None = None,
     process_group: ProcessGroup | None = None,
 ) -> tuple[Repair, RepairReport]:
@@ -163,7 +164,7 @@ def fit(
     batches: Sequence[Batch],
     unit: str = "block",
     *,
-    penalty: float = PENALTY,
+    penalty: float | None = None,
     part: str | None = None,
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,

@@ -17,7 +17,7 @@ from ..importance.statistics import real_tokens
 from ..surgery.adapters import adapters_of, base_of
 from ..surgery.blocks import find_blocks
 from ..surgery.drop import PlannedDrop
-from ..surgery.repair import INFINITE, PENALTY, Repair, places
+from ..surgery.repair import INFINITE, Repair, places
 from ..surgery.repair.output_projection import is_linear, shape_of
 from ..utils import isolated_rng
 from .config import TrimConfig
@@ -66,7 +66,7 @@ class Repairer:
             if INFINITE not in repair.unrepaired.values():
                 refuse_without_refits(repair)
 
-    def fit(self, model: PreTrainedModel, candidates: Sequence[Sequence[int]], penalty: float = PENALTY) -> list[Repair]:
+    def fit(self, model: PreTrainedModel, candidates: Sequence[Sequence[int]], penalty: float | None = None) -> list[Repair]:
         """The repairs for one or another set of layers, by their positions in the unit, in one pass."""
         config = self.config
         self._to_fit = self._to_fit or self._enough(model)

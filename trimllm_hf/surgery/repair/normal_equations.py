@@ -11,6 +11,7 @@ from torch import nn
 
 from ..units import block_output
 from .output_projection import OutputProjection, shape_of
+from .ridge import Sums
 
 CAP = 3.0  # a token weighs as if its norms were at most so many times the median
 FEW = 8  # tokens: of a shorter row, the median is that of the whole batch
@@ -87,15 +88,16 @@ class NormalEquations:
         inputs, self.width = shape_of(self.module)
         # a bias is one more feature, which is always 1
         self.features = self.width if by_output else inputs + (getattr(self.module, "bias", None) is not None)
-        self.gram = self.cross = torch.empty(0)
+        self.fitted = self.held_out = Sums(torch.empty(0), torch.empty(0))
         self._seen: dict[str, torch.Tensor] = {}
 
     @contextmanager
-    def collecting(self, mask: torch.Tensor | None) -> Iterator[None]:
+    def collecting(self, mask: torch.Tensor | None, held_out: bool = False) -> Iterator[None]:
         """Add one forward pass's tokens.
 
         Args:
             mask: Which of them are real, of shape (rows, tokens); None: all.
+            held_out: Whether to add them to the sums by which a penalty is chosen.
         """
 
         def note(_: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
@@ -106,18 +108,16 @@ class NormalEquations:
             stack.enter_context(self.before.watched())
             stack.enter_context(self.last.watched())
             yield
-        self._add(mask)
+        self._add(mask, held_out)
         self._seen.clear()
 
-    def _add(self, mask: torch.Tensor | None) -> None:
+    def _add(self, mask: torch.Tensor | None, held_out: bool) -> None:
         before = self.before.take()
         residual, rows = self.last.take() - before, before.shape[:-1]
         got, gave = (self._seen[name].float().reshape(*rows, -1) for name in ("got", "gave"))
         features = gave if self.by_output else got
-        if not self.gram.numel():
-            zeros: dict[str, Any] = {"dtype": torch.float64, "device": before.device}
-            self.gram = torch.zeros(self.features, self.features, **zeros)
-            self.cross = torch.zeros(self.features, self.width, **zeros)
+        if not self.fitted.gram.numel():
+            self.fitted, self.held_out = (self._zeros(before.device) for _ in range(2))
         real = torch.ones(rows, dtype=torch.bool, device=before.device) if mask is None else mask.to(before.device) != 0
         if not real.any():
             return
@@ -126,8 +126,13 @@ class NormalEquations:
         if self.features > features.shape[-1]:
             features = torch.cat([features, torch.ones_like(weights)], dim=-1)
         features, residual = features * weights, residual * (weights / self.projection.scale)
-        self.gram += features.T @ features
-        self.cross += features.T @ residual
+        sums = self.held_out if held_out else self.fitted
+        sums.gram += features.T @ features
+        sums.cross += features.T @ residual
+
+    def _zeros(self, device: torch.device) -> Sums:
+        gram = torch.zeros(self.features, self.features, dtype=torch.float64, device=device)
+        return Sums(gram, torch.zeros(self.features, self.width, dtype=torch.float64, device=device))
 
 
 def weights_of(features: torch.Tensor, targets: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

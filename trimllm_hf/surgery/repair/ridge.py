@@ -1,25 +1,39 @@
-"""A refit's change of weight, from its sums."""
+"""Ridge regression from sums: a refit's change of weight, and how much to hold the old one."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 
-def solve(gram: torch.Tensor, cross: torch.Tensor, penalty: float) -> torch.Tensor | None:
-    """The change of weight (G + penalty D)^-1 C, in float64, where D is the mean of G's diagonal; None if there is none.
+@dataclass
+class Sums:
+    """Sums over tokens, in float64.
 
-    G is the sum of a^T a, and C that of a^T R, R what the dropped layers add. As a new weight that is
-    W^T <- (G + penalty D)^-1 (C' + penalty D W^T), with C' that of a^T (R + a W^T). An infinite penalty gives 0.
+    Attributes:
+        gram: G, the sum of a^T a, of shape (features, features).
+        cross: C, the sum of a^T R, R what is to be explained, of shape (features, width).
+    """
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.gram + other.gram, self.cross + other.cross)
+
+
+def solve(sums: Sums, penalty: float) -> torch.Tensor | None:
+    """The change of weight (G + penalty D)^-1 C, where D is the mean of G's diagonal; None if there is no solution.
+
+    As a new weight that is W^T <- (G + penalty D)^-1 (C' + penalty D W^T), with C' the sum of a^T (R + a W^T).
 
     Args:
-        gram: G, of shape (features, features).
-        cross: C, of shape (features, width).
+        sums: G and C.
         penalty: Weight of the old weight, as a share of the features' mean square; above 0.
     """
-    if math.isinf(penalty):
-        return torch.zeros_like(cross)
+    gram, cross = sums.gram, sums.cross
     if gram.device.type == "mps":
         gram, cross = gram.cpu(), cross.cpu()
     mean = gram.diagonal().mean()
@@ -32,3 +46,24 @@ def solve(gram: torch.Tensor, cross: torch.Tensor, penalty: float) -> torch.Tens
         return None
     change = torch.cholesky_solve(cross, factor)
     return change if torch.isfinite(change).all() else None
+
+
+def best_penalty(fitted: Sums, held_out: Sums, penalties: Sequence[float]) -> float:
+    """The penalty whose change, solved from some tokens, explains most of what others lack.
+
+    With the change X its squared error on the others is tr(X^T G X) - 2 tr(X^T C) + const, of their sums.
+
+    Args:
+        fitted: The sums to solve from.
+        held_out: Those of other tokens.
+        penalties: What to choose from. Of equal ones the first wins, and where nothing can be solved.
+    """
+    errors = []
+    for penalty in penalties:
+        change = solve(fitted, penalty)
+        if change is None:
+            errors.append(float("inf"))
+            continue
+        change = change.to(held_out.gram.device)
+        errors.append(float((change * (held_out.gram @ change - 2 * held_out.cross)).sum()))
+    return penalties[errors.index(min(errors))]
