@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from small_base import save_base
 from tiny import tiny_model, tiny_texts
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 import trimllm_hf
 from trimllm_hf import LayerMap, TrimCallback, TrimConfig, TrimTrainer
@@ -27,7 +28,7 @@ from trimllm_hf import LayerMap, TrimCallback, TrimConfig, TrimTrainer
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
 LINKED = [*PAGES, "CONTRIBUTING.md", "model_cards/README.md", "benchmarks/README.md"]
-SLOW = {"docs/publishing.md"}  # the card is measured, and its example runs in a new process
+SLOW = {"docs/publishing.md", "docs/integrations.md"}  # a card is measured; three Trainers of TRL
 SKIPPED = r"(?P<skipped><!-- not run: \S[^\n]*-->\n)?"
 BLOCK = re.compile(SKIPPED + r"^```(?P<kind>\w*)\n(?P<code>.*?)^```$|<!-- test\n(?P<test>.*?)-->", re.M | re.S)
 
@@ -57,7 +58,7 @@ def given() -> dict[str, Any]:
         "Path": Path,
         "AutoModelForCausalLM": AutoModelForCausalLM,
         "pytest": pytest,
-        **{tool.__name__: tool for tool in (tiny_model, depth, same_logits, interrupt, train_adapter)},
+        **{tool.__name__: tool for tool in (tiny_model, depth, same_logits, interrupt, train_adapter, chat_base)},
     }
 
 
@@ -100,6 +101,15 @@ def train_adapter(args: TrainingArguments, data: Any) -> None:
     trainer = Trainer(model, args, train_dataset=data, callbacks=[TrimCallback(TrimConfig(target_layers=5))])
     trainer.train()
     trainer.save_model("my-adapter")
+
+
+def chat_base() -> tuple[Any, Any, Any]:
+    """A base with a tokenizer at org/chat; the tokenizer, texts, and pairs of answers to a prompt."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    base = save_base(Path("org/chat"))
+    texts = datasets.Dataset.from_list([{"text": f"w{n % 40} w{n % 7} good w{n % 11}"} for n in range(160)])
+    pairs = [{"prompt": f"w{n % 40} w{n % 7}", "chosen": " good", "rejected": " bad"} for n in range(160)]
+    return AutoTokenizer.from_pretrained(base), texts, datasets.Dataset.from_list(pairs)
 
 
 @pytest.fixture

@@ -63,4 +63,4 @@ def test_the_notebooks_outputs_are_those_of_a_run() -> None:
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
     assert not re.search(r"(^|[\s\"'=(])/(?!>)[\w.-]+/", text_of(NOTEBOOK))
-    assert "times as fast, of at most" in text_of(NOTEBOOK)
+    assert "times as fast; by weight bytes" in text_of(NOTEBOOK)
