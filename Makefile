@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 PYTEST := $(BIN)/python -m pytest --must-run
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-deepspeed demo test test-all lint format docs dist smoke
+.PHONY: help venv venv-deepspeed readers demo test test-all lint format docs dist smoke
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -16,6 +16,16 @@ help:  ## list the targets
 venv: .venv/.installed  ## make .venv with the package, editable, and what the tests and the demo need
 
 venv-deepspeed: .venv/.deepspeed  ## add DeepSpeed to .venv
+
+readers: .venv-readers/.installed venv  ## compare what other readers make of trimmed models: transformers 4, mlx-lm, CTranslate2
+	$(PYTEST) -m slow tests/readers
+
+.venv-readers/.installed: Makefile
+	for reader in transformers mlx ctranslate2; do $(PYTHON) -m venv .venv-readers/$$reader || exit 1; done
+	.venv-readers/transformers/bin/pip install -q torch==2.13.0 numpy transformers==4.57.6 huggingface_hub==0.36.0 tokenizers==0.22.1
+	.venv-readers/mlx/bin/pip install -q torch==2.13.0 numpy 'mlx[cpu]' mlx-lm
+	.venv-readers/ctranslate2/bin/pip install -q torch==2.13.0 numpy ctranslate2 transformers==4.57.6
+	touch $@
 
 .venv/.installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv

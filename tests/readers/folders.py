@@ -18,15 +18,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
 from kinds import CAUSAL, CLASSIFICATION, DECODER, Kind
-from zoo_models import tiny_model
+from zoo_models import EXCEPTIONS, tiny_model
 
 from trimllm_hf import drop_layers
 from trimllm_hf.layer_map import num_hidden_layers
 from trimllm_hf.surgery.older_spellings import with_older_spellings
 
+for gemma in ("gemma2", "gemma3_text"):  # as published, and as CTranslate2 takes for granted
+    EXCEPTIONS[gemma] = {**EXCEPTIONS.get(gemma, {}), "query_pre_attn_scalar": 8}
 TASKS = {"causal": CAUSAL, "classification": CLASSIFICATION, "seq2seq": DECODER}
 OLDER_WORDS = {"rope_theta", "global_rope_theta", "rotary_emb_base"}
 LEGACY_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
@@ -34,8 +39,13 @@ LEGACY = ("granitemoehybrid", "bamba", "zamba", "zamba2", "jamba", "falcon_h1") 
 
 
 def write(folder: Path, model: torch.nn.Module, kind: Kind) -> None:
-    """One model and its logits."""
+    """One model and its logits, with a tokenizer, which CTranslate2 asks for."""
     model.save_pretrained(folder)
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))  # as older readers know it
     inputs = kind.inputs(model)
     with torch.no_grad():
         logits = model(**inputs).logits
@@ -52,6 +62,8 @@ def as_published(folder: Path) -> None:
 
 def _without_new_words(plain: dict, model_type: str) -> dict:
     found = {}
+    if "moe" in model_type and "num_local_experts" in plain and model_type.startswith("qwen3"):
+        plain = {**plain, "num_experts": plain["num_local_experts"]}
     for name, value in plain.items():
         if name == "dtype" or (name == "rope_parameters" and OLDER_WORDS & plain.keys()):
             continue

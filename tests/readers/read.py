@@ -1,6 +1,6 @@
 """Reads the folders that `folders.py` wrote, in another reader's environment: it imports nothing of this project.
 
-    PYTHON read.py transformers|mlx|ctranslate2 FOLDER
+    PYTHON read.py transformers|mlx|ctranslate2 FOLDER [beginning of a name …]
 
 prints one line of JSON for each model: its name, the largest difference of its logits to those of transformers 5 and
 their range; or the error.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,13 @@ def by_mlx(folder: Path, inputs: dict[str, Any]) -> Any:
 
 
 def by_ctranslate2(folder: Path, inputs: dict[str, Any]) -> Any:
-    raise NotImplementedError
+    import ctranslate2
+    from ctranslate2.converters import TransformersConverter
+
+    with tempfile.TemporaryDirectory() as converted:
+        TransformersConverter(str(folder)).convert(converted, force=True)
+        generator = ctranslate2.Generator(converted, compute_type="float32")
+        return np.array(generator.forward_batch(inputs["input_ids"].tolist()))
 
 
 READERS = {"transformers": by_transformers, "mlx": by_mlx, "ctranslate2": by_ctranslate2}
@@ -51,12 +58,14 @@ def main() -> None:
     read = READERS[sys.argv[1]]
     for logits in sorted(Path(sys.argv[2]).glob("*.npy")):
         folder = logits.with_suffix("")
+        if sys.argv[3:] and not folder.name.startswith(tuple(sys.argv[3:])):
+            continue
         found: dict[str, Any] = {"name": folder.name}
         try:
             want = np.load(logits)
             got = read(folder, dict(np.load(f"{folder}.inputs.npz")))
             found |= {"difference": float(np.abs(got - want).max()), "range": float(np.ptp(want))}
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             found["error"] = f"{type(error).__name__}: {str(error)[:200]}"
         print(json.dumps(found), flush=True)
 

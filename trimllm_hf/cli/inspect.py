@@ -30,11 +30,13 @@ def inspect(
     from transformers import AutoConfig
 
     from ..layer_map import LayerMap
+    from ..loading.readers import readers_of
     from ..publish.figures import text_strip
     from ..publish.folder import describe_weights
     from ..slicing.slice_map import SliceMap
 
     adapter = _adapter(model, revision)
+    readers: list[dict[str, str]] = []
     if adapter is not None:
         kind, layer_map, weights = adapter
         trimmed = bool(layer_map.dropped_layers or layer_map.missing_sublayers)
@@ -45,6 +47,7 @@ def inspect(
             return
         kind, layer_map, trimmed = config.model_type, LayerMap.from_config(config), getattr(config, "trim", None) is not None
         weights = describe_weights(model, revision)
+        readers = [asdict(verdict) for verdict in readers_of(config)]
     slices = None if adapter is not None else SliceMap.from_config(config)
     plain = {
         "model": model,
@@ -56,6 +59,7 @@ def inspect(
         "dropped_layers": layer_map.dropped_layers,
         "map": layer_map.to_dict(),
         "weights": weights,
+        "readers": readers,
     }
     answer(plain, as_json, lambda: [*_shown(plain, layer_map), *([] if slices is None else _widths(slices))])
 
@@ -151,6 +155,7 @@ def _shown(plain: dict[str, Any], layer_map: Any) -> list[RenderableType]:
         plain["strip"],
         f"{held['parameters']:,} parameters in {len(held['files'])} file(s), {format_bytes(held['bytes'])} ({dtypes})",
     ]
+    shown += [f"{each['reader']}: {each['verdict']} ({each['reason']})" for each in plain["readers"]]
     if layer_map.history:
         heads = ("step", "dropped", "by", "score")
         shown.append(table("Drops, in the base's numbering", *heads, rows=history_rows(layer_map)))

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from accelerate.utils import is_compiled_module
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..layer_map import LayerMap
 from ..surgery.adapters import adapters_of, base_of
 from ..surgery.blocks import find_blocks
 
 
-def refuse_other_depths(model: nn.Module, part: str | None = None) -> None:
+def refuse_other_depths(model: nn.Module, part: str | None = None) -> RemovableHandle:
     """Make `model.load_state_dict` raise on weights with another number of blocks than the model has.
 
     A Trainer loads checkpoints with strict=False: by index, with a warning, layers would end up in the wrong places. So
-    does PEFT with an adapter.
+    does PEFT with an adapter. A copy of the model looks at its own blocks.
+
+    Returns:
+        What takes the check off again.
 
     Raises:
-        ValueError: If the model is in the wrapper that `torch.compile(model)` returns.
+        ValueError: If the model is in the wrapper that `torch.compile(model)` returns, or has no list of blocks.
     """
     if is_compiled_module(model):
         raise ValueError(
@@ -28,42 +33,45 @@ def refuse_other_depths(model: nn.Module, part: str | None = None) -> None:
             "torch.compile(model): a Trainer would save its weights under other names. Nothing was changed."
         )
     model = base_of(model)
-    stack = find_blocks(model, part)
+    find_blocks(model, part)
+    # a function of the module alone: a copy, or what torch.load reads, has it without the first model's blocks
+    handle: RemovableHandle = model.register_load_state_dict_pre_hook(partial(_check, part))
+    return handle
 
-    def check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        start = f"{prefix}{stack.name}."
-        found = [
-            name.removeprefix(start).partition(".")
-            for name, tensor in state_dict.items()
-            if name.startswith(start) and getattr(tensor, "shape", None) != (0,)  # the stop in an adapter's file
-        ]
-        numbers = sorted({int(number) for number, _, _ in found})
-        if not numbers:
-            return
-        depth = len(stack.blocks)
-        if adapters_of(module):  # an adapter may be on some of the layers only
-            has = {(str(number), rest) for number, block in enumerate(stack.blocks) for rest, _ in block.named_parameters()}
-            rests = {rest for _, _, rest in found}
-            if {(number, rest) for number, _, rest in found} ^ {pair for pair in has if pair[1] in rests}:
-                raise ValueError(wrong_depth(range(depth), numbers))
-            return
-        rest = {f"{prefix}{name}" for name, _ in module.named_parameters() if not name.startswith(f"{stack.name}.")}
-        # one file of a sharded checkpoint holds a part of the blocks: only a number beyond the depth is wrong in it
-        whole = rest <= state_dict.keys()
-        if numbers[-1] >= depth or (whole and len(numbers) < depth):
+
+def _check(part: str | None, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    stack = find_blocks(module, part)
+    start = f"{prefix}{stack.name}."
+    found = [
+        name.removeprefix(start).partition(".")
+        for name, tensor in state_dict.items()
+        if name.startswith(start) and getattr(tensor, "shape", None) != (0,)  # the stop in an adapter's file
+    ]
+    numbers = sorted({int(number) for number, _, _ in found})
+    if not numbers:
+        return
+    depth = len(stack.blocks)
+    if adapters_of(module):  # an adapter may be on some of the layers only
+        has = {(str(number), rest) for number, block in enumerate(stack.blocks) for rest, _ in block.named_parameters()}
+        rests = {rest for _, _, rest in found}
+        if {(number, rest) for number, _, rest in found} ^ {pair for pair in has if pair[1] in rests}:
             raise ValueError(wrong_depth(range(depth), numbers))
-        there = {(int(number), rest.partition(".")[0]) for number, _, rest in found if "." in rest}
-        parts = [(n, *part) for n, block in enumerate(stack.blocks) for part in block.named_children()]
-        here = {(n, name) for n, name, part in parts if _holds(part)}
-        wrong = (there - here) | (here - there if whole else set())
-        if wrong:
-            names = sorted(f"{stack.name}.{number}.{name}" for number, name in wrong)
-            raise ValueError(
-                f"Expected a checkpoint of the sublayers that the model has, got one of others: they differ in {names}. Use "
-                "TrimTrainer, or call trim_like(model, checkpoint) on the full-depth model before the Trainer is made."
-            )
-
-    model.register_load_state_dict_pre_hook(check)
+        return
+    rest = {f"{prefix}{name}" for name, _ in module.named_parameters() if not name.startswith(f"{stack.name}.")}
+    # one file of a sharded checkpoint holds a part of the blocks: only a number beyond the depth is wrong in it
+    whole = rest <= state_dict.keys()
+    if numbers[-1] >= depth or (whole and len(numbers) < depth):
+        raise ValueError(wrong_depth(range(depth), numbers))
+    there = {(int(number), rest.partition(".")[0]) for number, _, rest in found if "." in rest}
+    children = [(n, *child) for n, block in enumerate(stack.blocks) for child in block.named_children()]
+    here = {(n, name) for n, name, child in children if _holds(child)}
+    wrong = (there - here) | (here - there if whole else set())
+    if wrong:
+        names = sorted(f"{stack.name}.{number}.{name}" for number, name in wrong)
+        raise ValueError(
+            f"Expected a checkpoint of the sublayers that the model has, got one of others: they differ in {names}. Use "
+            "TrimTrainer, or call trim_like(model, checkpoint) on the full-depth model before the Trainer is made."
+        )
 
 
 def _holds(module: nn.Module) -> bool:

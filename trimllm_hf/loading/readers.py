@@ -8,7 +8,6 @@ types below are those whose bases and trimmed models were read by that reader wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
@@ -41,29 +40,52 @@ class Reader:
 
     Attributes:
         name: Its name, with the version that was tried.
-        by_list: Types whose kinds of layers, if they have several, it takes from the config.
-        by_period: Types whose kinds it works out from a layer's number and a period in the config.
-        by_number: Types whose kinds it works out from a layer's number alone.
-        misread: Types that it reads otherwise than transformers 5, whatever layers are left.
+        by_list: Types whose layers it takes for what the config says of each, where it says it.
+        by_period: Types whose layers' kinds it works out from a layer's number and a period in the config.
+        by_number: Types whose layers' kinds it works out from a layer's number alone.
+        whole_period: Whether it needs as many layers as a period has.
+        heads: Whether it has models with other heads than a language model's.
     """
 
     name: str
     by_list: frozenset[str] = frozenset()
     by_period: frozenset[str] = frozenset()
     by_number: frozenset[str] = frozenset()
-    misread: frozenset[str] = frozenset()
+    whole_period: bool = False
+    heads: bool = False
 
 
 TRANSFORMERS_5 = "transformers 5"
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
+_TRANSFORMERS_4 = """
+    apertus arcee aria_text bamba bart bert bert-generation big_bird biogpt bitnet blenderbot blenderbot-small bloom
+    camembert canine codegen cohere cohere2 convbert ctrl data2vec-text deberta deberta-v2 deepseek_v2 deepseek_v3
+    distilbert dots1 electra emu3_text_model encoder-decoder ernie ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1
+    falcon_mamba flex_olmo fnet gemma gemma2 gemma3_text git glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox
+    gpt_neox_japanese gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense
+    hunyuan_v1_moe ibert jetmoe layoutlm led lfm2 llama llama4_text longformer longt5 luke m2m_100 mamba marian
+    markuplm mbart megatron-bert minimax ministral mistral mixtral mobilebert moshi mpnet mpt mra mvp nemotron
+    nystromformer olmo olmo2 olmo3 olmoe openai-gpt opt pegasus pegasus_x persimmon phi phi3 phi4_multimodal phimoe
+    plbart prophetnet qwen2 qwen2_moe qwen3 qwen3_next recurrent_gemma reformer rembert roberta roberta-prelayernorm
+    roc_bert roformer rwkv seamless_m4t seamless_m4t_v2 seed_oss smollm3 squeezebert stablelm starcoder2
+    switch_transformers t5 t5gemma tapas trocr umt5 vaultgemma whisper xglm xlm-roberta xlm-roberta-xl xlnet xmod
+    yoso
+"""
+_MLX = """
+    afmoe cohere dbrx deepseek_v3 deepseek_v32 dots1 ernie4_5 ernie4_5_moe falcon_mamba gemma gemma2 glm4 gptj
+    granite granitemoe helium hunyuan_v1_dense llama mamba mistral mixtral nemotron olmo2 olmo3 olmoe phi phi3 qwen2
+    qwen2_moe qwen3 seed_oss smollm3 stablelm starcoder2
+"""
 READERS = (
-    Reader(
-        "transformers 4.57",
-        by_list=frozenset(),
-        by_period=frozenset({"modernbert", "modernbert-decoder"}),
-    ),
+    Reader("transformers 4.57", by_list=frozenset(_TRANSFORMERS_4.split()), by_period=frozenset({"modernbert"}), heads=True),
     Reader("llama.cpp", by_list=frozenset({"llama"}), by_number=frozenset({"gemma3_text"})),
-    Reader("mlx-lm 0.32", by_list=frozenset({"llama", "qwen2"}), by_period=frozenset({"gemma3_text", "cohere2"})),
-    Reader("CTranslate2 4.8", by_list=frozenset({"llama", "gemma3_text"})),
+    Reader(
+        "mlx-lm 0.32",
+        by_list=frozenset(_MLX.split()),
+        by_period=frozenset({"cohere2", "gemma3_text"}),
+        whole_period=True,
+    ),
+    Reader("CTranslate2 4.8", by_list=frozenset({"gemma3_text", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"})),
 )
 
 
@@ -86,31 +108,28 @@ def readers_of(config: PreTrainedConfig) -> tuple[Verdict, ...]:
 
 
 def _verdict(reader: Reader, config: PreTrainedConfig, holder: PreTrainedConfig) -> Verdict:
-    model_type = holder.model_type if holder.model_type in _all(reader) else config.model_type
-    if model_type in reader.misread:
-        return Verdict(reader.name, WRONG, f"it reads {model_type} otherwise than transformers 5")
+    model_type = config.model_type
+    named = (config.architectures or [""])[0]
+    if not reader.heads and named and not named.endswith(_LANGUAGE_MODELS):
+        return Verdict(reader.name, UNTRIED, f"not tried with {named}")
     if model_type in reader.by_list:
         return Verdict(reader.name, RIGHT, "it reads from the config what each layer is")
-    for types, what, wrong in (
-        (reader.by_period, "a period in the config", _without_period),
-        (reader.by_number, "a layer's number", unlike_default),
-    ):
-        if model_type in types:
-            names: Iterable[str] = wrong(holder)
-            said = f"it works out what each layer is from {what}, "
-            if named := sorted(names):
-                return Verdict(reader.name, WRONG, f"{said}which does not give {', '.join(named)}")
-            return Verdict(reader.name, RIGHT, f"{said}which gives what the config lists")
-    return Verdict(reader.name, UNTRIED, f"not tried with {model_type}")
+    if model_type in reader.by_period:
+        said, wrong = "a layer's number and a period in the config", _without_period(holder, reader.whole_period)
+    elif model_type in reader.by_number:
+        said, wrong = "a layer's number", list(unlike_default(holder))
+    else:
+        return Verdict(reader.name, UNTRIED, f"not tried with {model_type}")
+    if wrong:
+        return Verdict(reader.name, WRONG, f"it works out what each layer is from {said}, which does not give {wrong[0]}")
+    return Verdict(reader.name, RIGHT, f"it works out what each layer is from {said}, which gives what the config lists")
 
 
-def _without_period(config: PreTrainedConfig) -> list[str]:
-    """The lists of kinds that no period in the written config gives."""
+def _without_period(config: PreTrainedConfig, whole: bool) -> list[str]:
+    """The lists of kinds that no period gives that could stand in the config, or none of at most the depth."""
     reader = ConfigReader(config)
-    listed = [name for name in KINDS if isinstance((reader.now or {}).get(name), list)]
-    words = periods(reader)
-    return listed if words and None in words.values() else [] if words else list(unlike_default(config))
-
-
-def _all(reader: Reader) -> frozenset[str]:
-    return reader.by_list | reader.by_period | reader.by_number | reader.misread
+    listed = {name: len(value) for name in KINDS if isinstance(value := (reader.now or {}).get(name), list)}
+    found = list(periods(reader).values())
+    depth = max(listed.values(), default=0)
+    right = found and all(period is not None and not (whole and period > depth) for period in found)
+    return [] if right or not listed else list(listed)

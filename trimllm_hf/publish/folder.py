@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file, logging  # type: ignore[attr-defined]  # re-exported there
 
 from ..layer_map import LayerMap
+from ..loading.readers import readers_of
 from ..utils import checksum, json_at
 from .remote import brief, transient
 
@@ -88,6 +90,7 @@ def describe_trimmed(folder: Path, trust_remote_code: bool = False) -> dict[str,
         "model_type": config.model_type,
         "architecture": (config.architectures or [None])[0],
         "remote_code": hasattr(config, "auto_map"),
+        "readers": [asdict(verdict) for verdict in readers_of(config)[1:]],  # without transformers 5, which has its own row
         "weights": weights,
         "sha256": {
             path.name: checksum(path, large=True)

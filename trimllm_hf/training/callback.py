@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -59,6 +60,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.record: RunRecord | None = None
         self.run: Run | None = None
         self._watched: weakref.ref[nn.Module] | None = None
+        self._watch_handle: RemovableHandle | None = None
 
     @property
     def layer_map(self) -> LayerMap | None:
@@ -132,6 +134,9 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self.run is not None:
             self.run.end()
             self.run = None
+        if self._watch_handle is not None:  # the best model is loaded by now
+            self._watch_handle.remove()
+            self._watch_handle = self._watched = None
 
     def _record(self, trainer: Trainer, model: PreTrainedModel, state: TrainerState) -> RunRecord:
         """The record of the run that the checkpoint holds; of a run that begins now, the model's own map."""
@@ -151,5 +156,5 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def _watch(self, model: nn.Module) -> None:
         if self._watched is None or self._watched() is not model:
-            refuse_other_depths(model, self.config.part)
+            self._watch_handle = refuse_other_depths(model, self.config.part)
             self._watched = weakref.ref(model)

@@ -43,6 +43,10 @@ class TrimConfig:
         default=None,
         metadata={"help": "Of an encoder-decoder (T5, BART), what to trim: 'decoder' (the default there) or 'encoder'."},
     )
+    portable: bool = field(
+        default=False,
+        metadata={"help": "Drop only so that runtimes which work out a layer's kind from its number find the right one."},
+    )
     importance: str = field(
         default="sensitivity",
         metadata={

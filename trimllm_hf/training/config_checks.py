@@ -56,6 +56,8 @@ def check_unit(config: Any) -> None:
     """
     if config.unit not in UNITS:
         raise ValueError(f"Expected unit='block' or 'sublayer', got {config.unit!r}.")
+    if config.unit != "block" and config.portable:
+        raise ValueError("Expected unit='block' with portable=True: no other runtime knows blocks that lack a sublayer.")
     if config.unit != "block" and config.part is not None:
         raise ValueError(f"Expected unit='block' for a part of an encoder-decoder ({config.part}), got unit='sublayer'.")
     if config.part not in (None, "decoder", "encoder"):

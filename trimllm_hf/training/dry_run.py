@@ -77,8 +77,9 @@ def dry_run(model: nn.Module, config: TrimConfig, to_drop: int) -> dict[int, int
     while depth > target:
         deepest_first = {position: -float(position) for position in droppable(copy, config)}
         target_model = resolve_model(copy, config.part)
+        plan = partial(plan_drop, target_model, portable=config.portable)
         try:
-            drop = least_important(partial(plan_drop, target_model), deepest_first, depth - target, size)
+            drop = least_important(plan, deepest_first, depth - target, size)
         except ValueError as error:
             reached = f"It can be trimmed to {depth}; then: " if sizes else ""
             raise ValueError(

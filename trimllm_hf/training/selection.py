@@ -137,7 +137,7 @@ class LayerSelector:
             def plan(positions: list[int]) -> PlannedDrop:
                 of_each = chosen.scores if positions == chosen.positions else scores[positions].tolist()
                 named = f"{importance} per ms" if self.unit_ms else importance
-                return plan_drop(target, positions, config.unit, step=step, importance=named, scores=of_each)
+                return plan_drop(target, positions, config.unit, step, named, of_each, portable=config.portable)
 
             try:
                 drop = plan(chosen.positions)
