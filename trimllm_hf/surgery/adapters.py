@@ -1,35 +1,20 @@
-"""Adapters (PEFT): seen through, renumbered with the layers that stay, and saved with the map of what stays.
-
-PEFT matches an adapter to modules by their names, so one that was trained on a trimmed model would be put on the first
-layers of the full one. Its folder therefore gets the kept-layer map, and its weights a tensor without elements, by the
-name of a parameter of the first layer, or the first half of one, that the trimmed model does not have: PEFT passes over it
-on the trimmed base, and on another one raises an error of sizes that do not match, with or without this package.
-"""
+"""Adapters (PEFT): seen through, and renumbered with the layers that stay."""
 
 from __future__ import annotations
 
 import copy
-import json
-import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import is_compiled_module
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..layer_map import ADAPTER_MAP, LayerMap
+from .layer_names import LayerNames
 
-_PREFIX = "base_model.model."  # PEFT's, before each name in an adapter's file
-_WEIGHTS = "adapter_model.safetensors"  # peft.utils.SAFETENSORS_WEIGHTS_NAME
 _NUMBERED = re.compile(r"\d")
 
 
@@ -47,17 +32,22 @@ def base_of(model: nn.Module) -> Any:
     peft = sys.modules.get("peft")  # not imported: nothing can be of its classes
     if peft is None or not isinstance(model, peft.PeftModel | peft.PeftMixedModel):
         return _inner_model(model)
-    if isinstance(model, peft.PeftMixedModel) or any(c.is_prompt_learning for c in model.peft_config.values()):
+    if isinstance(model, peft.PeftMixedModel) or any(map(_counts_layers, model.peft_config.values())):
         kinds = [config.peft_type.value for config in model.peft_config.values()]
         raise ValueError(
-            f"Expected an adapter inside the layers, like LoRA, got {kinds} in a {type(model).__name__}. Prompts and mixed "
-            "adapters cannot follow when layers are dropped. Use LoRA."
+            f"Expected an adapter inside the layers, like LoRA, got {kinds} in a {type(model).__name__}. Prompts, in the "
+            "last layers too, and mixed adapters cannot follow when layers are dropped. Use LoRA."
         )
     return base_of(model.get_base_model())
 
 
+def _counts_layers(config: Any) -> bool:
+    """Whether an adapter is made for the model as a whole, or for so many of its last layers."""
+    return bool(config.is_prompt_learning or config.is_adaption_prompt)
+
+
 def _inner_model(model: nn.Module) -> nn.Module:
-    """The one transformers model in a module that is none itself; the module where it holds none, or an engine wraps it."""
+    """The one transformers model in a module that is none itself; the module if it has none, or an engine wraps it."""
     if isinstance(model, PreTrainedModel) or not isinstance(model, nn.Module) or "module" in model._modules:
         return model
     found = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
@@ -99,10 +89,11 @@ def inject(model: nn.Module, adapters: Mapping[str, Any]) -> nn.Module:
             warnings.simplefilter("ignore")
             try:
                 peft.inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
-            except ValueError as error:
+            except Exception as error:  # what cannot be made without memory shows it in many ways
                 raise ValueError(
-                    f"Expected an adapter that is made layer by layer, like LoRA, got {config.peft_type.value}: {error} "
-                    "Layers cannot be dropped with it: use LoRA."
+                    f"Expected an adapter that is made layer by layer, like LoRA, got "
+                    f"{config.peft_type.value}: {type(error).__name__}: {error}. Layers cannot be dropped with it: use "
+                    "LoRA. Nothing was changed."
                 ) from error
     return model
 
@@ -121,66 +112,29 @@ def candidate_adapter_configs(
         stack: The name of its list of blocks.
         kept: Positions of the layers that stay, ascending.
     """
-    yield {name: _copied(config) for name, config in adapters.items()}
-    if adapters:
-        renumbered = {name: _copied(config) for name, config in adapters.items()}
-        for name, config in renumbered.items():
-            vars(config).update(_renumbered(name, config, full, stack, kept))
-        yield renumbered
-
-
-def patch_adapter_save(base: nn.Module, stack: str, layer_map: LayerMap) -> None:
-    """Make the adapters of a model save its kept-layer map, and the stop for deeper bases, beside their configs.
-
-    PEFT saves an adapter's config last, by the config's own method.
-    """
-    if not layer_map.dropped_layers and layer_map.has_all_sublayers:
+    if not adapters:
+        yield {}
         return
-    layers = f"{_PREFIX}{stack}."
-    blocks = list(base.get_submodule(stack).children())
-    names = [{name for name, _ in block.named_parameters()} for block in blocks]
-    in_all = sorted(set.intersection(*names) or set.union(*names))  # adapters may be in some layers only
-    for adapter, config in adapters_of(base).items():
-        of_base = next((name for name in in_all if f".{adapter}." not in name), in_all[0])
-        of_kind = next((_of_half(number, blocks, names, adapter) for number, _ in layer_map.missing_sublayers), None)
-        config.save_pretrained = partial(_save_with_map, config, layers, of_base, of_kind, layer_map)
+    names = LayerNames(full, stack, kept)
+    masked = {name: _copied(config) for name, config in adapters.items()}
+    for config in masked.values():
+        vars(config).update(_masks(config, names))
+    yield masked
+    renumbered = {name: _copied(config) for name, config in masked.items()}
+    for name, config in renumbered.items():
+        vars(config).update(_renumbered(name, config, full, stack, kept, names))
+    yield renumbered
 
 
-def _of_half(number: int, blocks: Sequence[nn.Module], names: Sequence[set[str]], adapter: str) -> str | None:
-    """A parameter of the sublayer that a block lacks, by its name in the others; the adapter's own if it has one there."""
-    empty = {name for name, child in blocks[number].named_children() if not any(True for _ in child.parameters())}
-    gone = sorted(name for name in set.union(*names) if name.partition(".")[0] in empty)
-    own = [name.replace(f".{adapter}.", ".") for name in gone if f".{adapter}." in name]
-    return f"{number}.{(own or gone)[0]}" if gone else None
+def renumber_statistics(model: nn.Module, names: LayerNames) -> None:
+    """Renumber what AdaLoRA has noted of its matrices, by their names, in PEFT's wrapper of a model."""
+    allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
+    for field in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+        if isinstance(noted := getattr(allocator, field, None), dict):
+            setattr(allocator, field, names.renumber(noted))
 
 
-def _save_with_map(
-    config: Any,
-    layers: str,
-    of_base: str,
-    of_kind: str | None,
-    layer_map: LayerMap,
-    save_directory: str,
-    **kwargs: Any,
-) -> None:
-    type(config).save_pretrained(config, save_directory, **kwargs)
-    folder = Path(save_directory)
-    (folder / ADAPTER_MAP).write_text(json.dumps(layer_map.to_dict(), indent=2) + "\n", encoding="utf-8")
-    weights = folder / _WEIGHTS
-    if not weights.is_file():
-        return
-    with safe_open(weights, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        metadata = opened.metadata()
-    of_layers = [name.removeprefix(layers).partition(".")[2] for name in sorted(tensors) if name.startswith(layers)]
-    # where every layer has the same, the name of an adapter's own tensor will do, which other readers expect
-    rest = of_layers[0] if of_layers and not _names_layers(config) else of_base
-    tensors[f"{layers}{of_kind or f'{layer_map.num_layers}.{rest}'}"] = torch.empty(0)
-    save_file(tensors, f"{weights}.unfinished", metadata=metadata)
-    os.replace(f"{weights}.unfinished", weights)
-
-
-def _names_layers(config: Any) -> bool:
+def names_layers(config: Any) -> bool:
     """Whether a config's choice of modules may depend on a layer's number."""
     if getattr(config, "layers_to_transform", None) is not None:
         return True
@@ -189,7 +143,17 @@ def _names_layers(config: Any) -> bool:
     return any(_NUMBERED.search(text) for text in texts)
 
 
-def _renumbered(adapter: str, config: Any, full: nn.Module, stack: str, kept: Sequence[int]) -> dict[str, Any]:
+def _masks(config: Any, names: LayerNames) -> dict[str, Any]:
+    """AdaLoRA's masks of ranks, by the names of its matrices, for the layers that stay; no other adapter has any."""
+    pattern = getattr(config, "rank_pattern", None)
+    if not pattern or not all(isinstance(value, list) for value in pattern.values()):
+        return {}
+    return {"rank_pattern": names.renumber(pattern)}
+
+
+def _renumbered(
+    adapter: str, config: Any, full: nn.Module, stack: str, kept: Sequence[int], names: LayerNames
+) -> dict[str, Any]:
     """The fields of a config that name layers by their numbers, for the layers that stay."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -213,8 +177,13 @@ def _renumbered(adapter: str, config: Any, full: nn.Module, stack: str, kept: Se
                 f"Expected the adapter {adapter!r} to stay on a layer, got a drop of all that it is on ({chosen}). Drop "
                 "other layers. Nothing was changed."
             )
-    elif _names_layers(config):
+    elif names_layers(config):
         values |= {"target_modules": set(layers), "exclude_modules": None}
+    for field in ("modules_to_save", "target_parameters"):
+        if getattr(config, field, None):
+            values[field] = names.renumber(getattr(config, field))
+    if _masks(config, names):
+        return values
     alpha = "lora_alpha" if hasattr(config, "lora_alpha") else "alpha"
     for field, attribute in (("rank_pattern", "r"), ("alpha_pattern", alpha)):
         if any(_NUMBERED.search(pattern) for pattern in getattr(config, field, None) or ()):

@@ -14,10 +14,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..layer_map import SUBLAYER_KINDS, LayerMap, part_config
-from .adapters import candidate_adapter_configs, patch_adapter_save
+from .adapter_files import patch_adapter_save, patch_later_saves
+from .adapters import candidate_adapter_configs, renumber_statistics
 from .blocks import BlockStack
 from .candidate_configs import candidate_configs
 from .custom_models import refuse_sliced, update_classes
+from .layer_names import LayerNames
 from .layer_pattern import refuse_unportable
 from .layer_references import Reference, find_references
 from .per_layer_tensors import cut
@@ -94,6 +96,7 @@ class PlannedDrop:
         """
         stack, adapters = self.target.stack, self.target.adapters
         kept = [position for position in range(len(stack)) if position not in self.positions]
+        renumber_statistics(self.target.outer, LayerNames(self.model, stack.name, kept))
         for (name, key), dimension in self.renumbering.per_layer.items():
             parameter = self.model.get_submodule(name).get_parameter(key)
             parameter.data = cut(parameter.data, dimension, len(stack), kept)
@@ -122,6 +125,7 @@ class PlannedDrop:
         for name, adapter in adapters.items():
             vars(adapter).update(vars(self.adapters[name]))
         patch_adapter_save(self.model, stack.name, self.layer_map)
+        patch_later_saves()
         update_classes(self.model, custom_of(self.layer_map))
         return self.layer_map
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from .blocks import BlockStack
-
 _REMOVED = object()
 
 
@@ -18,13 +16,13 @@ class LayerNames:
 
     Args:
         model: The model, with all layers.
-        stack: The blocks that some layers are dropped from.
+        stack: The name of the list of blocks that some are dropped from.
         kept: Positions of the blocks that stay, ascending.
     """
 
-    def __init__(self, model: nn.Module, stack: BlockStack, kept: Sequence[int]) -> None:
+    def __init__(self, model: nn.Module, stack: str, kept: Sequence[int]) -> None:
         self.place = {old: new for new, old in enumerate(kept)}
-        *self.above, self.last = stack.name.split(".")
+        *self.above, self.last = stack.split(".")
         lists = [name.split(".") for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         self.others = [above for *above, last in lists if last == self.last and above != self.above]
         dot = r"(?:\\?\.)"  # escaped in a regular expression

@@ -100,7 +100,7 @@ def find_references(model: Any, stack: BlockStack, kept: Sequence[int]) -> list[
     Raises:
         ValueError: If such a value cannot be renumbered.
     """
-    names = LayerNames(model, stack, kept)
+    names = LayerNames(model, stack.name, kept)
     indexing = fields_that_index_layers(model)
     found: list[Reference] = []
     for path, config in _configs(model.config, ("config",)):

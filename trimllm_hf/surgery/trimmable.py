@@ -25,12 +25,14 @@ class TrimmableModel:
         stack: Its blocks, and the config that describes them.
         layer_map: The layers that it keeps of its base.
         adapters: The configs of its adapters, by name.
+        outer: The model as it was given, with PEFT's wrapper if it has one.
     """
 
     model: PreTrainedModel
     stack: BlockStack
     layer_map: LayerMap
     adapters: Mapping[str, Any]
+    outer: nn.Module
 
     @cached_property
     def skeleton(self) -> nn.Module:
@@ -55,4 +57,4 @@ def resolve_model(model: nn.Module, part: str | None = None) -> TrimmableModel:
     """
     base: PreTrainedModel = base_of(model)
     stack = find_blocks(base, part)
-    return TrimmableModel(base, stack, LayerMap.from_config(base.config, part), adapters_of(base))
+    return TrimmableModel(base, stack, LayerMap.from_config(base.config, part), adapters_of(base), model)

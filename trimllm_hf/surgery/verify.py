@@ -126,6 +126,10 @@ def _is_place(
         # of hidden states, the embedding's is the first
         one_per_layer |= len(old) == depth + 1 and new == [old[0], *(old[position + 1] for position in kept)]
         return one_per_layer or (bool(_INDICES.fullmatch(attribute)) and new == [kept.index(i) for i in old if i in kept])
+    if block is not None and isinstance(old, str):  # some adapters keep the name of their module
+        return isinstance(new, str) and new.split(".") == [
+            str(block) if word == str(kept[block]) else word for word in old.split(".")
+        ]
     if attribute.endswith("tied_weights_keys"):  # transformers' own tables, by the names of the layers
         return True
     if isinstance(old, dict):  # Zamba 2: the number of a layer -> its number among the layers with attention

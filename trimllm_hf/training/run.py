@@ -15,7 +15,8 @@ from transformers.utils import logging
 from ..engines import Changes, Engine, attach
 from ..layer_map import UNITS, LayerMap
 from ..loading.trim_like import restore_layers_from
-from ..surgery.adapters import base_of, patch_adapter_save
+from ..surgery.adapter_files import patch_adapter_save
+from ..surgery.adapters import base_of
 from ..surgery.blocks import find_blocks
 from .best_model import forget_best
 from .budget import Budget, BudgetState

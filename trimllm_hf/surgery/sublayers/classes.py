@@ -40,6 +40,8 @@ def remove_missing_sublayers(model: PreTrainedModel) -> None:
     layer_map = LayerMap.from_config(model.config)
     if not layer_map.has_all_sublayers:
         stack = find_blocks(model)
+        if any(isinstance(module, PassThrough) for module in stack.blocks.modules()):
+            return  # a head's body, which the Auto classes have made, has done it
         for position, kind in layer_map.missing_sublayers:
             block = stack.blocks[position]
             for name, spec in find_output_specs(block, stack.config.hidden_size).of(kind).items():

@@ -1,0 +1,155 @@
+"""Adapters of a trimmed model are saved with its kept-layer map, and with a stop for deeper bases.
+
+PEFT matches an adapter to modules by their names, so one that was trained on a trimmed model would be put on the first
+layers of the full one. Its folder therefore gets the kept-layer map, and its weights a tensor without elements, by the
+name of a parameter of the first layer, or the first sublayer of one, that the trimmed model does not have: PEFT passes over
+it on the trimmed base, and on another one raises an error of sizes that do not match, with or without this package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..layer_map import ADAPTER_MAP, LayerMap
+from .adapters import adapters_of, base_of, names_layers
+from .blocks import find_blocks
+
+_PREFIX = "base_model.model."  # PEFT's, before each name in an adapter's file
+_WEIGHTS = "adapter_model.safetensors"  # peft.utils.SAFETENSORS_WEIGHTS_NAME
+_PICKLED = "adapter_model.bin"  # peft.utils.WEIGHTS_NAME
+
+
+def patch_adapter_save(base: nn.Module, stack: str, layer_map: LayerMap, adapters: Mapping[str, Any] | None = None) -> None:
+    """Make the adapters of a model save its kept-layer map, and the stop for deeper bases, beside their configs.
+
+    PEFT saves an adapter's config last, by the config's own method.
+
+    Args:
+        base: The transformers model.
+        stack: The name of its list of blocks.
+        layer_map: Its map.
+        adapters: The configs of the adapters, by name; by default those inside the model.
+    """
+    if not layer_map.dropped_layers and layer_map.has_all_sublayers:
+        return
+    layers = f"{_PREFIX}{stack}."
+    blocks = list(base.get_submodule(stack).children())
+    names = [{name for name, _ in block.named_parameters()} for block in blocks]
+    in_all = sorted(set.intersection(*names) or set.union(*names))  # adapters may be in some layers only
+    for adapter, config in (adapters_of(base) if adapters is None else adapters).items():
+        of_base = next((name for name in in_all if f".{adapter}." not in name), in_all[0])
+        missing = next((_of_sublayer(number, blocks, names, adapter) for number, _ in layer_map.missing_sublayers), None)
+        config.save_pretrained = partial(_save_with_map, config, layers, of_base, missing, layer_map)
+
+
+def patch_later_saves() -> None:
+    """Make every later save of an adapter of a trimmed model do so: also of one that is added after the drop."""
+    _follow(PreTrainedModel)  # which saves the adapters that it was given by add_adapter
+    if "peft.peft_model" in sys.modules:
+        _follow(sys.modules["peft.peft_model"].PeftModel)
+    elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PeftFinder())
+
+
+def _follow(kind: Any) -> None:
+    save: Callable[..., Any] = kind.save_pretrained
+    if getattr(save, "saves_layer_map", False):
+        return
+
+    @wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _patch_all(self)
+        return save(self, *args, **kwargs)
+
+    save_pretrained.saves_layer_map = True  # type: ignore[attr-defined]
+    kind.save_pretrained = save_pretrained
+
+
+def _patch_all(model: nn.Module) -> None:
+    peft = sys.modules.get("peft")
+    base = model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
+    adapters = getattr(model, "peft_config", None)
+    base = base_of(base)
+    if adapters and isinstance(adapters, dict) and getattr(getattr(base, "config", None), "trim", None) is not None:
+        stack = find_blocks(base)
+        patch_adapter_save(base, stack.name, LayerMap.from_config(base.config, stack.part), adapters)
+
+
+class _PeftFinder(MetaPathFinder):
+    """Finds nothing itself: it sees that PEFT is being imported."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != "peft.peft_model":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            _follow(module.PeftModel)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _of_sublayer(number: int, blocks: Sequence[nn.Module], names: Sequence[set[str]], adapter: str) -> str | None:
+    """A parameter of the sublayer that a block lacks, by its name in the others; the adapter's own if it has one there."""
+    empty = {name for name, child in blocks[number].named_children() if not any(True for _ in child.parameters())}
+    gone = sorted(name for name in set.union(*names) if name.partition(".")[0] in empty)
+    own = [name.replace(f".{adapter}.", ".") for name in gone if f".{adapter}." in name]
+    return f"{number}.{(own or gone)[0]}" if gone else None
+
+
+def _save_with_map(
+    config: Any,
+    layers: str,
+    of_base: str,
+    missing: str | None,
+    layer_map: LayerMap,
+    save_directory: str,
+    **kwargs: Any,
+) -> None:
+    type(config).save_pretrained(config, save_directory, **kwargs)
+    folder = Path(save_directory)
+    (folder / ADAPTER_MAP).write_text(json.dumps(layer_map.to_dict(), indent=2) + "\n", encoding="utf-8")
+    weights = folder / _WEIGHTS
+    if weights.is_file():
+        with safe_open(weights, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            metadata = opened.metadata()
+        _add_stop(tensors, config, layers, of_base, missing, layer_map)
+        save_file(tensors, f"{weights}.unfinished", metadata=metadata)
+        os.replace(f"{weights}.unfinished", weights)
+    elif (weights := folder / _PICKLED).is_file():
+        tensors = torch.load(weights, map_location="cpu", weights_only=True)
+        _add_stop(tensors, config, layers, of_base, missing, layer_map)
+        torch.save(tensors, f"{weights}.unfinished")
+        os.replace(f"{weights}.unfinished", weights)
+
+
+def _add_stop(
+    tensors: dict[str, torch.Tensor], config: Any, layers: str, of_base: str, missing: str | None, layer_map: LayerMap
+) -> None:
+    of_layers = [name.removeprefix(layers).partition(".")[2] for name in sorted(tensors) if name.startswith(layers)]
+    # where every layer has the same, the name of an adapter's own tensor will do, which other readers expect
+    rest = of_layers[0] if of_layers and not names_layers(config) else of_base
+    tensors[f"{layers}{missing or f'{layer_map.num_layers}.{rest}'}"] = torch.empty(0)
