@@ -365,3 +365,34 @@ def test_by_default_the_penalty_is_chosen() -> None:
     chosen = fitted(model, [2, 3], penalty=None).refits[0].changes["mlp.down_proj.weight"]
     with_each = [fitted(model, [2, 3], penalty=each).refits[0].changes["mlp.down_proj.weight"] for each in PENALTIES]
     assert sum(torch.equal(chosen, each) or torch.allclose(chosen, each, atol=1e-5) for each in with_each) == 1
+
+
+def test_what_does_not_fit_the_memory_together_takes_another_pass() -> None:
+    model, passes = tiny_model(), []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    together = fitted(model, [1, 3, 5])
+    once, one_by_one = len(passes), 8 * 64 * (64 + 32) * 2
+    with to_be_scored(model, None):
+        (alone,) = fit_repairs(model, [[1, 3, 5]], inputs(), penalty=0.1, memory=one_by_one)
+    assert len(passes) - once == once + 2 * len(inputs())
+    for one, other in zip(together.refits, alone.refits, strict=True):
+        assert all(torch.equal(change, other.changes[name]) for name, change in one.changes.items())
+
+
+def test_quantized_weights_are_no_place_for_it() -> None:
+    class Packed(nn.Linear):
+        """As bitsandbytes holds them: a linear map by its class, whose weight is bytes."""
+
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__(linear.in_features, linear.out_features, bias=False)
+            self.held = [linear]
+            self.weight = nn.Parameter(torch.zeros(16, 1, dtype=torch.uint8), requires_grad=False)
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return self.held[0](features)
+
+    model = tiny_model()
+    for block in model.model.layers:
+        block.mlp.down_proj = Packed(block.mlp.down_proj)
+    repair = fitted(model, [2, 3])
+    assert not repair.refits and "no linear map" in "".join(repair.unrepaired.values())

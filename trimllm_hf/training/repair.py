@@ -21,6 +21,7 @@ from ..importance.labelled import headless
 from ..importance.metrics import is_causal
 from ..importance.scores import on_every_process
 from ..importance.statistics import real_tokens
+from ..importance.sweep import free_bytes
 from ..surgery.adapters import adapters_of, base_of
 from ..surgery.blocks import find_blocks
 from ..surgery.drop import plan_drop
@@ -179,7 +180,10 @@ def fit(
             if number >= len(batches):  # a pass for the others' sake
                 mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
             inputs.append((headless(model, model_inputs(batch)), mask))
-        return fit_repairs(model, candidates, inputs, unit, penalty=penalty, part=part, process_group=process_group)
+        memory = min(process_group.gather(free_bytes(next(model.parameters()).device) / 2))
+        return fit_repairs(
+            model, candidates, inputs, unit, penalty=penalty, memory=memory, part=part, process_group=process_group
+        )
 
 
 def evaluate_repair(

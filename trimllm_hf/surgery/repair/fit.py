@@ -40,6 +40,7 @@ def fit_repairs(
     unit: str = "block",
     *,
     penalty: float | None = None,
+    memory: float = math.inf,
     part: str | None = None,
     process_group: ProcessGroup | None = None,
 ) -> list[Repair]:
@@ -59,6 +60,8 @@ def fit_repairs(
         unit: What a layer is, "block" or "sublayer", as for `drop_layers`.
         penalty: How much holds the old weight; infinite: nothing changes. None: for each gap the one of `PENALTIES` that
             does best on one of eight batches when it is fitted on the others; with it, it is fitted on all.
+        memory: Bytes that the sums may take at a time, the same on every process: for gaps that need more together, the
+            batches are run again.
         part: Of an encoder-decoder, the stack that the layers are of.
         process_group: The processes of the run.
 
@@ -82,24 +85,19 @@ def fit_repairs(
             sums[gap] = found
         else:
             unrepaired[gap] = found
-    share = min(HELD_OUT, len(batches))
-    for number, (inputs, mask) in enumerate(batches if sums and penalty != math.inf else ()):
-        held_out = penalty is None and number % share == share - 1 > 0
-        with ExitStack() as collecting:
-            for each in sums.values():
-                collecting.enter_context(each.collecting(mask, held_out))
-            base(**inputs)
+    if penalty == math.inf:
+        unrepaired |= dict.fromkeys(sums, INFINITE)
+        sums.clear()
     refits: dict[Gap, Refit] = {}
-    for number, (gap, each) in enumerate(sums.items()):
-        if penalty == math.inf:
-            unrepaired[gap] = INFINITE
-            continue
-        change = _solved(each, penalty, number, process_group)
-        if change is None:
-            unrepaired[gap] = "its equations have no solution in numbers"
-            logger.warning(f"No repair in front of {gap}: {unrepaired[gap]}. The weight there stays as it is.")
-        else:
-            refits[gap] = _refit(gap, each, change, process_group)
+    for at_once in _within(memory, sums):
+        _sum_up(base, [sums[gap] for gap in at_once], batches, penalty is None)
+        for number, gap in enumerate(at_once):
+            change = _solved(sums[gap], penalty, number, process_group)
+            if change is None:
+                unrepaired[gap] = "its equations have no solution in numbers"
+                logger.warning(f"No repair in front of {gap}: {unrepaired[gap]}. The weight there stays as it is.")
+            else:
+                refits[gap] = _refit(gap, sums[gap], change, process_group)
     return [
         Repair(
             tuple(sorted(layers)),
@@ -136,6 +134,30 @@ def _sums(
         return f"it takes {needed} calibration tokens at least, there are {tokens}"
     before = State(block, projection, gap.before.inside)
     return NormalEquations(before, State(last, other, gap.last.inside), by_output=tokens < ENOUGH * inputs)
+
+
+def _within(memory: float, sums: Mapping[Gap, NormalEquations]) -> list[list[Gap]]:
+    """The gaps, as many together as there is memory for, and one at least."""
+    groups: list[list[Gap]] = []
+    left = 0.0
+    for gap, each in sums.items():
+        left -= each.num_bytes
+        if not groups or left < 0:
+            groups.append([])
+            left = memory - each.num_bytes
+        groups[-1].append(gap)
+    return groups
+
+
+def _sum_up(base: nn.Module, equations: Sequence[NormalEquations], batches: Sequence[Inputs], hold_out: bool) -> None:
+    """One pass over the batches."""
+    share = min(HELD_OUT, len(batches))
+    for number, (inputs, mask) in enumerate(batches):
+        held_out = hold_out and number % share == share - 1 > 0
+        with ExitStack() as collecting:
+            for each in equations:
+                collecting.enter_context(each.collecting(mask, held_out))
+            base(**inputs)
 
 
 def _num_tokens(inputs: Mapping[str, Any], mask: torch.Tensor | None) -> int:

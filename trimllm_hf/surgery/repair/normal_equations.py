@@ -91,6 +91,11 @@ class NormalEquations:
         self.fitted = self.held_out = Sums(torch.empty(0), torch.empty(0))
         self._seen: dict[str, torch.Tensor] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that both sums take."""
+        return 2 * 8 * self.features * (self.features + self.width)
+
     @contextmanager
     def collecting(self, mask: torch.Tensor | None, held_out: bool = False) -> Iterator[None]:
         """Add one forward pass's tokens.
