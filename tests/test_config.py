@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import HfArgumentParser
@@ -81,8 +82,9 @@ def test_the_target_is_a_share_of_the_base() -> None:
 
 @pytest.mark.parametrize("max_steps", [2, 3, 7, 20, 100, 1000])
 @pytest.mark.parametrize("layers_per_drop", [1, 3])
-def test_auto_drops_everything_in_the_first_quarter(max_steps: int, layers_per_drop: int) -> None:
-    plan = plan_drops(TrimConfig(target_layers=6, layers_per_drop=layers_per_drop), 12, 6, max_steps)
+def test_spread_drops_everything_in_the_first_quarter(max_steps: int, layers_per_drop: int) -> None:
+    config = TrimConfig(target_layers=6, drop_every="spread", layers_per_drop=layers_per_drop)
+    plan = plan_drops(config, 12, 6, max_steps)
     assert sum(plan.values()) == 6
     assert 1 <= min(plan) and max(plan) <= max(1, round(0.25 * max_steps)) < max_steps
     if max_steps >= 100:
@@ -101,6 +103,28 @@ def test_the_last_share_of_the_steps_heals(healing_ratio: float) -> None:
         ValueError, match=rf"healing_ratio={healing_ratio} of the steps left to heal.*step 60, but.*is the last"
     ):
         plan_drops(config, 12, 6, int(59 / (1 - healing_ratio)))
+
+
+def test_auto_is_once_unless_something_is_to_happen_before_a_drop() -> None:
+    def plan(**settings: Any) -> dict[int, int]:
+        return plan_drops(TrimConfig(target_layers=3, **settings), 5, 3, max_steps=100)
+
+    assert plan() == plan(drop_every="once") == {0: 2}
+    spread = plan(drop_every="spread")
+    assert spread == plan(max_metric_drop=0.1) == {5: 1, 25: 1}
+    assert plan(healing_ratio=0.75) == spread
+
+
+def test_the_published_procedure_by_one_name() -> None:
+    config = TrimConfig.published(target_layers=12)
+    assert (config.unit, config.score, config.scan_metric) == ("sublayer", "sensitivity", "choice_accuracy")
+    assert config.tie_breaker == "activation_norm" and not config.by_budget
+    plan = plan_drops(config, 24, 12, max_steps=100)  # one at a time, over the whole run
+    assert set(plan.values()) == {1} and len(plan) == 12 and min(plan) == 5 and max(plan) == 99
+    sparse = TrimConfig.published(target_layers=6, unit="block", trainable_ratio=0.25)
+    assert sparse.resolve_trainable(12) == 3
+    with pytest.raises(ValueError, match="unit='block' with trainable_ratio"):
+        TrimConfig.published(target_layers=12, trainable_ratio=0.25)
 
 
 def test_other_schedules() -> None:

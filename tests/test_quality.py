@@ -1,5 +1,6 @@
 """benchmarks/quality: the settings that it gives are valid, its error bars are right, and its commands run in a row."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ QUALITY = ROOT / "benchmarks/quality"
 def quality(monkeypatch: pytest.MonkeyPatch) -> Namespace:
     pytest.importorskip("matplotlib", reason="table.py draws: pip install 'trimllm_hf[plot]'")
     monkeypatch.syspath_prepend(str(QUALITY))
-    names = ("results", "clocks", "methods", "pretrain", "tasks", "run", "sweep", "table")
+    names = ("results", "clocks", "curves", "methods", "pretrain", "tasks", "run", "sweep", "table")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     modules = Namespace(**{name: __import__(name) for name in names})
@@ -55,6 +56,18 @@ def test_a_difference_is_taken_within_a_seed(quality: Any) -> None:
     assert quality.table.share_of_time(runs, full) == "0.75"
     assert quality.table.above(runs, full, "answer_loss") == "+0.300 ± 0.050"
     assert quality.table.share_of_time({0: {"seconds": None}}, full) == "-"  # it shared a GPU
+
+
+def test_equal_time_is_what_the_other_took(quality: Any) -> None:
+    def run(*points: tuple[int, float, float]) -> dict[str, Any]:
+        return {"curve": [dict(zip(("step", "seconds", "loss"), point, strict=True)) for point in points]}
+
+    plain = {0: run((0, 10.0, 6.0), (40, 90.0, 4.0), (80, 170.0, 3.0)), 1: run((0, 10.0, 6.0), (40, 90.0, 4.5))}
+    repaired = {0: run((0, 50.0, 4.0), (40, 130.0, 3.0)), 1: run((0, 50.0, 4.0), (40, 130.0, 3.2)), 2: run((0, 9.0, 1.0))}
+    curves = quality.curves
+    assert curves.difference(plain, repaired, 40, by_time=False) == pytest.approx([1.0, 1.3])
+    assert curves.difference(plain, repaired, 40, by_time=True) == pytest.approx([0.5])  # 130 s; seed 1 had no more than 90
+    assert curves.difference(plain, repaired, 0, by_time=True) == pytest.approx([1.0, 1.25])
 
 
 def test_the_end_of_text_may_begin_a_piece(quality: Any) -> None:
@@ -126,11 +139,18 @@ def test_the_commands_run_in_a_row(shared: Path, tmp_path: Path) -> None:
     call("pretrain.py", *data, "--output_dir", str(base), "--layers", "4", "--steps", "2", "--batch_size", "4")
     flags = ("--base", str(base), "--results", str(results), "--steps", "8", "--questions", "20")
     call("run.py", *data, *flags, "--domain", "legal", "--method", "full")
-    methods = ("full", "default", "influence-once", "influence-once-time", "head-tuned", "scratch")
+    methods = ("full", "scan-quarter", "influence-once", "influence-once-time", "head-tuned", "scratch")
     few = ("--seeds", "0", "--more_depths", "--processes", "2")
     call("sweep.py", *data, *flags, *few, "--domains", "legal", "--methods", *methods)
     call("sweep.py", *data, *flags, *few, "--domains", "answers", "--methods", "full", "influence-once")
     shutil.copy(base / "base.json", tmp_path / "base-tiny.json")
+    along = ("--evaluate_at", "0", "4", "--constant", "--max_length", "48")
+    for method in ("full", "influence-ranked", "influence-repaired"):
+        row = ("--domain", "writing", "--method", method, "--layers", "2", "--results", str(tmp_path / "results/real.jsonl"))
+        call("run.py", *data, *flags, *row, *along)
+    (tmp_path / "base-real.json").write_text(
+        json.dumps({"name": "Real", "package": "real==1", "settings": {"layers": 4, "width": 96}, "parameters": 1})
+    )
     call("speed.py", "tiny", "--folder", str(tmp_path), "--repeats", "2")
     page.write_text("before\n<!-- quality -->\nold\n<!-- end of quality -->\nafter\n")
     call("table.py", "--results", str(tmp_path / "results"), "--bases", str(tmp_path), "--page", str(page))
@@ -138,4 +158,5 @@ def test_the_commands_run_in_a_row(shared: Path, tmp_path: Path) -> None:
     assert told.startswith("before\n") and told.endswith("after\n") and "old" not in told
     assert "times as fast as 4 blocks: 3 blocks" in told
     assert told.count("| 2 of 4 |") == 5 + 1 and told.count("| 4 of 4 |") == 1 + 1
+    assert told.count("| 2 | ") == 2 + 3 and "same CPU time" in told  # two methods, and three moments to compare them at
     assert page.with_name("quality.png").stat().st_size > 1000

@@ -35,14 +35,17 @@ class Method:
 
 
 ONCE: dict[str, Any] = {"drop_every": "once"}
+SCAN = {"importance": "sensitivity", "drop_every": "spread"}
 INFLUENCE = {"importance": "block_influence", **ONCE}
+RANKED = {**INFLUENCE, "rescore": False}
 LAST = {"importance": "last", "protect_last": 0, **ONCE}
 PUBLISHED = {"scan_metric": "choice_accuracy", "tie_breaker": "activation_norm", "warm_up_importance": "none"}
 
 METHODS: dict[str, Method] = {
     "full": Method("full depth"),
-    "default": Method("`TrimConfig`'s defaults: scan by loss, drops from 5% to 25% of the steps", {}),
-    "default-distilled": Method("the defaults, distilled from the base", {"distill_weight": 0.5}),
+    "default": Method("`TrimConfig`'s defaults", {}),
+    "scan-quarter": Method("scan by loss, drops from 5% to 25% of the steps", SCAN),
+    "scan-quarter-distilled": Method("the same, distilled from the base", {**SCAN, "distill_weight": 0.5}),
     "trimllm": Method(
         "TrimLLM: sublayers, scan by accuracy and activation norm, one at a time, evenly, all train",
         {"unit": "sublayer", **PUBLISHED},
@@ -52,17 +55,20 @@ METHODS: dict[str, Method] = {
     "trimllm-quarter": Method(
         "TrimLLM with blocks, a quarter of them trains", {"trainable_ratio": 0.25, **PUBLISHED}, evenly=True, by_choices=True
     ),
-    "scan-early": Method("scan, drops from 5% to 10%", {"healing_ratio": 0.9}),
-    "scan-spread": Method("scan, drops from 5% to 70%", {"healing_ratio": 0.3}),
-    "scan-late": Method("scan, drops from 50% to 90%", {"healing_ratio": 0.1}, warm_up=0.5),
-    "scan-once": Method("scan, all before the first step", {"warm_up_importance": "none", **ONCE}),
-    "influence-once": Method("block influence, all before the first step", INFLUENCE),
-    "influence-ranked": Method("block influence, one ranking, all before the first step", {**INFLUENCE, "rescore": False}),
+    "scan-early": Method("scan, drops from 5% to 10%", {**SCAN, "healing_ratio": 0.9}),
+    "scan-spread": Method("scan, drops from 5% to 70%", {**SCAN, "healing_ratio": 0.3}),
+    "scan-late": Method("scan, drops from 50% to 90%", {**SCAN, "healing_ratio": 0.1}, warm_up=0.5),
+    "scan-once": Method("scan, all before the first step", {**SCAN, "warm_up_importance": "none", **ONCE}),
+    "influence-once": Method("block influence, scored again for each, all before the first step", INFLUENCE),
     "influence-once-time": Method(
-        "block influence, all before the first step, for the CPU time of the defaults", INFLUENCE, time_of="default"
+        "the same, for the CPU time of a scan with drops from 5% to 25%", INFLUENCE, time_of="scan-quarter"
     ),
+    "influence-ranked": Method("block influence, one ranking, all before the first step", RANKED),
+    "influence-repaired": Method("the same, repaired", {**RANKED, "repair": "auto"}),
     "influence-once-distilled": Method("block influence, at once, distilled", {**INFLUENCE, "distill_weight": 0.5}),
-    "influence-auto": Method("block influence, drops from 5% to 25%", {"importance": "block_influence"}),
+    "influence-quarter": Method(
+        "block influence, drops from 5% to 25%", {"importance": "block_influence", "drop_every": "spread"}
+    ),
     "last-once": Method("the last blocks, before the first step", LAST),
     "head-tuned": Method("the last blocks, before the first step; only head and last three train", LAST, only_head=True),
     "random-once": Method("random blocks, before the first step", {"importance": "random", **ONCE}),

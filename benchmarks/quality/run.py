@@ -17,7 +17,7 @@ split). The loss on a book tells what is left of general English.
 Time is that of training, scores and drops included: on the CPU the seconds of one thread, so that waiting for another
 process does not count; on a GPU those of a clock, and none with --shared, when other runs use it at the same time. With
 --evaluate_at the loss is measured along the way as well, on its own time; with --constant the learning rate stays where it
-is after its warm-up, and each point is what a run of that length ends with.
+is after its warm-up, and each point is what a run of that length ends with: a run that was stopped has its place.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import platform
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,15 @@ from clocks import Curve, Stopwatch
 from methods import METHODS, Method
 from tasks import DOMAINS, Example, examples, load_encoder, loss_per_token, make_questions, pieces_of_book
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
 from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers
@@ -98,9 +107,13 @@ def steps_for_the_time_of(args: argparse.Namespace) -> int:
 
 
 def train(
-    args: argparse.Namespace, train: list[Question], test: list[Example], encoder: QuestionEncoder
+    args: argparse.Namespace,
+    train: list[Question],
+    test: list[Example],
+    encoder: QuestionEncoder,
+    say: Callable[[dict[str, Any]], None],
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that the method makes, and what it took."""
+    """The model that the method makes, and what it took; `say` is told how the loss falls."""
     method = METHODS[args.method]
     steps = args.steps if method.time_of is None else steps_for_the_time_of(args)
     held, rest = train[: args.set_aside][: args.calibration], train[args.set_aside :]
@@ -130,7 +143,7 @@ def train(
     )
     clock = time.process_time if args.device == "cpu" else time.perf_counter
     drops, choosing = Drops(), Stopwatch(clock)
-    curve = Curve([*args.evaluate_at, steps], clock, lambda model: measure(model, test, encoder, args), print)
+    curve = Curve([*args.evaluate_at, steps], clock, lambda model: measure(model, test, encoder, args), say)
     common: dict[str, Any] = {
         "train_dataset": examples(rest, encoder),
         "data_collator": encoder.collate,
@@ -199,27 +212,12 @@ def main(flags: list[str] | None = None) -> None:
 
     encoder = load_encoder(args.base, args.max_length)
     learned, tested = make_questions(args, encoder)
-    model, cost = train(args, learned, examples(tested, encoder), encoder)
-    chosen: dict[str, Any] = {"questions": len(tested)}
-    if len(tested[0].choices) > 1:
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            chosen = score_questions(model, tested, encoder, 64)
-        frequent = Counter(question.answer for question in tested).most_common(1)[0][1]
-        chosen["always_the_same_answer"] = frequent / len(tested)
-    book = pieces_of_book(args.data, encoder, args.book_pieces)
-    layers = model.config.num_hidden_layers
-    told = {
+    told: dict[str, Any] = {
         "domain": args.domain,
         "method": args.method,
-        "layers": layers,
-        "target": layers if args.method == "full" else args.layers,
+        "target": AutoConfig.from_pretrained(args.base).num_hidden_layers if args.method == "full" else args.layers,
         "seed": args.seed,
-        **cost,
-        **chosen,
-        "answer_loss": cost["curve"][-1]["loss"],
-        "book_loss": measure(model, book, encoder, args),
-        "kept_layers": list(LayerMap.from_config(model.config).kept_layers),
-        "trained_questions": cost["steps"] * args.batch_size,
+        "batch_size": args.batch_size,
         "learning_rate": args.learning_rate,
         "constant": args.constant,
         "bf16": args.bf16,
@@ -229,6 +227,32 @@ def main(flags: list[str] | None = None) -> None:
         "machine": machine(args.device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+    }
+    points: list[dict[str, Any]] = []
+
+    def so_far(point: dict[str, Any]) -> None:
+        """A run that is stopped leaves what it has measured."""
+        points.append(point)
+        print(point, flush=True)
+        if args.evaluate_at:
+            results.add(args.results, {**told, "questions": len(tested), "curve": points, "unfinished": True})
+
+    model, cost = train(args, learned, examples(tested, encoder), encoder, so_far)
+    chosen: dict[str, Any] = {"questions": len(tested)}
+    if len(tested[0].choices) > 1:
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            chosen = score_questions(model, tested, encoder, 64)
+        frequent = Counter(question.answer for question in tested).most_common(1)[0][1]
+        chosen["always_the_same_answer"] = frequent / len(tested)
+    book = pieces_of_book(args.data, encoder, args.book_pieces)
+    told |= {
+        "layers": model.config.num_hidden_layers,
+        **cost,
+        **chosen,
+        "answer_loss": cost["curve"][-1]["loss"],
+        "book_loss": measure(model, book, encoder, args),
+        "kept_layers": list(LayerMap.from_config(model.config).kept_layers),
+        "trained_questions": cost["steps"] * args.batch_size,
     }
     results.add(args.results, told)
     took = "" if args.shared else f", {told['seconds']:.0f} s"

@@ -51,7 +51,7 @@ def main() -> None:
         for seed in args.seeds
         for domain in args.domains
     ]
-    there = results.read(args.results)
+    there = {key for key, result in results.read(args.results).items() if not result.get("unfinished")}
     missing = [key for key in wanted if (key if key[1] != "full" else (key[0], "full", depth, key[3])) not in there]
     print(f"{len(missing)} of {len(wanted)} rows are missing", flush=True)
     failed = 0

@@ -2,27 +2,24 @@
 
     python benchmarks/quality/table.py            # from benchmarks/quality/results; also writes benchmarks/quality.png
 
-A file of results is a base. ± at an accuracy is the larger of two standard errors of the mean over the seeds: that from
-the seeds' own spread, and that from the number of questions. What a method is above or below full depth, and its time, are
-of the full-depth runs of the same seeds, and ± is the standard error of that difference. The picture is of the first
-base. How fast each depth decodes is what `speed.py` measured.
+A file of results is a base. Of a base whose runs were measured along the way, the table and the picture are of how the loss
+falls; the picture is of the first such base. Of the others the table is of what the runs ended with: ± at an accuracy is the
+larger of two standard errors of the mean over the seeds, that from the seeds' own spread and that from the number of
+questions; what a method is above full depth, and its time, are of the full-depth runs of the same seeds, and ± is the
+standard error of that difference. How fast each depth decodes is what `speed.py` measured.
 """
 
 import argparse
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import results
+from curves import curve_tables, grouped, picture
 from methods import METHODS
 
 HERE = Path(__file__).parent
@@ -89,7 +86,7 @@ def share_of_time(runs: dict[int, Result], full: dict[int, Result]) -> str:
 
 
 def tables(found: Runs) -> str:
-    """For each domain and depth every method that was run, the lowest loss first."""
+    """For each domain every method at half depth, the lowest loss first; full depth above them."""
     lines = []
     for domain in domains_of(found):
         depth, full = full_depth(found, domain)
@@ -98,18 +95,18 @@ def tables(found: Runs) -> str:
             f"**{domain}**: {some['questions']} questions a seed; always the same answer is right in "
             f"{mean(full, 'always_the_same_answer')}.",
             "",
-            "| blocks | method | accuracy | above full depth | loss of the answer | above full depth | loss on the book "
-            "| questions trained on | time, of full depth's | seeds |",
-            "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+            "| blocks | method | accuracy | loss of the answer | above full depth | time, of full depth's | seeds |",
+            "|--:|---|--:|--:|--:|--:|--:|",
         ]
         rows = [(layers, method, runs) for (of, method, layers), runs in found.items() if of == domain]
         for layers, method, runs in sorted(rows, key=lambda row: (-row[0], mean(row[2], "answer_loss"))):
+            if layers not in (depth, depth // 2):
+                continue
             value, error = accuracy(runs)
             lines.append(
                 f"| {layers} of {depth} | {METHODS[method].says} | {value:.3f} ± {error:.3f} | "
-                f"{above(runs, full, 'accuracy')} | {mean(runs, 'answer_loss')} | {above(runs, full, 'answer_loss')} | "
-                f"{mean(runs, 'book_loss')} | {statistics.mean(run['trained_questions'] for run in runs.values()):.0f} | "
-                f"{share_of_time(runs, full)} | {len(runs)} |"
+                f"{mean(runs, 'answer_loss')} | {above(runs, full, 'answer_loss')} | {share_of_time(runs, full)} | "
+                f"{len(runs)} |"
             )
         lines.append("")
     return "\n".join(lines)
@@ -117,9 +114,13 @@ def tables(found: Runs) -> str:
 
 def about(name: str, base: dict[str, Any]) -> str:
     """What a base is, in a sentence."""
+    shape = (
+        f"{base['settings']['layers']} blocks of width {base['settings']['width']}, {base['parameters'] / 1e6:.1f} million"
+    )
+    if "tokens_seen" not in base:
+        return f"#### {name}\n\n{base['name']} ({base['package']}): {shape} parameters."
     return (
-        f"#### {name}\n\n{base['settings']['layers']} blocks of width {base['settings']['width']}, "
-        f"{base['parameters'] / 1e6:.1f} million parameters, after {base['tokens_seen'] / 1e6:.1f} million tokens "
+        f"#### {name}\n\n{shape}, after {base['tokens_seen'] / 1e6:.1f} million tokens "
         f"(loss on the book {base['held_out_loss']:.2f}); trained on: {base['machine']}, torch {base['torch']}, "
         f"transformers {base['transformers']}."
     )
@@ -136,52 +137,11 @@ def speeds(speed: dict[str, Any]) -> str:
     )
 
 
-def lines_of(found: Runs, domain: str, value: Any) -> dict[str, list[tuple[int, float, float]]]:
-    """Depth, value and error of each method that was run at several depths; full depth is in all of them."""
-    points: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
-    for (of, method, layers), runs in found.items():
-        if of == domain:
-            points[method].append((layers, *value(runs)))
-    (full,) = points.pop("full")
-    return {method: sorted([*some, full]) for method, some in points.items() if len(some) > 1}
-
-
-def picture(found: Runs, speed: dict[str, Any] | None, file: Path) -> None:
-    """Accuracy (where it is at chance, loss), and speed against depth: a line for each method run at several depths."""
-    panels: list[tuple[str, str, dict[str, list[tuple[int, float, float]]], float | None]] = []
-    for domain in domains_of(found):
-        _, full = full_depth(found, domain)
-        constant = statistics.mean(run["always_the_same_answer"] for run in full.values())
-        at_chance = accuracy(full)[0] - constant < accuracy(full)[1]
-        kind = "loss above full depth" if at_chance else "accuracy"
-        value: Any = partial(loss_above, full=full) if at_chance else accuracy
-        if lines := lines_of(found, domain, value):
-            panels.append((domain, kind, lines, None if at_chance else constant))
-    if speed is not None:
-        decode = [(speed["layers"], 1.0, 0.0), *((row["layers"], row["times_as_fast"], 0.0) for row in speed["decode"])]
-        panels.append(("decoding", "times as fast as full depth", {"any method": decode}, None))
-    if panels:
-        draw(panels, file)
-
-
-def draw(panels: Iterable[tuple[str, str, dict[str, list[tuple[int, float, float]]], float | None]], file: Path) -> None:
-    """A panel for each title, label of the values, lines, and level of always the same answer."""
-    panels = list(panels)
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2), squeeze=False)
-    for axis, (title, label, lines, constant) in zip(axes[0], panels, strict=True):
-        for method, points in sorted(lines.items()):
-            depths, values, errors = zip(*points, strict=True)
-            axis.errorbar(depths, values, errors, label=method, capsize=2, marker="o", markersize=3)
-        if constant is not None:
-            axis.axhline(constant, color="grey", linestyle=":", linewidth=1, label="always the same answer")
-            axis.set_ylim(0, 1)
-        else:
-            axis.set_ylim(0, None)
-        axis.set(title=title, xlabel="blocks", ylabel=label)
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+def bases(folder: Path) -> dict[str, Any]:
+    """What is known of each base."""
+    return {
+        file.stem.removeprefix("base-"): json.loads(file.read_text()) for file in sorted(folder.glob("base-*.json"))
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -193,16 +153,18 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=HERE.parent / "README.md")
     args = parser.parse_args()
     told: list[str] = []
-    for base in sorted(args.bases.glob("base-*.json")):
-        name = base.stem.removeprefix("base-")
-        found, speed = read(args.results / f"{name}.jsonl"), args.bases / f"speed-{name}.json"
+    # a base with curves comes first, and is in the picture
+    for name, base in sorted(bases(args.bases).items(), key=lambda item: ("tokens_seen" in item[1], item[0])):
+        file, speed = args.results / f"{name}.jsonl", args.bases / f"speed-{name}.json"
+        if groups := grouped(results.read(file)):
+            told += [about(name, base), "", *curve_tables(groups)]
+            picture(groups, args.page.with_name("quality.png"))
+            continue
+        found = read(file)
         if not domains_of(found):
-            raise SystemExit(f"Expected a result of method 'full' in {args.results / name}.jsonl, got none. Run it first.")
-        decode = json.loads(speed.read_text()) if speed.exists() else None
-        if not told:
-            picture(found, decode, args.page.with_name("quality.png"))
-        told += [about(name, json.loads(base.read_text())), "", tables(found)]
-        told += [speeds(decode), ""] if decode else []
+            raise SystemExit(f"Expected a result of method 'full' in {file}, got none. Run it first.")
+        told += [about(name, base), "", tables(found)]
+        told += [speeds(json.loads(speed.read_text())), ""] if speed.exists() else []
     text = args.page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]

@@ -11,14 +11,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..engines import ProcessGroup
-from ..importance import score_layers
+from ..importance import evaluate_metric, score_layers
 from ..importance.calibration import Batch, num_rows
-from ..importance.lazy import greedy_layers
+from ..importance.lazy import PassedOver, greedy_layers
 from ..importance.order import Chosen, choose
 from ..importance.unigram_baseline import loss_at_unigram_baseline
-from .audition import audition
+from ..surgery.adapters import adapters_of, base_of
 from .config import TrimConfig
 from .dry_run import droppable
+from .repairer import Repairer
 from .selection_budget import plan_selection
 
 logger = logging.get_logger("transformers.trimllm_hf")
@@ -32,7 +33,7 @@ def choose_within_budget(
     step: int,
     spared: Sequence[int],
     run_examples: float,
-    *,
+    repairer: Repairer | None,
     process_group: ProcessGroup,
     filler_batch: Batch | None,
 ) -> tuple[Chosen, torch.Tensor]:
@@ -49,6 +50,7 @@ def choose_within_budget(
         step: Optimizer step, for the log.
         spared: Layers that go only where there are no others.
         run_examples: Examples that the run trains on for each time that layers are chosen.
+        repairer: What repairs the model for each drop; None: nothing does.
         process_group: The processes of the run.
         filler_batch: A batch for a process whose share is empty.
 
@@ -75,7 +77,17 @@ def choose_within_budget(
     if sorted(found.layers) == chosen.positions:
         return chosen, scores
     sets = {"block influence": chosen.positions, "a lazy scan": sorted(found.layers)}
-    heard = audition(model, sets, batches, config.unit, repaired=getattr(config, "repair", "none") != "none", **how)
-    logger.info(f"Step {step}: {heard}")
-    positions = sets[heard.winner]
-    return Chosen(positions, [scores[position].item() for position in positions], None), scores
+    if repairer is None or adapters_of(base_of(model)):
+        losses = {name: _loss_without(model, layers, batches, how) for name, layers in sets.items()}
+    else:  # a repair changes which set is best
+        repairs = repairer.fit(model, list(sets.values()))
+        losses = {name: repairer.evaluate(model, repair).loss for name, repair in zip(sets, repairs, strict=True)}
+    winner = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
+    told = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
+    logger.info(f"Step {step}: chosen by {winner}. Losses on the calibration set: {told}.")
+    return Chosen(sets[winner], [scores[position].item() for position in sets[winner]], None), scores
+
+
+def _loss_without(model: PreTrainedModel, layers: Sequence[int], batches: Sequence[Batch], how: dict[str, Any]) -> float:
+    with PassedOver(model, how["part"]).without(layers):
+        return evaluate_metric(model, batches, **how)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..layer_map import UNITS
 from .config_checks import check_settings
+from .json_settings import JsonSettings
+from .published import PUBLISHED
 
 
 @dataclass
-class TrimConfig:
+class TrimConfig(JsonSettings):
     """How far to trim, which layers, and when. Ready for `HfArgumentParser`; `to_json`/`from_json` round-trip.
 
     Give exactly one of `target_layers` and `target_ratio`; with a budget (`max_latency_ms`, `max_memory_gb`) at most one,
@@ -48,22 +48,21 @@ class TrimConfig:
         metadata={"help": "Drop only so that runtimes which work out a layer's kind from its number find the right one."},
     )
     importance: str = field(
-        default="sensitivity",
+        default="auto",
         metadata={
-            "help": "The score by which the least important layer is chosen: 'auto' (what `selection_budget` affords: block "
-            "influence, and a lazy scan where it does), 'sensitivity' (leave-one-out loss on the "
+            "help": "The score by which the least important layer is chosen: 'auto' (block influence by one ranking, and a "
+            "lazy scan beside it where `selection_budget` affords one), 'sensitivity' (leave-one-out loss on the "
             "calibration set), 'perplexity', 'activation_norm', 'block_influence', 'layer_redundancy', 'angular', "
             "'relative_magnitude', 'taylor', 'last', 'deepest_except_last', 'first', 'random', or a name given to "
-            "`register_importance`. By benchmarks/README.md, quality, 'block_influence' is as good on whole answers and "
-            "cheaper, and a little less accurate on labels."
+            "`register_importance`."
         },
     )
-    selection_budget: float = field(
-        default=0.05,
+    selection_budget: float | None = field(
+        default=None,
         metadata={
             "help": "With importance='auto': the share of the run, in forward passes (a training step is three), that may "
-            "go into choosing layers. It decides whether block influence is looked at alone, or a lazy scan as well, among "
-            "how many layers, on how many examples; the log says which."
+            "go into choosing layers; the log says what it affords. Default: 0.05, and in any case block influence on all "
+            "calibration examples."
         },
     )
     scan_metric: str = field(
@@ -100,17 +99,16 @@ class TrimConfig:
     drop_every: str = field(
         default="auto",
         metadata={
-            "help": "'auto' (after a warm-up of a twentieth of the steps, spread up to a quarter of training, so that "
-            "the rest heals), 'once' (everything before the first step), 'epoch', or a number of optimizer steps. 'auto' is "
-            "the default by the evidence of benchmarks/README.md, quality: of whole answers, early drops to half depth "
-            "cost 0.09 of the loss per token, drops over seven tenths of the run 0.13, late ones 0.21; of labels, nothing."
+            "help": "'auto' ('once'; with max_metric_drop or healing_ratio 'spread'), 'once' (everything before the first "
+            "step), 'spread' (one after the other, from a twentieth to a quarter of the steps), 'epoch', or a number of "
+            "optimizer steps. By benchmarks/README.md, quality, one early cut is as good as several, and cheaper."
         },
     )
     healing_ratio: float | None = field(
         default=None,
         metadata={
             "help": "Share of the steps at the end in which nothing is dropped, from 0 up to below 1. Default: 0.75 for "
-            "'auto', one step for the other schedules."
+            "'spread', one step for the other schedules."
         },
     )
     layers_per_drop: int = field(default=1, metadata={"help": "Layers dropped at a time."})
@@ -216,6 +214,24 @@ class TrimConfig:
         """Whether measured latency or memory says how far to trim."""
         return self.max_latency_ms is not None or self.max_memory_gb is not None
 
+    @classmethod
+    def published(cls, **settings: Any) -> TrimConfig:
+        """TrimLLM's own procedure: sublayers, a scan by accuracy with a tie-breaker, one at a time over the whole run.
+
+        Its sparse update is of blocks here: `published(unit="block", trainable_ratio=0.25, …)`.
+
+        Args:
+            settings: The target, and what else is to differ from `training.published.PUBLISHED`.
+        """
+        return cls(**{**PUBLISHED, **settings})
+
+    @property
+    def schedule(self) -> str:
+        """`drop_every`; of 'auto' what it stands for."""
+        if self.drop_every != "auto":
+            return self.drop_every
+        return "once" if self.max_metric_drop is None and self.healing_ratio is None else "spread"
+
     @property
     def by_budget(self) -> bool:
         """Whether the selection budget says how layers are chosen."""
@@ -263,21 +279,3 @@ class TrimConfig:
         """How many of `num_layers` layers train: `trainable_ratio` of them, to the nearest number (.5 up), at least one."""
         ratio = 1.0 if self.trainable_ratio is None else self.trainable_ratio
         return max(1, math.floor(ratio * num_layers + 0.5))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values."""
-        return asdict(self)
-
-    def to_json(self, path: str | Path) -> None:
-        """Write the settings to a JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> TrimConfig:
-        """Read the settings from a JSON file.
-
-        Raises:
-            TypeError: If the file names a setting that does not exist.
-            ValueError: If a value is out of range.
-        """
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))

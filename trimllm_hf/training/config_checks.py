@@ -70,10 +70,10 @@ def check_schedule(config: Any) -> None:
     Raises:
         ValueError: If there is no such schedule.
     """
-    if config.drop_every not in ("auto", "once", "epoch"):
+    if config.drop_every not in ("auto", "once", "spread", "epoch"):
         if not config.drop_every.isdecimal() or int(config.drop_every) < 1:
             raise ValueError(
-                f"Expected drop_every to be 'auto', 'once', 'epoch' or a number of steps of at least 1, got "
+                f"Expected drop_every to be 'auto', 'once', 'spread', 'epoch' or a number of steps of at least 1, got "
                 f"{config.drop_every!r}."
             )
 
@@ -84,9 +84,10 @@ def check_selection(config: Any) -> None:
     Raises:
         ValueError: If the budget is no share, or the score does not measure the metric of a scan.
     """
-    if not (is_number(config.selection_budget) and 0 < config.selection_budget <= 1):
+    share = config.selection_budget
+    if share is not None and not (is_number(share) and 0 < share <= 1):
         raise ValueError(
-            f"Expected selection_budget above 0 and up to 1, a share of the run, got {config.selection_budget!r}. To choose "
+            f"Expected selection_budget above 0 and up to 1, a share of the run, got {share!r}. To choose "
             "without a pass, name an importance that takes none ('last')."
         )
     if config.scan_memory_gb is not None and not config.scan_memory_gb > 0:
@@ -139,7 +140,7 @@ def check_stop_rules(config: Any) -> None:
     elif config.drop_every == "once":
         raise ValueError(
             "Expected drops while training for max_metric_drop, got drop_every='once', which drops everything before "
-            "the first evaluation. Use 'auto', 'epoch' or a number of steps."
+            "the first evaluation. Use 'auto', 'spread', 'epoch' or a number of steps."
         )
     if config.reference_metric is not None and not is_number(config.reference_metric):
         raise ValueError(f"Expected reference_metric to be a number, or None, got {config.reference_metric!r}.")

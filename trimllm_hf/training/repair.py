@@ -51,6 +51,11 @@ class RepairReport:
     repaired: tuple[str, ...]
     unrepaired: Mapping[str, str]
 
+    @property
+    def loss(self) -> float:
+        """The held-out loss of the better of the two."""
+        return self.repaired_loss if self.applied else self.plain_loss
+
     def __str__(self) -> str:
         losses = f"held-out loss {self.repaired_loss:.4g}, without the repair {self.plain_loss:.4g}"
         if not self.applied:

@@ -250,15 +250,15 @@ def begin_run(
         refuse_lost_calibration_set(config, record.calibration_given, calibration_dataset)
         record.unit_ms = record.unit_ms or ms_of_layers(model, config, engine, args)
         spared = record.trained_layers or ()
-        of_step = args.train_batch_size * args.gradient_accumulation_steps * engine.world_size
-        examples = state.max_steps * of_step / len(plan)  # for each time that layers are chosen
-        selector = LayerSelector(
-            config, trainer, engine, dataloader, calibration_dataset, spared, sizes, record.unit_ms, examples
-        )  # fmt: skip
-        rehearse_scores(selector, model)
         if config.repair != "none":
             repairer = Repairer(config, trainer, engine, dataloader, calibration_dataset)
             repairer.check(model)
+        of_step = args.train_batch_size * args.gradient_accumulation_steps * engine.world_size
+        examples = state.max_steps * of_step / len(plan)  # for each time that layers are chosen
+        selector = LayerSelector(
+            config, trainer, engine, dataloader, calibration_dataset, spared, sizes, record.unit_ms, examples, repairer
+        )  # fmt: skip
+        rehearse_scores(selector, model)
     schedule = DropSchedule(plan, record.start_num_layers, least, config.layers_per_drop, rule, budget)
     return Run(config, trainer, engine, record, schedule, selector, repairer)
 

@@ -6,8 +6,8 @@ from collections import Counter
 
 from .config import TrimConfig
 
-WARM_UP = 0.05  # share of the steps before the first drop of "auto": a scan while the loss is at chance ranks noise
-HEALING = 0.75  # share of the steps after the last drop of "auto": late drops lose to early ones
+WARM_UP = 0.05  # share of the steps before the first drop of "spread": a scan while the loss is at chance ranks noise
+HEALING = 0.75  # share of the steps after the last drop of "spread": late drops lose to early ones
 
 Plan = dict[int, int]  # optimizer step (0: before the first) -> layers to drop when it is done
 
@@ -35,13 +35,14 @@ def plan_drops(config: TrimConfig, num_layers: int, target: int, max_steps: int,
     sizes = [config.layers_per_drop] * (to_drop // config.layers_per_drop)
     if to_drop % config.layers_per_drop:
         sizes.append(to_drop % config.layers_per_drop)
-    if config.drop_every == "once":
+    schedule = config.schedule
+    if schedule == "once":
         return {0: to_drop}
-    if config.drop_every == "auto":
+    if schedule == "spread":
         steps = _spread(len(sizes), max_steps, last_step(config, max_steps))
-        every = f"'auto' (steps {steps[0]} to {steps[-1]})"
+        every = f"'spread' (steps {steps[0]} to {steps[-1]})"
     else:
-        if config.drop_every == "epoch":
+        if schedule == "epoch":
             if steps_per_epoch is None:
                 raise ValueError(
                     "Expected a training set of known length for drop_every='epoch', got a streaming one. Set "
@@ -49,7 +50,7 @@ def plan_drops(config: TrimConfig, num_layers: int, target: int, max_steps: int,
                 )
             interval = steps_per_epoch
         else:
-            interval = int(config.drop_every)
+            interval = int(schedule)
         steps = [interval * (i + 1) for i in range(len(sizes))]
         every = f"every {interval} steps"
     if steps[-1] > (last := last_step(config, max_steps)):
@@ -70,7 +71,7 @@ def last_step(config: TrimConfig, max_steps: int) -> int:
     """The last optimizer step after which a layer may be dropped: what follows heals, one step at least."""
     healing = config.healing_ratio
     if healing is None:
-        healing = HEALING if config.drop_every == "auto" else 0.0
+        healing = HEALING if config.schedule == "spread" else 0.0
     return min(max_steps - 1, max(1, round((1 - healing) * max_steps)))
 
 
@@ -80,7 +81,7 @@ def layers_due(plan: Plan, step: int, dropped: int) -> int:
 
 
 def _spread(drops: int, max_steps: int, last: int) -> list[int]:
-    """Steps of `drops` drops at even distances in the window of "auto"."""
+    """Steps of `drops` drops at even distances in the window of "spread"."""
     first = min(max(1, round(WARM_UP * max_steps)), max(1, last))
     if drops == 1:
         return [first]

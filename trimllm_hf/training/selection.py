@@ -38,6 +38,8 @@ from .budgeted_selection import choose_within_budget
 from .config import TrimConfig
 from .dry_run import droppable
 from .layer_times import layer_names, names_of
+from .repairer import Repairer
+from .selection_budget import plan_selection
 from .trainer_hooks import unwrapped
 
 logger = logging.get_logger("transformers.trimllm_hf")
@@ -56,10 +58,11 @@ class LayerSelector:
         sizes: For each depth, how many layers have to go at once: what `dry_run` found.
         unit_ms: What `ms_of_layers` found: scores are then per ms.
         run_examples: Examples that the run trains on for each time that layers are chosen: a selection budget is a share.
+        repairer: What repairs the model, where sets of layers are compared.
 
     Raises:
-        ValueError: If there are no examples, there is no metric as the settings name it, or layers are frozen and the
-            score is of their gradients.
+        ValueError: If there are no examples, no metric of that name, or layers are frozen and the score is of gradients,
+            or the selection budget affords nothing.
     """
 
     def __init__(
@@ -73,9 +76,12 @@ class LayerSelector:
         sizes: Mapping[int, int] = MappingProxyType({}),
         unit_ms: Mapping[str, float] = MappingProxyType({}),
         run_examples: float = math.inf,
+        repairer: Repairer | None = None,
     ) -> None:
         self.config, self.engine, self.spared, self.sizes, self.unit_ms = config, engine, spared, sizes, unit_ms
-        self.run_examples = run_examples
+        self.run_examples, self.repairer = run_examples, repairer
+        if config.by_budget:
+            plan_selection(config.selection_budget, run_examples, 1, 1, 1)  # raises where nothing is affordable
         if config.importance == "taylor":
             refuse_no_gradient(engine)
             refuse_frozen(unwrapped(trainer), config.unit)
@@ -208,10 +214,8 @@ class LayerSelector:
     ) -> tuple[Chosen, torch.Tensor]:
         config = self.config
         if config.by_budget:
-            of_run = config, step, self._spared(model), self.run_examples
-            return choose_within_budget(
-                model, self.batches, count, *of_run, process_group=self.engine, filler_batch=self.filler_batch
-            )  # fmt: skip
+            of_run = step, self._spared(model), self.run_examples, self.repairer, self.engine, self.filler_batch
+            return choose_within_budget(model, self.batches, count, config, *of_run)
         ends = config.protect_first, config.protect_last
         scores = self._scores_by_training(model, step) if importance == config.importance else None
         times = [self.unit_ms[name] for name in layer_names(model, config)] if self.unit_ms else None

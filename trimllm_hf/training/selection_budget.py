@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SHARE = 0.05  # of a run that may be spent where no share is given
 STEP = 3  # forward passes that a training step is worth: its own, and twice that backwards
 LOOKS = 3  # models that a lazy scan measures for each layer after the first, about (benchmarks/README.md, scan)
 LEAST = 8  # calibration examples, below which a scan is not worth its passes
@@ -37,11 +38,11 @@ class SelectionPlan:
         return f"{said}: about {self.passes:.0f} of {self.affordable:.0f} affordable passes over an example"
 
 
-def plan_selection(share: float, run_examples: float, examples: int, depth: int, drops: int) -> SelectionPlan:
+def plan_selection(share: float | None, run_examples: float, examples: int, depth: int, drops: int) -> SelectionPlan:
     """The best way to choose layers that a run can afford.
 
     Args:
-        share: Share of the run that may be spent.
+        share: Share of the run that may be spent; None: `SHARE`, and a pass over all calibration examples in any case.
         run_examples: Examples that the run trains on; for each time that layers are chosen in it.
         examples: Calibration examples at hand.
         depth: Layers that may go.
@@ -50,8 +51,9 @@ def plan_selection(share: float, run_examples: float, examples: int, depth: int,
     Raises:
         ValueError: If not even a pass over one example is affordable; with the arithmetic.
     """
-    affordable = share * STEP * run_examples
-    if affordable < 1:
+    if share is None:
+        affordable = max(float(examples), SHARE * STEP * run_examples)
+    elif (affordable := share * STEP * run_examples) < 1:
         raise ValueError(
             "Expected a selection_budget that affords a pass over a calibration example each time that layers are chosen, "
             f"got {share:g} of {run_examples:g} training examples for each time, of {STEP} passes each: {affordable:.2g} "

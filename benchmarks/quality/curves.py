@@ -1,0 +1,152 @@
+"""How the loss falls, with tokens and with time: the table and the picture of runs that were measured along the way."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from methods import METHODS
+from results import Key, Result
+
+STEPS = (0, 40, 80, 120, 160, 200)  # in the table
+SHOWN = {"full": "full depth", "influence-repaired": "one cut, repaired", "influence-ranked": "one cut"}  # in the picture
+
+Runs = dict[int, Result]  # by seed
+Group = tuple[str, str, int]  # domain, method, blocks
+
+
+def grouped(found: dict[Key, Result]) -> dict[Group, Runs]:
+    """The runs of each domain, method and depth that have a curve of more than its end."""
+    groups: dict[Group, Runs] = {}
+    for (domain, method, target, seed), run in found.items():
+        if len(run.get("curve", ())) > 1:
+            groups.setdefault((domain, method, target), {})[seed] = run
+    return groups
+
+
+def at_step(run: Result, step: int) -> float | None:
+    """The loss after so many steps, where it was measured."""
+    return next((point["loss"] for point in run["curve"] if point["step"] == step), None)
+
+
+def at_time(run: Result, seconds: float) -> float | None:
+    """The loss after so many seconds, on the line between the two measurements around; None beyond the last."""
+    for one, other in pairwise(run["curve"]):
+        if one["seconds"] <= seconds <= other["seconds"]:
+            part = (seconds - one["seconds"]) / max(1e-9, other["seconds"] - one["seconds"])
+            return float(one["loss"] + part * (other["loss"] - one["loss"]))
+    return None
+
+
+def difference(one: Runs, other: Runs, step: int, by_time: bool) -> list[float]:
+    """By how much the loss of some runs is above that of others with the same seed, after that many steps of the others.
+
+    By time: `one` gets the seconds that `other` took for these steps, choosing and repairing included.
+    """
+    found = []
+    for seed in sorted(one.keys() & other.keys()):
+        there = next((point for point in other[seed]["curve"] if point["step"] == step), None)
+        if there is None:
+            continue
+        here = at_time(one[seed], there["seconds"]) if by_time else at_step(one[seed], step)
+        if here is not None:
+            found.append(here - there["loss"])
+    return found
+
+
+def mean_and_error(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    """Mean, and its standard error where there are several."""
+    if not values:
+        return "-"
+    error = f" ± {statistics.stdev(values) / sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{error}"
+
+
+def loss_table(groups: dict[Group, Runs], domain: str, steps: Sequence[int]) -> list[str]:
+    """A row for each method and depth: loss along the way, and seconds."""
+    lines = [
+        "| blocks | method | "
+        + " | ".join("before training" if step == 0 else f"after {step} steps" for step in steps)
+        + " | choosing and repairing, s | training, s a step | seeds |",
+        "|--:|---|" + "--:|" * (len(steps) + 3),
+    ]
+    for (of, method, target), runs in sorted(groups.items(), key=lambda item: (item[0][0], -item[0][2], item[0][1])):
+        if of != domain:
+            continue
+        losses = [
+            mean_and_error([loss for run in runs.values() if (loss := at_step(run, step)) is not None]) for step in steps
+        ]
+        ends = [(run["curve"][0], run["curve"][-1]) for run in runs.values()]
+        before = statistics.mean(first["seconds"] for first, _ in ends)
+        each = statistics.mean((last["seconds"] - first["seconds"]) / last["step"] for first, last in ends)
+        lines.append(
+            f"| {target} | {METHODS[method].says} | {' | '.join(losses)} | {before:.0f} | {each:.1f} | {len(runs)} |"
+        )  # fmt: skip
+    return lines
+
+
+def draw(groups: dict[Group, Runs], domain: str, file: Path) -> None:
+    """Loss against CPU time, a panel for each depth, with full depth in all; means over seeds, where all have a point."""
+    targets = sorted({target for of, method, target in groups if of == domain and method != "full"}, reverse=True)
+    figure, axes = plt.subplots(1, len(targets), figsize=(4.2 * len(targets), 3.4), squeeze=False, sharey=True)
+    for axis, target in zip(axes[0], targets, strict=True):
+        for (of, method, depth), runs in sorted(groups.items()):
+            if of != domain or method not in SHOWN or (method != "full" and depth != target):
+                continue
+            shared = set.intersection(*({point["step"] for point in run["curve"]} for run in runs.values()))
+            points = [[p for p in run["curve"] if p["step"] == step] for step in sorted(shared) for run in runs.values()]
+            by_step: dict[int, list[Any]] = {}
+            for (point,) in points:
+                by_step.setdefault(point["step"], []).append(point)
+            seconds = [statistics.mean(p["seconds"] for p in of_step) for of_step in by_step.values()]
+            losses = [statistics.mean(p["loss"] for p in of_step) for of_step in by_step.values()]
+            axis.plot(seconds, losses, marker="o", markersize=3, label=SHOWN[method])
+        axis.set(title=f"{target} blocks", xlabel="CPU seconds, choosing and repairing included", ylim=(None, 6.5))
+        axis.legend(fontsize=7)
+    axes[0][0].set_ylabel("loss per token of the answers")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def curve_tables(groups: dict[Group, Runs]) -> list[str]:
+    """For each domain the loss along the way, and what a repair gains in the same steps and in the same time."""
+    lines = []
+    for domain in sorted({domain for domain, _, _ in groups}):
+        of_domain = [runs for (of, _, _), runs in groups.items() if of == domain]
+        measured = {point["step"] for runs in of_domain for run in runs.values() for point in run["curve"]}
+        lines += [f"**{domain}**", "", *loss_table(groups, domain, [step for step in STEPS if step in measured]), ""]
+        lines += [*gains(groups, domain, sorted(measured)), ""]
+    return lines
+
+
+def gains(groups: dict[Group, Runs], domain: str, steps: Sequence[int]) -> list[str]:
+    """By how much the plain cut's loss is above that of the repaired one."""
+    lines = [
+        "| blocks | after steps of the repaired | plain minus repaired, same tokens | same CPU time | seeds |",
+        "|--:|--:|--:|--:|--:|",
+    ]
+    for target in sorted({target for of, method, target in groups if of == domain and method != "full"}, reverse=True):
+        plain, repaired = (groups.get((domain, method, target), {}) for method in ("influence-ranked", "influence-repaired"))
+        for step in steps:
+            by_tokens, by_time = (difference(plain, repaired, step, by_time) for by_time in (False, True))
+            if by_tokens:
+                cells = f"{mean_and_error(by_tokens, 3, '+')} | {mean_and_error(by_time, 3, '+')}"
+                lines.append(f"| {target} | {step} | {cells} | {len(by_tokens)} |")
+    return lines if len(lines) > 2 else []
+
+
+def picture(groups: dict[Group, Runs], file: Path) -> None:
+    """The domain with the most runs, as `draw` shows it."""
+    domains = {domain for domain, _, _ in groups}
+    draw(
+        groups, max(domains, key=lambda of: sum(len(runs) for (domain, _, _), runs in groups.items() if domain == of)), file
+    )
