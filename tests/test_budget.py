@@ -33,7 +33,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def config(**changes: Any) -> TrimConfig:
-    settings = {"drop_every": "2", "importance": "last", "latency_prompt_tokens": 8}
+    settings = {"drop_every": "2", "importance": "last", "repair": "none", "latency_prompt_tokens": 8}
     return TrimConfig(**{**settings, **changes})
 
 

@@ -48,7 +48,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrimTrainer, Path
     trainer = TrimTrainer(
         model,
         args,
-        trim=TrimConfig(target_layers=3, calibration_size=8, drop_every="2"),
+        trim=TrimConfig(target_layers=3, importance="sensitivity", repair="none", calibration_size=8, drop_every="2"),
         train_dataset=texts[:50],
         eval_dataset=texts[50:] + texts[:1],
         processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", pad_token="w0"),

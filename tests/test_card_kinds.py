@@ -132,7 +132,7 @@ def test_an_adapter_is_merged_and_then_has_a_card(tmp_path: Path) -> None:
     args = TrainingArguments(
         str(tmp_path / "adapter"), max_steps=6, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True
     )
-    trim = TrimConfig(target_layers=4, calibration_size=8, drop_every="2")
+    trim = TrimConfig(target_layers=4, importance="sensitivity", repair="none", calibration_size=8, drop_every="2")
     trainer = TrimTrainer(model, args, trim=trim, train_dataset=tiny_texts(40))
     trainer.train()
     trainer.save_model()

@@ -154,7 +154,9 @@ def test_a_run_scans_only_when_its_loss_has_left_chance(tmp_path: Path, monkeypa
         model = tiny_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         learns = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step >= 35))  # only after the first drop
-        trim = TrimConfig(target_layers=4, drop_every="35", warm_up_importance=instead)
+        trim = TrimConfig(
+            target_layers=4, drop_every="35", importance="sensitivity", repair="none", warm_up_importance=instead
+        )
         callback = TrimCallback(trim, calibration_dataset=counting(16, seed=7))
         Trainer(model, args, train_dataset=counting(1200), callbacks=[callback], optimizers=(optimizer, learns)).train()
         chosen[instead] = [record["importance"] for record in model.config.trim["history"]]

@@ -51,7 +51,7 @@ def trainer(model: PreTrainedModel, folder: Path, data: Any, **settings: Any) ->
         output_dir=str(folder), max_steps=10, per_device_train_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True,
         save_strategy="no", logging_strategy="no",
     )  # fmt: skip
-    trim = TrimConfig(importance="first", drop_every="1", calibration_size=4, **settings)
+    trim = TrimConfig(importance="first", drop_every="1", repair="none", calibration_size=4, **settings)
     return TrimTrainer(model, arguments, train_dataset=data, trim=trim)
 
 

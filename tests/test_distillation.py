@@ -66,7 +66,7 @@ def make(folder: Path, model: Any = None, trim: TrimConfig | None = None, **chan
 
 
 def config(**changes: Any) -> TrimConfig:
-    settings: dict[str, Any] = {"target_layers": 4, "drop_every": "2", "importance": "last"}
+    settings: dict[str, Any] = {"target_layers": 4, "drop_every": "2", "importance": "last", "repair": "none"}
     return TrimConfig(**{**settings, "distill_weight": 0.3, "distill_temperature": 2.0, **changes})
 
 
@@ -184,7 +184,7 @@ def test_a_classifier_with_label_smoothing(tmp_path: Path) -> None:
 
     smoothing = {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 1, "max_steps": 4}
     args = make(tmp_path, per_device_train_batch_size=8, **smoothing).args
-    trim = TrimConfig(target_layers=5, drop_every="3", importance="last", distill_weight=0.6)
+    trim = TrimConfig(target_layers=5, drop_every="3", importance="last", repair="none", distill_weight=0.6)
     Recording(model, args, train_dataset=rows, trim=trim).train()
 
     student.load_state_dict(states[1])

@@ -86,7 +86,7 @@ class StopAfter(TrainerCallback):
 def interrupt(args: TrainingArguments, data: Any) -> None:
     """A run that has saved a checkpoint while it was losing layers."""
     args.save_strategy, args.save_steps = "steps", 10
-    model, trim = tiny_model(num_hidden_layers=8), TrimConfig(target_ratio=0.5)
+    model, trim = tiny_model(num_hidden_layers=8), TrimConfig(target_ratio=0.5, drop_every="spread")
     trainer = TrimTrainer(model, args, train_dataset=data, trim=trim, callbacks=[StopAfter(10)])
     trainer.train()
     assert 4 < depth(trainer.model) < 8  # its last checkpoint is of a depth between

@@ -17,6 +17,8 @@ from trimllm_hf import TrimCallback, TrimConfig, TrimTrainer, drop_layers, score
 CALIBRATION = tiny_texts(8, seed=5)
 BATCHES = [{name: torch.stack([row[name] for row in CALIBRATION[i : i + 4]]) for name in CALIBRATION[0]} for i in (0, 4)]
 
+ONCE = {"drop_every": "once", "warm_up_importance": "none", "repair": "none"}
+
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     settings = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
@@ -25,7 +27,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def run(folder: Path, model: Any = None, callbacks: Any = (), of_trainer: Any = None, **trim: Any) -> Trainer:
-    config = TrimConfig(**{"target_layers": 3, "drop_every": "once", "warm_up_importance": "none", **trim})
+    config = TrimConfig(**{"target_layers": 3, "importance": "sensitivity", **ONCE, **trim})
     callback = TrimCallback(config, calibration_dataset=CALIBRATION)
     trainer = Trainer(
         model or tiny_model(),
@@ -144,7 +146,7 @@ def test_the_accuracy_on_choices(tmp_path: Path) -> None:
             labels[:-4] = -100
             rows.append({"input_ids": ids, "labels": labels, "question": number, "right": right})
     choices = {"scan_metric": "choice_accuracy", "tie_breaker": "activation_norm", "warm_up_importance": "none"}
-    trim = TrimConfig(target_layers=5, drop_every="once", **choices)
+    trim = TrimConfig(target_layers=5, drop_every="once", repair="none", **choices)
     trainer = TrimTrainer(tiny_model(), arguments(tmp_path), train_dataset=tiny_texts(), trim=trim, calibration_dataset=rows)
     trainer.train()
     accuracies = []
@@ -236,7 +238,7 @@ def test_an_overflowed_step_is_not_scored_by(tmp_path: Path) -> None:
         train_dataset=tiny_texts(),
         callbacks=[
             Overflow(),
-            TrimCallback(TrimConfig(5, drop_every="2", **by_gradients), calibration_dataset=CALIBRATION),
+            TrimCallback(TrimConfig(5, drop_every="2", repair="none", **by_gradients), calibration_dataset=CALIBRATION),
         ],
     )
     trainer.train()

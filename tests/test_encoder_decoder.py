@@ -168,9 +168,9 @@ def test_training_and_resume(tmp_path: Path, part: str) -> None:
             }
             for _ in range(40)
         ]
-        trim = TrimConfig(target_layers=3, part=part, drop_every="2", calibration_size=4)
+        trim = TrimConfig(target_layers=3, part=part, drop_every="2", repair="none", calibration_size=4)
         if part == "encoder":
-            trim = TrimConfig(target_layers=4, part=part, drop_every="2", calibration_size=4)
+            trim = TrimConfig(target_layers=4, part=part, drop_every="2", repair="none", calibration_size=4)
         return TrimTrainer(model, arguments, train_dataset=data, trim=trim)
 
     whole = trainer(seq2seq(), "whole")

@@ -27,7 +27,9 @@ TABLE = re.compile(r"^\| (an? .*?) \| (.*?) \| `(\w+)` \|$", re.M)
 
 
 def train(folder: Path, **settings: Any) -> Trainer:
-    trim = TrimCallback(TrimConfig(**{"target_layers": 4, "drop_every": "2", "calibration_size": 8, **settings}))
+    trim = TrimCallback(
+        TrimConfig(**{"target_layers": 4, "drop_every": "2", "calibration_size": 8, "repair": "none", **settings})
+    )
     arguments = TrainingArguments(
         str(folder), max_steps=8, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", seed=0
     )

@@ -113,8 +113,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], list[int]
 
 
 def trainer(folder: Path, of_arguments: Any = None, **trim: Any) -> TrimTrainer:
-    settings = {"unit": "sublayer", "target_layers": 9, "drop_every": "once", "warm_up_importance": "none"}
-    config = TrimConfig(**{**settings, "importance_per_ms": True, "latency_prompt_tokens": 16, **trim})
+    settings = {"unit": "sublayer", "target_layers": 9, "drop_every": "once", "warm_up_importance": "none", "repair": "none"}
+    config = TrimConfig(
+        **{**settings, "importance": "sensitivity", "importance_per_ms": True, "latency_prompt_tokens": 16, **trim}
+    )
     args: TrainingArguments = arguments(folder, **(of_arguments or {}))
     return TrimTrainer(tiny_model(), args, train_dataset=tiny_texts(), trim=config, calibration_dataset=CALIBRATION)
 

@@ -57,7 +57,7 @@ def test_parts_of_dropped_layers_are_cut_out(tmp_path: Path) -> None:
 def test_a_trainer_refuses_before_anything_changes(tmp_path: Path) -> None:
     model = gemma3n()
     arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=4, use_cpu=True, report_to=[], disable_tqdm=True)
-    trim = TrimConfig(target_layers=6, drop_every="1", calibration_size=4)
+    trim = TrimConfig(target_layers=6, drop_every="1", repair="none", calibration_size=4)
     with pytest.raises(ValueError, match=r"embed_tokens_per_layer.*before training, by drop_layers"):
         TrimTrainer(model, arguments, train_dataset=tiny_texts(20), trim=trim).train()
     assert len(model.model.layers) == 8 and model.model.per_layer_model_projection.weight.shape == (64, 32)

@@ -58,7 +58,7 @@ def sft(folder: Path, kind: str, lora: bool, packing: str | None, **changes: Any
         bf16=False,
         disable_tqdm=True,
     )
-    trim = TrimConfig(target_layers=4, drop_every="2", calibration_size=8)
+    trim = TrimConfig(target_layers=4, drop_every="2", repair="none", calibration_size=8)
     common: dict[str, Any] = {
         "args": args,
         "train_dataset": texts(),

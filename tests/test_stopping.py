@@ -38,7 +38,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def config(**changes: Any) -> TrimConfig:
-    settings = {"target_layers": 3, "drop_every": "2", "importance": "last"}
+    settings = {"target_layers": 3, "drop_every": "2", "importance": "last", "repair": "none"}
     return TrimConfig(**{**settings, "max_metric_drop": 0.05, "stop_metric": "score", **changes})
 
 
@@ -83,7 +83,7 @@ def test_a_metric_that_falls_too_far_ends_with_the_last_model_that_passed(plain:
     trainer = make(tmp_path / "stopped", plain=plain, trim=config(**scan))
     model, blocks = trainer.model, trainer.model.model.layers
     trainer.train()
-    truth = make(tmp_path / "truth", plain=plain, max_steps=4, trim=TrimConfig(5, drop_every="2", **scan))
+    truth = make(tmp_path / "truth", plain=plain, max_steps=4, trim=TrimConfig(5, drop_every="2", repair="none", **scan))
     truth.train()
 
     assert depths(trainer) == [(2, 5), (4, 4), (12, 5)]
@@ -105,7 +105,7 @@ def test_halves_of_layers_come_back(tmp_path: Path) -> None:
     trainer = make(tmp_path / "stopped", trim=config(**scan, target_layers=9))
     trainer.compute_metrics = lambda _: {"score": {12: 0.8, 11: 0.79}.get(halves(trainer), 0.5)}
     trainer.train()
-    truth = make(tmp_path / "truth", max_steps=4, trim=TrimConfig(11, drop_every="2", **scan))
+    truth = make(tmp_path / "truth", max_steps=4, trim=TrimConfig(11, drop_every="2", repair="none", **scan))
     truth.compute_metrics = None
     truth.train()
     assert depths(trainer) == [(2, 11), (4, 10), (12, 11)]

@@ -427,7 +427,14 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**{**settings, **changes})
 
 
-TRIM = {"target_layers": 9, "drop_every": "2", "calibration_size": 8, "unit": "sublayer"}
+TRIM = {
+    "target_layers": 9,
+    "drop_every": "2",
+    "importance": "sensitivity",
+    "calibration_size": 8,
+    "unit": "sublayer",
+    "repair": "none",
+}
 
 
 def test_a_trainer_drops_sublayers_and_keeps_the_others_state(tmp_path: Path) -> None:

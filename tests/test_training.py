@@ -39,7 +39,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 def config(**changes: Any) -> TrimConfig:
     # random tokens cannot be learned, and the scan is to be tested all the same
-    scan = {"calibration_size": 8, "warm_up_importance": "none"}
+    scan = {"importance": "sensitivity", "repair": "none", "calibration_size": 8, "warm_up_importance": "none"}
     return TrimConfig(**{"target_layers": 4, "drop_every": "3", **scan, **changes})
 
 

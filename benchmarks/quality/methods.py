@@ -34,12 +34,17 @@ class Method:
     only_head: bool = False
 
 
-ONCE: dict[str, Any] = {"drop_every": "once"}
-SCAN = {"importance": "sensitivity", "drop_every": "spread"}
+ONCE: dict[str, Any] = {"drop_every": "once", "repair": "none"}
+SCAN: dict[str, Any] = {"importance": "sensitivity", "drop_every": "spread", "repair": "none"}
 INFLUENCE = {"importance": "block_influence", **ONCE}
 RANKED = {**INFLUENCE, "rescore": False}
 LAST = {"importance": "last", "protect_last": 0, **ONCE}
-PUBLISHED = {"scan_metric": "choice_accuracy", "tie_breaker": "activation_norm", "warm_up_importance": "none"}
+PUBLISHED = {
+    "scan_metric": "choice_accuracy",
+    "tie_breaker": "activation_norm",
+    "warm_up_importance": "none",
+    "repair": "none",
+}
 
 METHODS: dict[str, Method] = {
     "full": Method("full depth"),
@@ -66,9 +71,7 @@ METHODS: dict[str, Method] = {
     "influence-ranked": Method("block influence, one ranking, all before the first step", RANKED),
     "influence-repaired": Method("the same, repaired", {**RANKED, "repair": "auto"}),
     "influence-once-distilled": Method("block influence, at once, distilled", {**INFLUENCE, "distill_weight": 0.5}),
-    "influence-quarter": Method(
-        "block influence, drops from 5% to 25%", {"importance": "block_influence", "drop_every": "spread"}
-    ),
+    "influence-quarter": Method("block influence, drops from 5% to 25%", {**SCAN, "importance": "block_influence"}),
     "last-once": Method("the last blocks, before the first step", LAST),
     "head-tuned": Method("the last blocks, before the first step; only head and last three train", LAST, only_head=True),
     "random-once": Method("random blocks, before the first step", {"importance": "random", **ONCE}),

@@ -144,7 +144,7 @@ class TrimConfig(JsonSettings):
         default=0, metadata={"help": "Seed for drawing the calibration examples and for the score 'random'."}
     )
     repair: str = field(
-        default="none",
+        default="auto",
         metadata={
             "help": "Whether a weight in front of dropped layers is fitted anew to take over what it can of them: 'auto' "
             "(where the architecture allows, and the calibration loss is lower for it), 'required' (or an error), 'none'."

@@ -14,4 +14,5 @@ PUBLISHED: dict[str, Any] = {
     "healing_ratio": 0.0,
     "layers_per_drop": 1,
     "rescore": True,
+    "repair": "none",
 }

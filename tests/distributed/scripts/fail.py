@@ -37,7 +37,8 @@ if where == "guard" and rank == 1:
 
     trimllm_hf.training.selection.plan_drop = refuse  # the rehearsal when training begins has its own
 importance = "fails_on_one" if where == "score" else "last"
-trim = TrimConfig(target_layers=4, drop_every="2", importance=importance, calibration_size=8, warm_up_importance="none")
+how = {"calibration_size": 8, "warm_up_importance": "none", "repair": "none"}
+trim = TrimConfig(target_layers=4, drop_every="2", importance=importance, **how)
 model = tiny_model()
 trainer = Trainer(model, args, train_dataset=tiny_texts(), callbacks=[TrimCallback(trim)])
 try:

@@ -44,7 +44,7 @@ def by_depth(model, config, args, without) -> list[float]:
 
 trimllm_hf.training.budget._latency_and_memory = by_depth
 model = tiny_model()
-settings = {"drop_every": "2", "importance": "sensitivity", "warm_up_importance": "none"}
+settings = {"drop_every": "2", "importance": "sensitivity", "repair": "none", "warm_up_importance": "none"}
 if reason == "metric":
     trim = TrimConfig(3, max_metric_drop=0.05, stop_metric="score", **settings)
 else:

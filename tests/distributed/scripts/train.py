@@ -265,6 +265,8 @@ def main() -> None:
     trim = TrimConfig(
         target_layers=4,
         drop_every="3",
+        importance="sensitivity",
+        repair="none",
         calibration_size=options.calibration,
         trainable_ratio=options.trainable_ratio,
         warm_up_importance="none",  # random tokens cannot be learned, and the scan is to run all the same
