@@ -101,6 +101,7 @@ def make_cell(args: argparse.Namespace, score: str, ratio: str, seed: int) -> di
             trainable_ratio=RATIOS[ratio],
             warm_up_importance="none",  # each row is to be by its own score, also where that ranks noise
             calibration_seed=seed,
+            repair="none",
             **SCORES[score],
         )
         TrimTrainer(model, arguments, trim=trim, calibration_dataset=calibration, **common).train()

@@ -219,7 +219,7 @@ def fine_tune(
     model = way.model(sorted(questions["train"][0].choices))
     trainer: Trainer
     if k < base:
-        first_k = TrimConfig(target_layers=k, importance="last", drop_every="once", protect_last=0)
+        first_k = TrimConfig(target_layers=k, importance="last", drop_every="once", protect_last=0, repair="none")
         trainer = TrimTrainer(model, own, trim=first_k, **common)
     else:
         trainer = Trainer(model, own, **common)

@@ -65,7 +65,8 @@ def run(folder: Path, budget: float, steps: int = 6, **trim: Any) -> tuple[Any, 
     arguments = TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=4, save_strategy="no", use_cpu=True, report_to=[]
     )  # fmt: skip
-    config = TrimConfig(target_layers=3, importance="auto", selection_budget=budget, **{"drop_every": "once", **trim})
+    common = {"target_layers": 3, "drop_every": "once", "repair": "none"}
+    config = TrimConfig(importance="auto", selection_budget=budget, **{**common, **trim})
     trainer = TrimTrainer(model, arguments, trim=config, train_dataset=tiny_texts(), calibration_dataset=examples)
     trainer.train()
     batches = [

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -18,6 +17,7 @@ from results import Key, Result
 
 STEPS = (0, 40, 80, 120, 160, 200)  # in the table
 SHOWN = {"full": "full depth", "influence-repaired": "one cut, repaired", "influence-ranked": "one cut"}  # in the picture
+COLOURS = dict(zip(SHOWN, ("tab:grey", "tab:green", "tab:orange"), strict=True))
 
 Runs = dict[int, Result]  # by seed
 Group = tuple[str, str, int]  # domain, method, blocks
@@ -94,21 +94,17 @@ def loss_table(groups: dict[Group, Runs], domain: str, steps: Sequence[int]) -> 
 
 
 def draw(groups: dict[Group, Runs], domain: str, file: Path) -> None:
-    """Loss against CPU time, a panel for each depth, with full depth in all; means over seeds, where all have a point."""
+    """Loss against CPU time, a panel for each depth, with full depth in all, and a line for each seed."""
     targets = sorted({target for of, method, target in groups if of == domain and method != "full"}, reverse=True)
     figure, axes = plt.subplots(1, len(targets), figsize=(4.2 * len(targets), 3.4), squeeze=False, sharey=True)
     for axis, target in zip(axes[0], targets, strict=True):
         for (of, method, depth), runs in sorted(groups.items()):
             if of != domain or method not in SHOWN or (method != "full" and depth != target):
                 continue
-            shared = set.intersection(*({point["step"] for point in run["curve"]} for run in runs.values()))
-            points = [[p for p in run["curve"] if p["step"] == step] for step in sorted(shared) for run in runs.values()]
-            by_step: dict[int, list[Any]] = {}
-            for (point,) in points:
-                by_step.setdefault(point["step"], []).append(point)
-            seconds = [statistics.mean(p["seconds"] for p in of_step) for of_step in by_step.values()]
-            losses = [statistics.mean(p["loss"] for p in of_step) for of_step in by_step.values()]
-            axis.plot(seconds, losses, marker="o", markersize=3, label=SHOWN[method])
+            for number, run in enumerate(runs.values()):
+                points = [(point["seconds"], point["loss"]) for point in run["curve"]]
+                label = SHOWN[method] if number == 0 else None
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=COLOURS[method], label=label)
         axis.set(title=f"{target} blocks", xlabel="CPU seconds, choosing and repairing included", ylim=(None, 6.5))
         axis.legend(fontsize=7)
     axes[0][0].set_ylabel("loss per token of the answers")
