@@ -4,6 +4,7 @@ A page runs from top to bottom on tiny models. What only the test needs stands i
 what the reader is taken to have, and what has to hold afterwards. A block after `<!-- not run: reason -->` is left out.
 """
 
+import ast
 import json
 import re
 import shlex
@@ -223,6 +224,27 @@ def test_every_link_leads_somewhere(page: str) -> None:
 def test_every_public_name_is_in_the_reference_once() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs/api").glob("*.md")))
     assert sorted(re.findall(r"^::: trimllm_hf\.(\w+)$", text, re.M)) == sorted(trimllm_hf.__all__)
+
+
+def messages() -> list[str]:
+    """What the package's errors and constants say, with … for what is filled in."""
+    found = []
+    for file in (ROOT / "trimllm_hf").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_the_errors_that_are_explained_exist() -> None:
+    known = messages()
+    explained = re.findall(r"^\| (Expected .*?) \|", (ROOT / "docs/faq.md").read_text(encoding="utf-8"), re.M)
+    assert len(explained) > 20
+    for message in explained:
+        pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split("…")), re.S)
+        assert any(pattern.match(text) for text in known), message
 
 
 def test_readme_is_short() -> None:
