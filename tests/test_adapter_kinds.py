@@ -254,3 +254,25 @@ def test_each_tuner_is_right_after_a_reload_or_refused(name: str, base: Path, tm
     found = logits(peft.PeftModel.from_pretrained(again, tmp_path / "adapter"))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert found.shape[-1] == VOCABULARY
+
+
+# ---- the weights that an adapter belongs to
+
+
+def test_an_adapter_of_a_trimmed_and_trained_model_is_not_for_its_first_base(base: Path, tmp_path: Path) -> None:
+    model = full(base)
+    drop_layers(model, [1, 3])
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(0.1)  # trained since
+    model.save_pretrained(tmp_path / "trimmed")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "trimmed")
+    peft.get_peft_model(loaded, lora()).save_pretrained(tmp_path / "adapter")
+    other = full(base)
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=r"Expected the model .*trimmed.*Nothing was changed"):
+        trim_like(other, tmp_path / "adapter")
+    assert_same(before, snapshot(other))
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "trimmed")
+    trim_like(again, tmp_path / "adapter")
+    peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
+    refused_on_full(base, tmp_path / "adapter")

@@ -13,6 +13,7 @@ from ..surgery.blocks import find_blocks
 from ..surgery.custom_models import class_as, update_classes
 from ..surgery.drop import drop_layers
 from ..surgery.sublayers import custom_of
+from ..utils import json_at
 
 
 def trim_like(model: nn.Module, checkpoint: str | Path) -> LayerMap:
@@ -31,19 +32,41 @@ def trim_like(model: nn.Module, checkpoint: str | Path) -> LayerMap:
         The model's map after the drop. A checkpoint from before the first drop leaves the model as it is.
 
     Raises:
-        ValueError: If the folder does not exist or contradicts itself, or if the model lacks layers that the checkpoint
-            keeps. Nothing has changed then.
+        ValueError: If the folder does not exist or contradicts itself, if the model lacks layers that the checkpoint
+            keeps, or if the checkpoint is an adapter that was trained on other weights. Nothing has changed then.
     """
     config = base_of(model).config
     of_checkpoint = LayerMap.from_checkpoint(checkpoint)
     if of_checkpoint is None:
         return LayerMap.from_config(config)
     of_model = LayerMap.from_config(config, of_checkpoint.part)
+    _refuse_other_weights(config, checkpoint, of_checkpoint)
     positions = of_model.positions_to_drop(of_checkpoint)
     if positions:
         drop_layers(model, positions, of_model.common_unit(of_checkpoint), part=of_checkpoint.part)
         base_of(model).config.trim = of_checkpoint.to_dict()  # its config is a copy now, if it was shared
     return of_checkpoint
+
+
+def _refuse_other_weights(config: PreTrainedConfig, checkpoint: str | Path, layer_map: LayerMap) -> None:
+    """Refuse a base for an adapter that was trained on another model: on one that was trimmed and then trained further.
+
+    PEFT notes the model that was loaded. Where that is the base of the map, trimming is all that has happened to it.
+    """
+    trained_on = json_at(Path(checkpoint) / "adapter_config.json", "base_model_name_or_path")
+    if not isinstance(trained_on, str) or not trained_on or not layer_map.base_model:
+        return
+    same = {_place(trained_on)} & {_place(layer_map.base_model), _place(getattr(config, "_name_or_path", ""))}
+    if not same:
+        raise ValueError(
+            f"Expected the model {trained_on!r}, on which the adapter was trained, got "
+            f"{getattr(config, '_name_or_path', '') or 'one without a name'}. It was trimmed from {layer_map.base_model!r} "
+            f"and may have been trained since: load {trained_on!r}, which has these layers already. Nothing was changed."
+        )
+
+
+def _place(name: str) -> str:
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def restore_layers_from(model: PreTrainedModel, checkpoint: str | Path, layer_map: LayerMap | None = None) -> LayerMap:
