@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from test_encoder_decoder import seq2seq
 from tiny import tiny_model, tokens
 from torch import nn
 
-from trimllm_hf import drop_layers, repair_layers
+from trimllm_hf import drop_layers, drop_prepared_layers, repair_layers
 from trimllm_hf.importance.evaluation import to_be_scored
 from trimllm_hf.surgery.repair import Repair, fit_repairs
 from trimllm_hf.training.repair import evaluate_repair, fit, loss_without
@@ -186,3 +187,18 @@ def test_nothing_of_training_is_disturbed() -> None:
     assert torch.equal(torch.rand(2), expected)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not any("forward" in vars(block) for block in model.model.layers)
+
+
+def test_in_a_hand_written_loop_it_is_the_same() -> None:
+    data = taught(tiny_model())
+    one, other = tiny_model(), tiny_model()
+    report = repair_layers(one, DROPPED, data)
+    drop_layers(one, DROPPED)
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(other, torch.optim.AdamW(other.parameters()))
+    layer_map = drop_prepared_layers(accelerator, model, optimizer, DROPPED, step=1, repair=data)
+    assert report.applied and layer_map.kept_layers == (0, 1, 4, 5)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    with pytest.raises(ValueError, match="Expected at least two batches"):
+        drop_prepared_layers(accelerator, model, optimizer, [1], repair=data[:1])
+    assert len(other.model.layers) == 4
