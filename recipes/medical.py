@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
     # ---- card and push
     if rows:
         card, of = trainer.card_data, {"base": rows[0], "trimmed": rows[-1]}
-        aside = "The calibration examples are of them" if trainer.calibration_set_aside else None
+        aside = "The calibration examples are of them" if trainer.calibration_dataset else None
         describe(card, of | ({"full": rows[1]} if recipe.compare_full_depth else {}), recipe, questions, aside)
         card.domain = f"{'an invented domain in place of ' * recipe.demo}medical questions"
         card.not_for = ["As a source of advice: no answer of it was checked by anybody who knows the subject."]
