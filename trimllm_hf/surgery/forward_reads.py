@@ -133,6 +133,13 @@ def forward_computes_with(module: nn.Module, attribute: str, old: int, new: int)
     for method in _forward_methods(type(module)):
         parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
         names = {attribute}
+        looped = {
+            name.id: ast.unparse(loop.iter)
+            for loop in ast.walk(method)
+            if isinstance(loop, ast.For | ast.comprehension)
+            for name in ast.walk(loop.target)
+            if isinstance(name, ast.Name)
+        }
         for node in _running(method, module):
             if not (isinstance(node, ast.Attribute | ast.Name) and _last_word(node) in names):
                 continue
@@ -143,7 +150,7 @@ def forward_computes_with(module: nn.Module, attribute: str, old: int, new: int)
                 names.add(use.targets[0].id)  # looked for in what follows
             elif isinstance(use, ast.Compare) and _compares_alike(use, node, old, new):
                 continue
-            elif not _is_harmless(use, stock):
+            elif not _is_harmless(use, stock, looped):
                 return True
     return False
 
@@ -170,11 +177,12 @@ def _use(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> ast.AST:
     return node
 
 
-def _is_harmless(use: ast.AST, stock: bool) -> bool:
+def _is_harmless(use: ast.AST, stock: bool, looped: dict[str, str]) -> bool:
     if isinstance(use, ast.Call):  # what transformers' own modules are given is known to be for a cache
         return bool(_OF_A_CACHE.search(ast.unparse(use.func))) or (stock and ast.unparse(use.func).startswith("self."))
     if isinstance(use, ast.Subscript):
-        return bool(_OF_A_CACHE.search(ast.unparse(use.value)))
+        text = ast.unparse(use.value)
+        return bool(_OF_A_CACHE.search(looped.get(text, text)))
     if isinstance(use, ast.Compare):
         return bool(_OF_A_CACHE.search(ast.unparse(use)))
     return isinstance(use, ast.JoinedStr)
