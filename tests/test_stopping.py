@@ -68,6 +68,7 @@ def make(
 
 
 def depths(trainer: Trainer) -> list[tuple[int, int]]:
+    """The records that say a depth: of the step after a drop, since a drop follows an evaluation."""
     return [(entry["step"], entry["trim/num_layers"]) for entry in trainer.state.log_history if "trim/num_layers" in entry]
 
 
@@ -86,7 +87,7 @@ def test_a_metric_that_falls_too_far_ends_with_the_last_model_that_passed(plain:
     truth = make(tmp_path / "truth", plain=plain, max_steps=4, trim=TrimConfig(5, drop_every="2", repair="none", **scan))
     truth.train()
 
-    assert depths(trainer) == [(2, 5), (4, 4), (12, 5)]
+    assert depths(trainer) == [(3, 5), (5, 4), (12, 5)]
     assert trainer.state.global_step == STEPS  # it went on, in vain, to heal
     assert trainer.model is model and model.model.layers is blocks and len(blocks) == model.config.num_hidden_layers == 5
     assert equal(model, truth.model)
@@ -108,7 +109,7 @@ def test_halves_of_layers_come_back(tmp_path: Path) -> None:
     truth = make(tmp_path / "truth", max_steps=4, trim=TrimConfig(11, drop_every="2", repair="none", **scan))
     truth.compute_metrics = None
     truth.train()
-    assert depths(trainer) == [(2, 11), (4, 10), (12, 11)]
+    assert depths(trainer) == [(3, 11), (5, 10), (12, 11)]
     assert halves(trainer) == 11 and trainer.model.config.trim == truth.model.config.trim
     assert equal(trainer.model, truth.model)
 
@@ -133,7 +134,7 @@ def test_a_first_drop_that_fails_gives_the_full_depth_back(tmp_path: Path) -> No
     trainer.train()
     full = Trainer(tiny_model(), arguments(tmp_path / "full", max_steps=2), train_dataset=tiny_texts())
     full.train()
-    assert depths(trainer) == [(2, 5), (12, 6)]
+    assert depths(trainer) == [(3, 5), (12, 6)]
     assert equal(trainer.model, full.model)
     assert LayerMap.from_config(trainer.model.config).kept_layers == tuple(range(6))
 
@@ -141,7 +142,7 @@ def test_a_first_drop_that_fails_gives_the_full_depth_back(tmp_path: Path) -> No
 def test_a_model_that_heals_is_what_the_run_ends_with(tmp_path: Path) -> None:
     trainer = make(tmp_path, score=lambda depth, step: 0.8 if step >= 10 else BY_DEPTH[depth])
     trainer.train()
-    assert depths(trainer) == [(2, 5), (4, 4)]  # stopped all the same
+    assert depths(trainer) == [(3, 5), (5, 4)]  # stopped all the same
     assert trainer.model.config.num_hidden_layers == 4
     assert equal(LlamaForCausalLM.from_pretrained(tmp_path / "_passing-12"), trainer.model)
 
@@ -176,7 +177,7 @@ def test_lower_is_better_for_a_loss_and_as_the_arguments_say(tmp_path: Path) -> 
         greater_is_better=False,
     )
     trainer.train()
-    assert depths(trainer) == [(2, 5), (4, 4), (12, 5)]
+    assert depths(trainer) == [(3, 5), (5, 4), (12, 5)]
 
 
 def test_with_a_given_reference_the_first_drop_waits(tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ def test_with_a_given_reference_the_first_drop_waits(tmp_path: Path) -> None:
     trim = config(reference_metric=0.6, max_metric_drop=0.1)
     trainer = make(tmp_path, score=lambda depth, step: step / 10, trim=trim, eval_strategy="steps", eval_steps=5)
     trainer.train()
-    assert depths(trainer) == [(5, 5), (7, 4), (9, 3)]  # then as far apart as planned
+    assert depths(trainer) == [(6, 5), (8, 4), (10, 3)]  # then as far apart as planned
     assert trainer.model.config.num_hidden_layers == 3
 
 
@@ -202,7 +203,7 @@ def test_evaluations_are_made_before_each_drop_and_at_the_end(tmp_path: Path) ->
     trainer.train()
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_score" in entry]
     assert evaluated == [2, 4, 6, 12]
-    assert depths(trainer) == [(2, 5), (4, 4), (6, 3)]
+    assert depths(trainer) == [(3, 5), (5, 4), (7, 3)]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -59,11 +59,27 @@ def json_at(file: Path, *path: str) -> Any:
 
 
 @contextmanager
+def _fork_other_devices() -> Iterator[None]:
+    """What `fork_rng` does for CPU and CUDA, for devices of Intel (XPU) and Apple (MPS)."""
+    restore: list[Callable[[], None]] = []
+    if torch.xpu.is_available():
+        for number in range(torch.xpu.device_count()):
+            restore.append(partial(torch.xpu.set_rng_state, torch.xpu.get_rng_state(number), number))
+    if torch.backends.mps.is_available():
+        restore.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    try:
+        yield
+    finally:
+        for each in restore:
+            each()
+
+
+@contextmanager
 def isolated_rng(seed: int) -> Iterator[None]:
     """Run a block with generators of its own: what training draws afterwards is what it would have drawn without."""
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _fork_other_devices():
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.manual_seed(seed)

@@ -73,6 +73,19 @@ def test_two_processes_equal_one(engine: str, torchrun, one_process: Path, tmp_p
 
 
 @pytest.mark.slow
+def test_two_replicas_of_two_shards_equal_one(torchrun, one_process: Path, tmp_path: Path) -> None:
+    """HSDP: FSDP2 with replicas, four processes."""
+    torchrun("train.py", str(tmp_path), "--engine", "hsdp", processes=4)
+    one = one_rank(one_process)
+    for rank in (json.loads((tmp_path / f"rank{number}.json").read_text()) for number in range(4)):
+        assert rank["distributed_type"] == "FSDP" and rank["kept_layers"] == one["kept_layers"]
+        assert rank["losses"] == pytest.approx(one["losses"], abs=1e-5)
+        assert rank["alive"] == [0, 0] and rank["unchanged"] == [True, True]
+    for name, value in weights(one_process).items():
+        torch.testing.assert_close(weights(tmp_path)[name], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_optimizer_and_scheduler_of_the_deepspeed_config(engine: str, torchrun, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "stop.py"
 @pytest.mark.parametrize(
     ("reason", "depths"),
     [
-        pytest.param("metric", [[2, 5], [4, 4], [12, 5]], id="metric"),
+        pytest.param("metric", [[3, 5], [5, 4], [12, 5]], id="metric"),
         pytest.param("latency", [[2, 5], [4, 4]], id="latency", marks=pytest.mark.slow),
     ],
 )

@@ -15,8 +15,8 @@ from .process_group import DistributedProcesses, ProcessGroup
 
 T = TypeVar("T")
 
-# Hooks that a user registered on the wrapper; they outlive the new buckets.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+# Hooks that a user registered on the wrapper, and how they are called; they outlive the new buckets.
+_HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 
 class DDPEngine(DistributedProcesses, Engine):

@@ -53,6 +53,7 @@ class DeepSpeedEngine(DistributedProcesses, Engine):
         coordinator = offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():  # what it has fetched ahead by its record of training is on the way
             coordinator._invalidate_trace()
+        self.gather(None)  # or the error of a process that has failed, for which this one would wait in the gather
         modules = list(modules)
         parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
         apart = [p for p in parameters if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]

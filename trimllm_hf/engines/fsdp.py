@@ -41,6 +41,7 @@ class FSDPEngine(DistributedProcesses, Engine):
     @contextmanager
     def gathered(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Gather once, and leave it to the end to shard again what each forward would."""
+        self.gather(None)  # or the error of a process that has failed, for which this one would wait in the gather
         held = [module for module in modules if isinstance(module, FSDPModule)]
         groups = [group for module in held for group in _param_groups(module)]
         meshes = [group.post_forward_mesh_info for group in groups]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -112,8 +113,10 @@ class DistributedProcesses:
             Exception: What another process passed to `raise_on_all`.
         """
         found = self._exchange((value, None))
-        for error in (error for _, error in found if error is not None):
-            raise error
+        for rank, (_, told) in enumerate(found):
+            if told is not None:
+                name, text = told
+                raise _error_of(name, text, rank)
         return [part for part, _ in found]
 
     def gathered(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
@@ -126,13 +129,26 @@ class DistributedProcesses:
 
     def raise_on_all(self, error: Exception) -> None:
         """Raise `error` on the processes at, or on their way to, `all_reduce` or `gather`; nothing if it came from there."""
-        if not getattr(error, "from_another_process", False):
-            self._exchange((None, error))
+        if not getattr(error, "is_known_to_all", False):
+            error.is_known_to_all = True  # type: ignore[attr-defined]
+            self._exchange((None, _told(error)))
 
-    def _exchange(self, mine: tuple[Any, Exception | None]) -> list[Any]:
+    def _exchange(self, mine: tuple[Any, tuple[str, str] | None]) -> list[Any]:
         everyones: list[Any] = [None] * self.world_size
-        error = mine[1]
-        if error is not None:
-            error.from_another_process = True  # type: ignore[attr-defined]  # to all but this one
         dist.all_gather_object(everyones, mine, group=self.group)
         return everyones
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """An error as two texts: the object itself may hold what cannot be sent."""
+    whole = len(error.args) == 1 and isinstance(error.args[0], str)
+    return type(error).__name__, error.args[0] if whole else str(error)
+
+
+def _error_of(name: str, text: str, rank: int) -> Exception:
+    """The error that another process has told of: of the same class where Python has one of that name."""
+    kind: Any = getattr(builtins, name, None)
+    known = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
+    error: Any = kind(text) if known else RuntimeError(f"Process {rank} failed: {name}: {text}")
+    error.is_known_to_all = True
+    return error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,7 +17,8 @@ CHOICE_COLUMNS = ("question", "right", "per_token")  # of rows that are a questi
 def set_aside(dataset: Any, size: int, seed: int) -> tuple[list[Any], Any]:
     """Split a training set into calibration examples and the rest.
 
-    A map-style data set gives `size` examples drawn with `seed`; of a streaming one the first `size` are taken.
+    A map-style data set gives `size` examples drawn with `seed`; of a streaming one the first `size` are taken, and
+    left out wherever they come again.
 
     Args:
         dataset: A `datasets.Dataset`, a `datasets.IterableDataset`, or a torch data set of either kind.
@@ -34,8 +36,10 @@ def set_aside(dataset: Any, size: int, seed: int) -> tuple[list[Any], Any]:
     if not hasattr(dataset, "__len__"):
         examples = list(islice(iter(dataset), size))
         _enough(len(examples), size, size)
-        # `datasets` has its own way, which keeps columns, state and sharding
-        return examples, dataset.skip(size) if hasattr(dataset, "skip") else _WithoutFirst(dataset, size)
+        # known by what they hold: a shuffled stream brings them at other places in the next epoch. `datasets` has its own
+        # way to leave them out, which keeps columns, state and sharding.
+        others = _NotAmong(examples)
+        return examples, dataset.filter(others) if hasattr(dataset, "filter") else _Without(dataset, others)
     total = len(dataset)
     _enough(total, size, size + 1)
     chosen = draw(total, size, seed)
@@ -116,15 +120,50 @@ def _inputs(batch: Batch) -> torch.Tensor:
     raise ValueError(f"Expected calibration batches with input_ids or inputs_embeds, got only {sorted(batch)}.")
 
 
-class _WithoutFirst(IterableDataset[Any]):
-    """A streaming torch data set without its first examples."""
+class _NotAmong:
+    """Whether an example is none of some others, by what it holds."""
 
-    def __init__(self, dataset: Dataset[Any], size: int) -> None:
-        self.dataset = dataset
-        self.size = size
+    def __init__(self, examples: Sequence[Any]) -> None:
+        self.digests = {_digest(example) for example in examples}
+
+    def __call__(self, example: Any) -> bool:
+        return _digest(example) not in self.digests
+
+
+class _Without(IterableDataset[Any]):
+    """A streaming torch data set without some examples."""
+
+    def __init__(self, dataset: Dataset[Any], others: _NotAmong) -> None:
+        self.dataset, self.others = dataset, others
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.dataset), self.size, None)
+        return filter(self.others, iter(self.dataset))
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+
+def _digest(example: Any) -> str:
+    """A hash of what an example holds: arrays by their numbers, anything else by what it prints."""
+    found = hashlib.sha256()
+
+    def take(value: Any) -> None:
+        if isinstance(value, Mapping):
+            for name in sorted(value, key=str):
+                take(str(name))
+                take(value[name])
+        elif isinstance(value, list | tuple):
+            found.update(f"[{len(value)}".encode())
+            for each in value:
+                take(each)
+        elif hasattr(value, "tolist"):
+            take(value.tolist())
+        else:
+            found.update(f"{value!r};".encode())
+
+    take(example)
+    return found.hexdigest()
 
 
 def _enough(total: int, size: int, needed: int) -> None:

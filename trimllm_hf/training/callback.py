@@ -59,6 +59,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.support = TrainerSupport()
         self.record: RunRecord | None = None
         self.run: Run | None = None
+        self._checked = False  # whether something else holds the layers
         self._watched: weakref.ref[nn.Module] | None = None
         self._watch_handle: RemovableHandle | None = None
 
@@ -83,7 +84,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         """Check everything that can be checked, make the plan, and drop what is due before the first step."""
         trainer = find_trainer(self, state, self.trainer)
         model = unwrapped(trainer)
-        self.run = None
+        self.run, self._checked = None, False
         self._watch(model)
         record = self._record(trainer, model, state)
         goes_on = state.global_step > 0 or (self.layer_map is not None and record.layer_map.keeps_the_same(self.layer_map))
@@ -95,6 +96,9 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Drop what an evaluation after the step before has allowed."""
+        if self.run is not None and not self._checked:  # other callbacks have made by now what they hold
+            self.run.refuse_followers()
+            self._checked = True
         if self.run is not None and self.run.schedule.rule is not None:
             self.run.drop_what_is_due(state.global_step)
 
@@ -119,7 +123,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remove models that no checkpoint has to go back to."""
         if self.run is not None and self.run.schedule.rule is not None:
-            self.run.schedule.rule.tidy()
+            self.run.schedule.rule.saved()
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Wait for the push of an earlier save: it reads the folder whose files this one is about to replace.

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.utils import logging
 
-from ..engines import Changes, Engine, attach
+from ..engines import Changes, Engine, ProcessGroup, attach
 from ..importance.calibration import Batch
 from ..layer_map import LayerMap
 from ..surgery.drop import PlannedDrop, plan_drop, refuse_per_layer_tensors
@@ -55,12 +55,33 @@ def drop_prepared_layers(
             changed.
     """
     engine = attach(accelerator, model, optimizer)
-    drop = plan_drop(accelerator.unwrap_model(model, keep_torch_compile=False), layers, unit, step=step, part=part)
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    try:
+        drop = plan_drop(unwrapped, layers, unit, step=step, part=part)
+    except Exception as error:  # the other processes would drop alone
+        engine.raise_on_all(error)
+        raise
+    refuse_other_layers(engine, layers, unit)
     if repair is None:
         return apply_drop(engine, drop)
     found, report = fit_and_evaluate(drop.model, layers, repair, None, unit, part=part, process_group=engine)
     logger.info(str(report))
     return apply_drop(engine, drop, found.changes(drop.model) if report.applied else ())
+
+
+def refuse_other_layers(process_group: ProcessGroup, layers: Sequence[int], unit: str) -> None:
+    """Refuse to drop other layers on one process than on another: each would train a model of its own.
+
+    Raises:
+        ValueError: On every process, with the layers of each.
+    """
+    everyones = process_group.gather((sorted(layers), unit))
+    if any(each != everyones[0] for each in everyones):
+        named = "; ".join(f"process {rank}: {layers} ({unit})" for rank, (layers, unit) in enumerate(everyones))
+        raise ValueError(
+            f"Expected the same layers on every process, got {named}. Score them with the same numbers everywhere: reduce "
+            "what each process has measured (accelerator.reduce) before you choose. Nothing was changed."
+        )
 
 
 def apply_drop(engine: Engine, drop: PlannedDrop, changes: Changes = ()) -> LayerMap:

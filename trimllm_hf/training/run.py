@@ -21,9 +21,10 @@ from ..surgery.blocks import find_blocks
 from .best_model import forget_best
 from .budget import Budget, BudgetState
 from .config import TrimConfig
-from .drop_log import drop_log
+from .drop_log import DropRecords, drop_log, record_drops
 from .drop_schedule import DropSchedule
 from .dry_run import droppable, dry_run
+from .followers import refuse_followers
 from .layer_times import ms_of_layers
 from .prepared_loop import apply_drop
 from .repairer import Repairer
@@ -98,6 +99,7 @@ class Run:
         record: What is known of the run.
         schedule: When how many layers go.
         selector: Which ones go; None where nothing is to be dropped.
+        records: What adds drops to the Trainer's log.
         repairer: What repairs the model for each drop; None: nothing does.
     """
 
@@ -107,6 +109,7 @@ class Run:
     record: RunRecord
     schedule: DropSchedule
     selector: LayerSelector | None
+    records: DropRecords
     repairer: Repairer | None = None
 
     @property
@@ -127,6 +130,11 @@ class Run:
             count = self.selector.at_once(at_once, self.record.layer_map.num_layers)
             self._drop(self.selector, step, count)
             due = self.schedule.still_due(due - count, step, self.depth, self.model)
+
+    def refuse_followers(self) -> None:
+        """Refuse what holds the model's layers beside the Trainer, where layers are still to go."""
+        if self.record.asked_num_layers(self.config.unit) is not None:
+            refuse_followers(self.trainer, self.model, self.config.part)
 
     def take_gradients(self, step: int) -> None:
         """Score by the gradients of this step, where that is the importance and a drop may follow."""
@@ -196,9 +204,7 @@ class Run:
         line, logs = drop_log(self.record.layer_map, self.config.unit, step, selector.margin, parameters)
         logger.info(line)
         forget_best(trainer.state)
-        should_log = trainer.control.should_log
-        trainer.log(logs)
-        trainer.control.should_log = should_log  # a record clears it, and this step's loss would go unlogged
+        self.records.pending = logs
 
 
 def begin_run(
@@ -247,6 +253,7 @@ def begin_run(
     if plan:
         sizes = dry_run(model, config, depth - target)  # raises where there is no way
         refuse_emptied_groups(engine, model, config, depth - target)
+        refuse_followers(trainer, model, config.part)
         refuse_lost_calibration_set(config, record.calibration_given, calibration_dataset)
         record.unit_ms = record.unit_ms or ms_of_layers(model, config, engine, args)
         spared = record.trained_layers or ()
@@ -260,7 +267,7 @@ def begin_run(
         )  # fmt: skip
         rehearse_scores(selector, model)
     schedule = DropSchedule(plan, record.start_num_layers, least, config.layers_per_drop, rule, budget)
-    return Run(config, trainer, engine, record, schedule, selector, repairer)
+    return Run(config, trainer, engine, record, schedule, selector, record_drops(trainer), repairer)
 
 
 def _steps_per_epoch(accumulation_steps: int, dataloader: Any) -> int | None:

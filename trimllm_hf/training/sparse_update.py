@@ -51,8 +51,9 @@ def train_only(model: nn.Module, positions: Collection[int], config: TrimConfig)
 
 def set_free(support: TrainerSupport) -> None:
     """Take back what `train_only` froze for a run before: a run that begins chooses anew."""
-    for parameter in support.frozen:
-        parameter.requires_grad_(True)
+    for parameter in (held() for held in support.frozen):
+        if parameter is not None:  # else it has been dropped
+            parameter.requires_grad_(True)
     support.frozen, support.trained_layers = [], None
 
 

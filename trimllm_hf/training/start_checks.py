@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedModel
 
 from ..engines import Engine
@@ -91,7 +92,8 @@ def rehearse_scores(selector: LayerSelector, model: PreTrainedModel) -> None:
         try:
             selector.try_score(model, importance)
         except Exception as error:
-            if isinstance(error, ValueError) and str(error).startswith("Expected"):
+            in_words = isinstance(error, ValueError) and str(error).startswith("Expected")
+            if in_words or should_reduce_batch_size(error):  # out of memory: auto_find_batch_size tries less
                 raise
             raise ValueError(
                 f"Expected a model and batches by which {importance!r} can score layers, got {type(error).__name__}: "

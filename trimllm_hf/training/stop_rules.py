@@ -19,7 +19,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-from ..engines import Engine
+from ..engines import Engine, ProcessGroup
 from ..layer_map import LayerMap
 from ..surgery.adapters import adapters_of, base_of
 from .config import TrimConfig
@@ -71,7 +71,8 @@ class MetricRule:
         self.name, self.greater_is_better = watched_metric(config, trainer.args)
         self.stop_state = stop_state
         refuse_what_cannot_end(trainer, engine)
-        passed = self.stop_state.passed
+        refuse_unshared_folder(engine, self.folder(0).parent)
+        passed = self._named = self.stop_state.passed  # by the checkpoint that is resumed
         if passed is not None and not self.folder(passed["step"]).is_dir():
             raise ValueError(
                 f"Expected the model that had passed by this checkpoint in {self.folder(passed['step'])}, got no such "
@@ -115,20 +116,24 @@ class MetricRule:
             return
         save_model(self.trainer, str(self.folder(step)))
         self.stop_state.passed = {"step": step, "metric": value, "layer_map": layer_map.to_dict()}
-        if self.trainer.args.save_strategy == "no":  # else a checkpoint may name the earlier one
-            self.tidy()
+        self.tidy()
 
     def dropped(self, step: int) -> None:
         """Note a drop."""
         if self.stop_state.started_at is None:
             self.stop_state.started_at = step
 
+    def saved(self) -> None:
+        """Note that a checkpoint is complete: only the model that it names is gone back to from now on."""
+        self._named = self.stop_state.passed
+        self.tidy()
+
     def tidy(self) -> None:
-        """Remove the models that passed earlier; called when a checkpoint that names the last one is complete."""
-        passed = self.stop_state.passed
-        if self.trainer.args.should_save and passed is not None:
+        """Remove the models that passed, but for the last one, and the one that the last checkpoint names."""
+        kept = {self.folder(passed["step"]) for passed in (self.stop_state.passed, self._named) if passed is not None}
+        if self.trainer.args.should_save and kept:
             for folder in self.folder(0).parent.glob(f"{PASSING}*"):
-                if folder != self.folder(passed["step"]):
+                if folder not in kept:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def passed_instead(self, step: int) -> tuple[Path, LayerMap, int] | None:
@@ -178,6 +183,30 @@ def refuse_what_cannot_end(trainer: Trainer, engine: Engine) -> None:
         raise ValueError(
             "Expected a model without adapters for max_metric_drop, got one with them: its checkpoints hold no layers that "
             "it could get back. Set target_layers instead."
+        )
+
+
+def refuse_unshared_folder(process_group: ProcessGroup, folder: Path) -> None:
+    """Refuse a folder that not all processes see: they read there what the main process has written.
+
+    Raises:
+        ValueError: On every process, with those that do not see it.
+    """
+    if process_group.world_size == 1:
+        return
+    probe = folder / f"{PASSING}seen-by-all"
+    if process_group.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    process_group.gather(None)
+    seen = process_group.gather(probe.is_file())
+    if process_group.rank == 0:
+        probe.unlink()
+    if not all(seen):
+        raise ValueError(
+            f"Expected output_dir ({folder}) on a disk that all nodes share for max_metric_drop, got one that processes "
+            f"{[rank for rank, sees in enumerate(seen) if not sees]} do not see: they could not read the model that passed. "
+            "Use a shared disk, or target_layers without a stop rule."
         )
 
 

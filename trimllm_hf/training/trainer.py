@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
@@ -146,7 +147,7 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, OptimizerMixin, 
             support.trained_layers = [layer_map.kept_layers[position] for position in self._choose(layer_map, dataloader)]
         kept = list(layer_map.kept_layers)
         positions = [kept.index(layer) for layer in support.trained_layers if layer in kept]
-        support.frozen += train_only(model, positions, config)
+        support.frozen += map(weakref.ref, train_only(model, positions, config))
 
     def _choose(self, layer_map: LayerMap, dataloader: Any) -> list[int]:
         config, depth, model = self.trim_config, layer_map.num_layers, unwrapped(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ class TrainerSupport:
     freezes_layers: bool = False
     calibration_set_aside: bool = False
     trained_layers: list[int] | None = None
-    frozen: list[torch.nn.Parameter] = field(default_factory=list)
+    frozen: list[weakref.ref[torch.nn.Parameter]] = field(default_factory=list)
     teacher: str | None = None
 
 

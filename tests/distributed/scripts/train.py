@@ -1,6 +1,6 @@
 """Trains a tiny model while it is trimmed, under an engine, in as many processes as launched; writes what it saw.
 
-python train.py FOLDER --engine {plain,fsdp2,zero1,zero2,zero2_offload,zero3} [--save STEPS] [--resume CHECKPOINT]
+python train.py FOLDER --engine {plain,fsdp2,hsdp,zero1,zero2,zero2_offload,zero3} [--save STEPS] [--resume CHECKPOINT]
     [--lora] [--trainable_ratio SHARE]
 
 Plain is one process, or DistributedDataParallel. With --save or --resume TrimTrainer trains, else stock Trainer with a
@@ -43,12 +43,12 @@ options = parser.parse_args()
 if options.engine.startswith("zero"):
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-if options.engine == "fsdp2":
+if options.engine in ("fsdp2", "hsdp"):
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     os.environ["FSDP_VERSION"] = "2"
 
 import torch  # noqa: E402
-from accelerate import PartialState  # noqa: E402
+from accelerate import ParallelismConfig, PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments  # noqa: E402
 
@@ -66,8 +66,8 @@ def engine_arguments() -> dict[str, Any]:
     """What TrainingArguments get for the engine."""
     if options.engine == "plain":
         return {"use_cpu": True, "ddp_backend": "gloo" if WORLD > 1 else None}
-    configured = {"accelerator_config": {"use_configured_state": True}}
-    if options.engine == "fsdp2":
+    configured: dict[str, Any] = {"accelerator_config": {"use_configured_state": True}}
+    if options.engine in ("fsdp2", "hsdp"):
         state = PartialState(cpu=True)
         state.device = torch.device("cpu")
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -78,6 +78,8 @@ def engine_arguments() -> dict[str, Any]:
             "reshard_after_forward": True,
             "state_dict_type": "SHARDED_STATE_DICT" if options.sharded else "FULL_STATE_DICT",
         }
+        if options.engine == "hsdp":  # two replicas of two shards
+            configured["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
         return {"fsdp": True, "fsdp_config": fsdp, **configured}
     PartialState(backend="gloo")
     stage = int(options.engine[4])
@@ -123,7 +125,7 @@ def fp32_and_state(parameter: torch.nn.Parameter, optimizer: Any) -> dict[str, t
 
 
 def read_all(model: Any, optimizer: Any) -> dict[int, dict[str, torch.Tensor]]:
-    if options.engine == "fsdp2":
+    if options.engine in ("fsdp2", "hsdp"):
         for module in model.modules():
             if hasattr(module, "reshard"):
                 module.reshard()  # after an evaluation (the scan) some hold gathered parameters

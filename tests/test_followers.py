@@ -1,0 +1,157 @@
+"""What else holds a model's layers is found before the first step; and a drop's values join the Trainer's own records."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_training import arguments, config, losses
+from tiny import tiny_model, tiny_texts
+from torch.optim.swa_utils import AveragedModel
+from transformers import Trainer, TrainerCallback
+
+from trimllm_hf import TrimCallback
+
+
+def train(folder: Path, *callbacks: TrainerCallback, kind: type[Trainer] = Trainer, **changes: Any) -> Trainer:
+    trim = TrimCallback(config(**{"drop_every": "2", "importance": "last", **changes}))
+    given = {"train_dataset": tiny_texts(40), "callbacks": [trim, *callbacks]}
+    trainer = kind(tiny_model(), arguments(folder, max_steps=6), **given)
+    trainer.train()
+    return trainer
+
+
+class Holds(TrainerCallback):
+    """Makes what it holds of the model when training begins, or is given it before."""
+
+    def __init__(self, make: Any, early: bool = False) -> None:
+        self.make, self.held = make, make(tiny_model()) if early else None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.held = self.make(model)
+
+
+class Shadow:
+    """An average of weights as diffusers' EMAModel and torch_ema's are."""
+
+    def __init__(self, model: Any) -> None:
+        self.shadow_params = [parameter.detach().clone() for parameter in model.parameters()]
+
+
+FOLLOWERS = {
+    "a model kept in step": (lambda model: copy.deepcopy(model), "another model with as many layers"),
+    "torch's average": (lambda model: AveragedModel(model), "another model with as many layers"),
+    "a list of averages": (Shadow, "a tensor of the shape of each"),
+    "averages by name": (
+        lambda model: {n: p.detach().clone() for n, p in model.named_parameters()},
+        "tensors by the names of",
+    ),
+    "the parameters": (lambda model: list(model.parameters()), "a (parameter of a layer|tensor of the shape)"),
+    "another optimizer": (lambda model: torch.optim.SGD(model.parameters(), lr=0.1), "a (parameter|tensor of the shape)"),
+    "a layer": (lambda model: {"watched": model.model.layers[3]}, "a layer"),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWERS)
+def test_what_would_not_follow_is_refused_before_the_first_step(name: str, tmp_path: Path) -> None:
+    make, said = FOLLOWERS[name]
+    holder = Holds(make)
+    with pytest.raises(ValueError, match=rf"got Holds.held, which holds {said}.*it would not follow"):
+        train(tmp_path, holder)
+
+
+def test_a_copy_that_is_there_before_is_found_before_a_drop_at_the_start(tmp_path: Path) -> None:
+    holder = Holds(copy.deepcopy, early=True)
+    with pytest.raises(ValueError, match=r"got Holds\.held, which holds another model"):
+        train(tmp_path, holder, drop_every="once")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: model,
+        lambda model: model.model,
+        lambda model: model.get_input_embeddings(),
+        lambda model: [len(model.model.layers)],
+        lambda model: {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        lambda model: torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(6)),
+    ],
+    ids=["the model", "the backbone", "embeddings", "numbers", "shapes", "another list"],
+)
+def test_what_follows_or_holds_none_is_left_alone(make: Any, tmp_path: Path) -> None:
+    trainer = train(tmp_path, Holds(make))
+    assert trainer.model.config.num_hidden_layers == 4
+
+
+def test_a_frozen_reference_that_a_trainer_holds_may_be_deeper(tmp_path: Path) -> None:
+    class WithReference(Trainer):
+        ref_model = None
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.ref_model = copy.deepcopy(self.model).eval()
+
+    assert train(tmp_path, kind=WithReference).model.config.num_hidden_layers == 4
+
+
+def test_an_average_on_the_trainer_is_refused(tmp_path: Path) -> None:
+    class Averaging(Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.average = Shadow(self.model)
+
+    with pytest.raises(ValueError, match=r"got Averaging\.average"):
+        train(tmp_path, kind=Averaging)
+
+
+def test_trl_callbacks_that_follow_a_model_are_refused(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    from trl.trainer.callbacks import SyncRefModelCallback
+
+    with pytest.raises(ValueError, match=r"got SyncRefModelCallback\.ref_model"):
+        train(tmp_path, SyncRefModelCallback(tiny_model(), None))
+    with pytest.raises(ValueError, match="got BEMACallback"):
+        train(tmp_path, trl.BEMACallback(update_freq=1, update_after=0))
+
+
+# ---- records
+
+
+def test_what_a_subclass_accumulates_stays_in_the_records_of_the_steps(tmp_path: Path) -> None:
+    class Accumulating(Trainer):
+        """As TRL's trainers do: metrics of each step, added to the next record and forgotten."""
+
+        seen = 0
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.seen += self.model.training
+            return super().compute_loss(*args, **kwargs)
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            super().log({**logs, "batches": self.seen}, *args, **kwargs)
+            self.seen = 0
+
+    class Reporter(TrainerCallback):
+        def __init__(self) -> None:
+            self.told: list[dict[str, float]] = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.told.append(dict(logs))
+
+    reporter = Reporter()
+    trainer = train(tmp_path, reporter, kind=Accumulating)
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["batches"] for entry in steps] == [2] * 6 and len(losses(trainer)) == 6
+    assert {entry["step"]: entry["trim/num_layers"] for entry in steps if "trim/num_layers" in entry} == {2: 5, 4: 4}
+    assert len(trainer.state.log_history) == 7  # and the one at the end: none of our own
+    assert [entry["trim/num_layers"] for entry in reporter.told if "trim/num_layers" in entry] == [5, 4]
+
+
+def test_drops_before_the_first_step_join_its_record(tmp_path: Path) -> None:
+    trainer = train(tmp_path, drop_every="once")
+    first, *others = trainer.state.log_history
+    assert first["step"] == 1 and first["trim/num_layers"] == 4 and "loss" in first
+    assert not any("trim/num_layers" in entry for entry in others)
