@@ -147,7 +147,7 @@ def test_a_score_that_fails_on_these_batches_fails_before_the_first_step(name: s
 
     register_importance(f"needs_pixels_{name}", needs_pixels)
     model = tiny_model()
-    trainer = trainer_of(tmp_path, model, quick(**{"importance": "block_influence", name: f"needs_pixels_{name}"}))
+    trainer = trainer_of(tmp_path, model, quick(**{"importance": "sensitivity", name: f"needs_pixels_{name}"}))
     with pytest.raises(ValueError, match=r"by which 'needs_pixels_\w+' can score layers, got KeyError: 'pixel_values'"):
         trainer.train()
     assert trainer.state.global_step == 0 and model.config.num_hidden_layers == 6

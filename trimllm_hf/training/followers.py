@@ -18,7 +18,7 @@ from ..surgery.adapters import base_of
 from ..surgery.blocks import BlockStack, find_blocks
 
 # What a drop mends, or what holds nothing that has to follow.
-MENDED = {"model", "model_wrapped", "deepspeed", "optimizer", "lr_scheduler", "accelerator", "callback_handler", "teacher"}
+MENDED = {"model", "model_wrapped", "optimizer", "lr_scheduler", "accelerator", "callback_handler", "teacher"}
 PACKAGE = __name__.partition(".")[0]
 MOST_DEPTH = 4  # attributes, and items of what they hold
 
@@ -46,7 +46,13 @@ def refuse_followers(trainer: Trainer, model: nn.Module, part: str | None) -> No
         )
     callbacks = [each for each in trainer.callback_handler.callbacks if not _is_ours(each)]
     holders = [(type(each).__name__, vars(each), True) for each in callbacks]
-    holders.append((type(trainer).__name__, {k: v for k, v in vars(trainer).items() if k not in MENDED}, False))
+    holders.append(
+        (
+            type(trainer).__name__,
+            {k: v for k, v in vars(trainer).items() if k not in MENDED and v is not trainer.model_wrapped},
+            False,
+        )
+    )
     for holder, attributes, copies_follow in holders:
         for name, value in attributes.items():
             found = next(_held(value, stack, copies_follow, MOST_DEPTH, set()), None)

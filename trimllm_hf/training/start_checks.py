@@ -8,7 +8,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedModel
 
 from ..engines import Engine
-from ..importance import needs_data, refuse_not_per_ms
+from ..importance import goes_by_loss, needs_data, refuse_not_per_ms
 from ..surgery.adapters import base_of
 from ..surgery.blocks import find_blocks
 from .config import TrimConfig
@@ -87,7 +87,9 @@ def rehearse_scores(selector: LayerSelector, model: PreTrainedModel) -> None:
         ValueError: If they cannot be scored so. Nothing has changed.
     """
     config = selector.config
-    names = {config.score, config.tie_breaker or config.score, config.warm_up_importance} - {"none"}
+    names = {config.score, config.tie_breaker or config.score}
+    if goes_by_loss(config.score) and config.warm_up_importance != "none":  # only such a one is replaced at chance
+        names.add(config.warm_up_importance)
     for importance in sorted(names):
         try:
             selector.try_score(model, importance)
