@@ -38,6 +38,14 @@ def resolve_part(config: PreTrainedConfig, part: str | None = None) -> str | Non
     return part or (trimmed if trimmed in PARTS else "decoder")
 
 
+def is_of_absent_part(config: PreTrainedConfig, plain: Any) -> bool:
+    """Whether a map is of the part of an encoder-decoder that a model lacks: T5's encoder alone, of a trimmed decoder."""
+    part = plain.get("part") if isinstance(plain, dict) else None
+    if config.is_encoder_decoder or part not in PARTS:
+        return False
+    return bool((part == "decoder") != bool(getattr(config, "is_decoder", False)))
+
+
 def part_config(config: PreTrainedConfig, part: str | None = None) -> PreTrainedConfig:
     """The config that holds the depth: the model's own, its text part, or one of an encoder-decoder's two."""
     part = resolve_part(config, part)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from ..utils import is_count, json_at, shown
 from .base_check import refuse_other_base
-from .depth import PARTS, base_name, depth_name, num_hidden_layers, part_config, resolve_part
+from .depth import PARTS, base_name, depth_name, is_of_absent_part, num_hidden_layers, part_config, resolve_part
 from .record import DropRecord, check_layers, check_positions, check_sublayers
 from .trainer_state import run_in
 
@@ -64,7 +64,7 @@ class LayerMap:
         if self.base_num_layers > MOST_LAYERS:
             raise ValueError(f"Expected base_num_layers of at most {MOST_LAYERS}, got {shown(self.base_num_layers)}.")
         check_layers("kept_layers", self.kept_layers, self.base_num_layers)
-        if self.unit not in UNITS:
+        if self.unit not in tuple(UNITS):  # unhashable values too
             raise ValueError(
                 f"Expected unit 'block' or 'sublayer', got {shown(self.unit)}. Install a newer trimllm_hf to read this map."
             )
@@ -256,14 +256,15 @@ class LayerMap:
         part = resolve_part(config, part)
         depth = num_hidden_layers(config, part)
         plain = getattr(config, "trim", None)
-        if plain is None:
+        if plain is None or is_of_absent_part(config, plain):
             base: dict[str, Any] = {"base_model": base_name(config), "base_revision": getattr(config, "_commit_hash", None)}
             return cls(depth, tuple(range(depth)), part=part, **base)
         layer_map = cls.from_dict(plain)
-        if layer_map.part != part:
+        if part is None:  # a class that has this part of an encoder-decoder alone
+            layer_map = replace(layer_map, part=None)
+        elif layer_map.part != part:
             raise ValueError(
-                f"Expected the part {layer_map.part!r}, of which config.trim is, got {part!r}. A map is of one stack: of "
-                "an encoder-decoder either the decoder or the encoder is trimmed."
+                f"Expected the part {layer_map.part!r}, of which config.trim is, got {part!r}: a map is of one stack."
             )
         if layer_map.num_layers != depth:
             raise ValueError(
