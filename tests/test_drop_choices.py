@@ -188,7 +188,7 @@ def test_taylor_takes_the_gradients_of_the_step(tmp_path: Path, monkeypatch: pyt
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("no pass beside training")
 
-    monkeypatch.setattr("trimllm_hf.training.selection.score_layers", refuse)
+    monkeypatch.setattr("trimllm_hf.training.layer_scorer.score_layers", refuse)
     gradients = Gradients()
     trainer = run(tmp_path, callbacks=[gradients], importance="taylor", drop_every="2", target_layers=4)
     assert [record["step"] for record in history(trainer)] == [2, 4]

@@ -14,6 +14,7 @@ from toy import ToyForCausalLM, toy_model
 
 from trimllm_hf import TrimConfig, score_layers
 from trimllm_hf.importance import from_compute_metrics, known
+from trimllm_hf.importance.gradient import weights_times_gradients
 from trimllm_hf.importance.order import choose, choose_window
 
 TURN, IDENTITY, DOUBLE, COPY = range(4)
@@ -60,11 +61,38 @@ def test_taylor_by_hand() -> None:
     # The loss is of the product of all weights w: w dL/dw is the same for each, 2 dL/da at length a = 2.
     slope = 2 * ((math.exp(2) - math.exp(-2)) / (math.exp(2) + math.exp(-2) + 2) - 1)
     model = toy_model()
-    model.layers[IDENTITY].weight.requires_grad_(False)
     model.layers[COPY].weight.grad = torch.tensor(7.0)
     scores = score_layers(model, [BATCH], "taylor")
-    torch.testing.assert_close(scores, abs(slope) * torch.tensor([1.0, 0, 1, 1], dtype=torch.float64))
+    torch.testing.assert_close(scores, abs(slope) * torch.ones(4, dtype=torch.float64))
     assert model.layers[COPY].weight.grad == 7 and model.layers[TURN].weight.grad is None
+
+
+def test_a_layer_without_a_gradient_has_no_score() -> None:
+    model = toy_model()
+    model.layers[IDENTITY].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"got none of the layers \[1\]"):
+        score_layers(model, [BATCH], "taylor")
+    model.layers[COPY].weight.grad = torch.tensor(7.0)
+    assert torch.isnan(weights_times_gradients(model, "block", 1)).tolist() == [True, True, True, False]
+
+
+class Hasty(ToyForCausalLM):
+    """Leaves its last block out while it is not trained, as an early exit does."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        had, self.layers = self.layers, self.layers if self.training else self.layers[:-1]
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.layers = had
+
+
+@pytest.mark.parametrize("name", ["sensitivity", "block_influence", "angular"])
+def test_a_layer_that_does_not_run_has_no_score(name: str) -> None:
+    model = Hasty(toy_model().config)
+    with pytest.raises(ValueError, match=r"got one without the layers \[3\]"):
+        score_layers(model, [BATCH], name)
+    assert len(model.layers) == 4
 
 
 def test_angular_of_windows_by_hand() -> None:
@@ -140,8 +168,9 @@ def test_of_stories_against_plain_hidden_states(name: str, stories: Any) -> None
 def test_taylor_of_stories_against_finite_differences(stories: Any) -> None:
     model, batches = stories
     weight = model.model.layers[2].mlp.down_proj.weight
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name == "model.layers.2.mlp.down_proj.weight")
+    others = [model.model.layers[i].post_attention_layernorm.weight for i in (0, 1, 3, 4)]
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is held for held in (weight, *others)))
     scores = score_layers(model, batches, "taylor")
     total = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
 
@@ -149,7 +178,9 @@ def test_taylor_of_stories_against_finite_differences(stories: Any) -> None:
         parts = [model(**batch).loss * int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
         return sum(parts) / total
 
-    (gradient,) = torch.autograd.grad(loss(), weight)
+    gradient, *of_others = torch.autograd.grad(loss(), (weight, *others))
+    by_hand = [(held * found).abs().sum().item() for held, found in zip(others, of_others, strict=True)]
+    assert scores[[0, 1, 3, 4]].tolist() == pytest.approx(by_hand, rel=1e-4)
     # along |w| sign(g) the loss rises by sum |w g| a unit
     direction, losses = weight.detach().abs() * gradient.sign(), []
     with torch.no_grad():
@@ -160,7 +191,6 @@ def test_taylor_of_stories_against_finite_differences(stories: Any) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     assert scores[2].item() == pytest.approx((losses[0] - losses[1]) / 2e-3, rel=1e-2)
-    assert scores[[0, 1, 3, 4]].tolist() == [0] * 4
 
 
 def test_random_and_rules_of_stories(stories: Any) -> None:

@@ -1,12 +1,10 @@
 """Importance: a number for each layer, higher = keep; the scores by name, the scan, and the calibration set."""
 
-from .metrics import Metric, from_compute_metrics
+from .evaluation import evaluate_metric
+from .metrics import METRICS, Metric, from_compute_metrics, get_metric
 from .per_ms import per_ms
 from .scores import (
-    METRICS,
     Importance,
-    evaluate_metric,
-    get_metric,
     goes_by_loss,
     is_joint,
     known,

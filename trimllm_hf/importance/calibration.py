@@ -104,20 +104,8 @@ def model_inputs(batch: Batch) -> Batch:
 
 
 def num_rows(batch: Batch) -> int:
-    """Number of examples in a batch."""
-    return len(_inputs(batch))
-
-
-def num_tokens(batch: Batch) -> int:
-    """Number of tokens in a batch, padding included."""
-    return _inputs(batch).shape[:2].numel()
-
-
-def _inputs(batch: Batch) -> torch.Tensor:
-    for name in ("input_ids", "inputs_embeds"):
-        if isinstance(batch.get(name), torch.Tensor):
-            return batch[name]
-    raise ValueError(f"Expected calibration batches with input_ids or inputs_embeds, got only {sorted(batch)}.")
+    """Number of rows in a batch of model inputs."""
+    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() > 0)
 
 
 class _NotAmong:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..engines import ProcessGroup, SingleProcess
 from ..layer_map import LayerMap
-from ..utils import evaluating
+from ..utils import evaluating, isolated_rng
+from .calibration import Batch
+from .metrics import Metric, get_metric
 
 
 @contextmanager
@@ -58,3 +62,58 @@ def _plain_outputs(model: nn.Module) -> Iterator[None]:
     finally:
         for config, name, value in had:
             vars(config)[name] = value
+
+
+def evaluate_metric(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    metric: str | Metric = "loss",
+    *,
+    part: str | None = None,
+    process_group: ProcessGroup | None = None,
+    filler_batch: Batch | None = None,
+) -> float:
+    """A metric of the model as it is, on calibration batches; see `score_layers` for the arguments.
+
+    Raises:
+        ValueError: If there is nothing to measure on.
+    """
+    found = get_metric(metric)
+    return found.finish(collect_metric(model, batches, found, part, process_group, filler_batch))
+
+
+def collect_metric(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    metric: Metric,
+    part: str | None = None,
+    process_group: ProcessGroup | None = None,
+    filler_batch: Batch | None = None,
+) -> list[Any]:
+    """What each batch of each process adds to a metric of the model as it is, the same on every process."""
+    process_group = process_group or SingleProcess()
+    padded = on_every_process(model, list(batches), metric.name, process_group, filler_batch)
+    with isolated_rng(0), to_be_scored(model, part):
+        for batch in padded:
+            metric.check(model, batch)
+        parts = [metric.collect(model, metric.run(model, batch), batch) for batch in padded]
+    return [part for process in process_group.gather(parts[: len(batches)]) for part in process]
+
+
+def on_every_process(
+    model: nn.Module, batches: list[Batch], what: str, process_group: ProcessGroup, filler_batch: Batch | None
+) -> list[Batch]:
+    """The batches on the model's device, as many on every process.
+
+    A process with a smaller share goes through its last batch again, for nothing: forward passes of a sharded model are a
+    matter of all processes.
+    """
+    shares = process_group.gather((len(batches), filler_batch is not None))
+    passes = max(share for share, _ in shares)
+    if passes == 0 or not all(share or stands_in for share, stands_in in shares):
+        raise ValueError(
+            f"Expected calibration batches on every process to score by {what!r}, got none on at least one. Give more "
+            "calibration examples, or a filler_batch."
+        )
+    spare = [batches[-1] if batches else filler_batch] * (passes - len(batches))
+    return [send_to_device(batch, next(model.parameters()).device) for batch in batches + spare]

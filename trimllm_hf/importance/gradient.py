@@ -10,13 +10,18 @@ from torch import nn
 from ..engines import ProcessGroup, is_sharded, local_product
 from ..surgery.blocks import find_blocks
 from ..surgery.units import Unit, list_units
-from .calibration import Batch, model_inputs
+from .calibration import Batch
 from .finite import refuse_not_finite
-from .metrics import num_label_tokens
+from .metrics import Loss, own_loss
 
 
 def taylor(
-    model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: str, process_group: ProcessGroup
+    model: nn.Module,
+    batches: Sequence[Batch],
+    num_counted: int,
+    unit: str,
+    process_group: ProcessGroup,
+    loss: Loss = own_loss,
 ) -> torch.Tensor:
     """Sum |w * dL/dw| over a layer's weights, L the mean loss: Shortened LLaMA's Taylor (arXiv 2402.02834, §2.2).
 
@@ -29,34 +34,46 @@ def taylor(
         num_counted: How many of them count; those behind are for the others' sake.
         unit: "block".
         process_group: The processes of the run.
+        loss: Gives a batch's mean loss, and the number of labels that it is the mean of.
 
     Raises:
-        ValueError: If a batch has no labels, a score is not a number, or the engine keeps gradients to itself (ZeRO).
+        ValueError: If a batch has no labels, a layer has no gradient, a score is not a number, or the engine keeps gradients
+            to itself (ZeRO).
     """
     refuse_no_gradient(process_group)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tokens = [num_label_tokens(model, batch) * (i < num_counted) for i, batch in enumerate(batches)]
-    total = sum(process_group.gather(sum(tokens)))
-    if not total:
-        raise ValueError("Expected calibration batches with labels, got labels that are all -100.")
     layers = list(range(len(list_units(model, unit))))
     wrong: list[tuple[list[int], int]] = []
     had = [parameter.grad for parameter in parameters]
+    total, scale = 0.0, 0.0
     try:
         for parameter in parameters:
             parameter.grad = None
-        for position, (batch, number) in enumerate(zip(batches, tokens, strict=True)):
+        for position, batch in enumerate(batches):
             with torch.enable_grad():
-                # sharded gradients come as the mean over the processes
-                share = number / total * (process_group.world_size if any(map(is_sharded, parameters)) else 1)
-                loss = model(**model_inputs(batch)).loss
-                if number and not torch.isfinite(loss):
+                mean, count = loss(model, batch)
+                scale = scale or max(process_group.gather(count)) or 1.0  # keeps gradients in the size of a mean's
+                counted = count if position < num_counted else 0.0
+                total += counted / scale
+                if counted and not torch.isfinite(mean):
                     wrong.append((layers, position))
-                (loss * share).backward()
+                # sharded gradients come as the mean over the processes
+                copies = process_group.world_size if any(map(is_sharded, parameters)) else 1
+                (mean * (counted / scale * copies)).backward()
+        total = sum(process_group.gather(total))
+        if not total:
+            raise ValueError("Expected calibration batches with labels, got labels that are all -100.")
+        if absent := set.intersection(*process_group.gather(_without_gradient(model, unit))):
+            raise ValueError(
+                f"Expected a gradient of each layer to score it by 'taylor', got none of the layers {sorted(absent)}: they "
+                "did not run, or their weights are frozen. Use another importance, like 'sensitivity'."
+            )
         for parameter in parameters:
-            if parameter.grad is not None and not is_sharded(parameter):
+            if process_group.world_size > 1 and not is_sharded(parameter):
+                # an expert may have had tokens on another process only
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 process_group.sum_in_place(parameter.grad)
-        scores = process_group.all_reduce(weights_times_gradients(model, unit, process_group.world_size))
+        scores = process_group.all_reduce(weights_times_gradients(model, unit, process_group.world_size)) / total
         refuse_not_finite("taylor", scores, process_group.gather(wrong))
         return scores
     finally:
@@ -97,15 +114,23 @@ def refuse_frozen(model: nn.Module, unit: str) -> None:
 def weights_times_gradients(model: nn.Module, unit: str, world_size: int) -> torch.Tensor:
     """Sum |w * dL/dw| over each unit's weights, by the gradients that the parameters hold now: this process's share.
 
-    The shares add up to the sum over all weights, whether they are sharded or each process holds a whole copy.
+    The shares add up to the sum over all weights, whether they are sharded or each process holds a whole copy. A unit none
+    of whose weights has a gradient did not run: its sum is not 0 but not a number.
     """
     blocks = find_blocks(model).blocks
     totals = []
     for candidate in list_units(model, unit):
-        weights = [parameter for parameter in _parameters(candidate, blocks) if parameter.grad is not None]
-        found = [local_product(parameter, world_size) for parameter in weights]
-        totals.append(sum(found, torch.zeros((), dtype=torch.float64)))
+        held = _parameters(candidate, blocks)
+        found = [local_product(parameter, world_size) for parameter in held if parameter.grad is not None]
+        absent = torch.nan if held and not found else 0.0
+        totals.append(sum(found, torch.tensor(absent, dtype=torch.float64)))
     return torch.stack(totals)
+
+
+def _without_gradient(model: nn.Module, unit: str) -> set[int]:
+    """Which units have no gradient at all."""
+    blocks, units = find_blocks(model).blocks, list_units(model, unit)
+    return {i for i, unit in enumerate(units) if (held := _parameters(unit, blocks)) and all(p.grad is None for p in held)}
 
 
 def _parameters(unit: Unit, blocks: nn.ModuleList) -> list[nn.Parameter]:

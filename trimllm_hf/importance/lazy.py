@@ -16,9 +16,10 @@ from ..surgery.adapters import base_of
 from ..surgery.blocks import find_blocks
 from ..surgery.units import block_input
 from .calibration import Batch
-from .metrics import Metric
-from .scores import evaluate_metric, get_metric, score_layers
-from .sweep import replaced_forwards
+from .evaluation import evaluate_metric
+from .forwards import replaced_forwards
+from .metrics import Metric, get_metric
+from .scores import score_layers
 
 Cost = Callable[[Collection[int]], float]  # of the model without the layers at these positions
 

@@ -10,11 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_concat
 
 from ..surgery.adapters import base_of
-from .calibration import CHOICE_COLUMNS, Batch
+from .calibration import CHOICE_COLUMNS, Batch, model_inputs
+
+# The mean loss of a batch, as a tensor, and the number of labels (or examples) that it is the mean of.
+Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, float]]
+
+
+def model_output(model: nn.Module, batch: Batch) -> Any:
+    """The model's output on a batch."""
+    return model(**model_inputs(batch))
 
 
 @dataclass(frozen=True)
@@ -23,12 +32,13 @@ class Metric:
 
     Attributes:
         name: What it is called.
-        collect: What one batch adds, from the model, its output and the batch; in numbers or NumPy arrays, to be sent
+        collect: What one batch adds, from the model, what `run` gave and the batch; in numbers or NumPy arrays, to be sent
             between processes.
         finish: The measure, from what all batches of all processes have added.
         worse_is_greater: Whether a greater value is a worse one, as for a loss.
         check: Raises on a batch that cannot be measured.
         of_labels: Whether it depends only on what is predicted where there are labels.
+        run: What is computed of a batch, by calling the model: by default its output.
     """
 
     name: str
@@ -37,6 +47,7 @@ class Metric:
     worse_is_greater: bool = True
     check: Callable[[nn.Module, Batch], None] = lambda model, batch: None
     of_labels: bool = False
+    run: Callable[[nn.Module, Batch], Any] = model_output
 
     def importance(self, value: float) -> float:
         """The importance of the unit without which the measure is `value`: higher = more important."""
@@ -95,6 +106,21 @@ def _check_labels(model: nn.Module, batch: Batch) -> None:
 LOSS = Metric("loss", _add_loss, _mean_loss, check=_check_labels, of_labels=True)
 
 
+def own_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, float]:
+    """The loss that the model itself computes."""
+    return model_output(model, batch).loss, num_label_tokens(model, batch)
+
+
+def from_loss(loss: Loss) -> Metric:
+    """The metric "loss" of a loss that the model does not compute itself, as a Trainer's `compute_loss`."""
+
+    def collect(model: nn.Module, output: tuple[torch.Tensor, float], batch: Batch) -> tuple[float, float]:
+        mean, count = output
+        return (float(mean) * count if count else 0.0), count
+
+    return Metric("loss", collect, _mean_loss, run=loss)
+
+
 # ---- accuracy on choices
 
 
@@ -145,11 +171,19 @@ CHOICE_ACCURACY = Metric(
 # ---- any compute_metrics
 
 
+Predictions = tuple[Any, Any, Any]  # loss, logits and labels, as of `Trainer.prediction_step`
+
+
 def from_compute_metrics(
     name: str,
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+    compute_metrics: Callable[..., dict[str, float]],
     preprocess_logits: Callable[[Any, Any], Any] | None = None,
     greater_is_better: bool | None = None,
+    *,
+    predict: Callable[[nn.Module, Batch], Predictions] | None = None,
+    inputs_of: Callable[[Batch], Any] | None = None,
+    with_losses: bool = False,
+    batch_by_batch: bool = False,
 ) -> Metric:
     """A metric of a Trainer's `compute_metrics`.
 
@@ -159,22 +193,35 @@ def from_compute_metrics(
         preprocess_logits: As the Trainer's `preprocess_logits_for_metrics`. What it returns is kept for each unit and
             each example until the end: for a language model take the argmax here.
         greater_is_better: None: by the name, as for `TrainingArguments.metric_for_best_model`: unless it ends in "loss".
+        predict: As `Trainer.prediction_step`; by default the model's own loss and logits, and the batch's labels.
+        inputs_of: The inputs of a batch, where `compute_metrics` wants them (`include_for_metrics`).
+        with_losses: Whether it wants a loss for each example (likewise).
+        batch_by_batch: Whether it is called for each batch, with `compute_result=True` at the last (`batch_eval_metrics`).
     """
     bare = name.removeprefix("eval_")
     if greater_is_better is None:
         greater_is_better = not bare.endswith("loss")
 
-    def collect(model: nn.Module, output: Any, batch: Batch) -> tuple[Any, Any]:
-        logits, labels = output.logits, batch.get("labels")
+    def collect(model: nn.Module, output: Predictions, batch: Batch) -> dict[str, Any]:
+        loss, logits, labels = output
         kept = logits if preprocess_logits is None else preprocess_logits(logits, labels)
-        return _to_numpy(kept), _to_numpy(labels)
+        part = {"predictions": kept, "label_ids": labels}
+        if inputs_of is not None:
+            part["inputs"] = inputs_of(batch)
+        if with_losses:
+            part["losses"] = loss.repeat(len(tree_leaves(kept)[0]))
+        return {key: _to_numpy(value) for key, value in part.items() if value is not None}
 
-    def finish(parts: Sequence[tuple[Any, Any]]) -> float:
-        predictions, labels = parts[0]
-        for more_predictions, more_labels in parts[1:]:
-            predictions = nested_concat(predictions, more_predictions, padding_index=-100)
-            labels = nested_concat(labels, more_labels, padding_index=-100)
-        found = compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+    def finish(parts: Sequence[dict[str, Any]]) -> float:
+        if batch_by_batch:
+            for part in parts:  # the Trainer gives tensors here
+                tensors = tree_map(lambda leaf: torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, part)
+                found = compute_metrics(_as_evaluated(tensors), compute_result=part is parts[-1])
+        else:
+            joined = parts[0]
+            for part in parts[1:]:
+                joined = nested_concat(joined, part, padding_index=-100)
+            found = compute_metrics(_as_evaluated(joined))
         named = {key.removeprefix("eval_"): value for key, value in found.items()}
         if bare not in named:
             raise ValueError(
@@ -182,7 +229,36 @@ def from_compute_metrics(
             )
         return float(named[bare])
 
-    return Metric(name, collect, finish, not greater_is_better, _check_labels)
+    check = _check_labels if predict is None else Metric.check
+    return Metric(name, collect, finish, not greater_is_better, check, run=predict or _own_predictions)
+
+
+def _as_evaluated(part: dict[str, Any]) -> EvalPrediction:
+    return EvalPrediction(**{"label_ids": None, **part})
+
+
+def _own_predictions(model: nn.Module, batch: Batch) -> Predictions:
+    output = model_output(model, batch)
+    return output.get("loss"), output.logits, batch.get("labels")
+
+
+METRICS = {metric.name: metric for metric in (LOSS, CHOICE_ACCURACY)}
+
+
+def get_metric(metric: str | Metric) -> Metric:
+    """The metric of that name.
+
+    Raises:
+        ValueError: If it is none of those that need no function of the user's.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if metric not in METRICS:
+        raise ValueError(
+            f"Expected a metric among {sorted(METRICS)}, got {metric!r}. For a key of what your compute_metrics returns "
+            "give the function as well: to the Trainer, or as from_compute_metrics(key, compute_metrics)."
+        )
+    return METRICS[metric]
 
 
 def exponential(metric: Metric) -> Metric:

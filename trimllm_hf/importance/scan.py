@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,16 +15,17 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 from ..engines import ProcessGroup
 from ..surgery.adapters import base_of
 from ..surgery.blocks import find_blocks
 from ..surgery.units import list_units, without
-from .calibration import Batch, model_inputs, num_tokens
+from .calibration import Batch
 from .finite import refuse_not_finite
 from .labelled import Labelled, labelled
-from .metrics import LOSS, Metric, exponential
-from .sweep import Sweep, can_sweep, free_bytes
+from .metrics import Metric, exponential, model_output
+from .sweep import Sweep, alike, free_bytes
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -61,7 +63,7 @@ def perplexity(metric: Metric) -> Metric:
     Raises:
         ValueError: If the metric is not the loss.
     """
-    if metric is not LOSS:
+    if metric.name != "loss":
         raise ValueError(f"Expected the metric 'loss' for the importance 'perplexity', got {metric.name!r}.")
     return exponential(metric)
 
@@ -76,7 +78,7 @@ def scan(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: str
         unit: "block".
         settings: How to go about it.
     """
-    scanner = _Scanner(model, unit, batches, settings)
+    scanner = _Scanner(model, unit, settings)
     metric, units = settings.metric, scanner.units
     for batch in batches:
         metric.check(model, batch)
@@ -119,36 +121,40 @@ def _refuse_too_much(part: Any, times: int) -> None:
 
 
 class _Scanner:
-    """Yields the model's output without each unit: by sweeps, or one by one where a model does not allow them.
+    """Yields what the metric runs without each unit: by sweeps, or one by one where a model or a loss does not allow them.
 
     What it decides, it decides with the other processes: each of them makes the same forward passes.
     """
 
-    def __init__(self, model: nn.Module, unit: str, batches: Sequence[Batch], settings: ScanSettings) -> None:
-        self.model, self.process_group = model, settings.process_group
+    def __init__(self, model: nn.Module, unit: str, settings: ScanSettings) -> None:
+        self.model, self.metric, self.process_group = model, settings.metric, settings.process_group
         self.blocks = list(find_blocks(model).blocks)
         self.units = list_units(model, unit)
-        self.one_by_one = self._any(not all(can_sweep(model, batch) for batch in batches))
         budget = settings.memory_gb * 1e9 if settings.memory_gb else free_bytes(next(model.parameters()).device) / 2
-        state = max(map(num_tokens, batches), default=1) * find_blocks(model).config.hidden_size * 4
-        # as many candidates a sweep as half of the budget holds; the other half is for the work on them
-        self.at_once = min(self.process_group.gather(max(1, min(len(self.units), int(budget / 2 // state) - 1))))
-        self.sweep = Sweep(model, self.blocks, budget, self.process_group.gathered)
-        self.only_labels = settings.metric.of_labels
-        self.checked = False
+        self.sweep = Sweep(
+            model, self.blocks, budget, self.process_group.gathered, only_output=self.metric.run is model_output
+        )
+        self.one_by_one = self.checked = False
+        self.only_labels = self.metric.of_labels
 
     def outputs(self, batch: Batch) -> Iterator[tuple[Any, Batch]]:
-        """The model's output on the batch without each unit, and what of the batch it is for."""
-        inputs, reference = model_inputs(batch), None
+        """What the metric runs on the batch without each unit, and what of the batch it is for."""
+        reference = None
         if not self.checked and not self.one_by_one:
             with self.process_group.gathered(()):  # what an engine has fetched ahead for training would stay gathered
                 pass
-            reference = self.sweep.learn(lambda: self._without(0, inputs))
-        for start in range(0, len(self.units), self.at_once):
-            group = range(start, min(start + self.at_once, len(self.units)))
+            reference = self.sweep.learn(lambda: self._without(0, batch))
+        if not self.one_by_one:
+            self.sweep.look(lambda: self.metric.run(self.model, batch), batch)
+            self.one_by_one = self._any(not self.sweep.fits)
+        at_once = len(self.units)
+        if not self.one_by_one:
+            at_once = min(self.process_group.gather(self.sweep.at_once(len(self.units))))
+        for start in range(0, len(self.units), at_once):
+            group = range(start, min(start + at_once, len(self.units)))
             found: Iterable[tuple[Any, Batch]] | None = None
             if not self.one_by_one:
-                self.sweep.run(inputs, [self.units[i] for i in group])
+                self.sweep.run([self.units[i] for i in group])
                 self.one_by_one = self._any(not self.sweep.fits)
             if not self.one_by_one:
                 found = self._swept(self._part(batch)) if self.checked else self._checked(batch, reference)
@@ -162,19 +168,23 @@ class _Scanner:
                 "by one, which takes about twice the time."
             )
             for position in group:
-                yield self._without(position, inputs), batch
+                yield self._without(position, batch), batch
 
     def _checked(self, batch: Batch, reference: Any) -> Iterable[tuple[Any, Batch]] | None:
         """The sweep's outputs if the first is right, on the positions that count or else on all; None if neither is."""
+        if self._any(not self.sweep.is_right()):
+            return None
         tolerance = self.sweep.tolerance
         for only_labels in (True, False) if self.only_labels else (False,):
             self.only_labels = only_labels
             part = self._part(batch)
             outputs = self._swept(part)
             first = next(outputs)
-            right = _alike(first[0].logits, part.of(reference.logits), tolerance)
-            if part.positions is not None:
-                right = right and _alike(first[0].loss, reference.loss, tolerance)
+            if part.positions is None:
+                right = all(map(partial(alike, tolerance=tolerance), _figures(first[0]), _figures(reference)))
+            else:
+                right = alike(first[0].logits, part.of(reference.logits), tolerance)
+                right = right and alike(first[0].loss, reference.loss, tolerance)
             if not self._any(not right):
                 return chain([first], outputs)
             outputs.close()  # gives the blocks their own forward back
@@ -184,19 +194,21 @@ class _Scanner:
         return labelled(self.model, batch) if self.only_labels else Labelled(batch)
 
     def _swept(self, part: Labelled) -> Generator[tuple[Any, Batch], None, None]:
-        with closing(self.sweep.outputs(model_inputs(part.batch), part.of)) as outputs:
+        run = partial(self.metric.run, self.model, part.batch)
+        with closing(self.sweep.outputs(run, part.of)) as outputs:
             for output in outputs:
                 yield output, part.batch
 
     def _without(self, position: int, batch: Batch) -> Any:
         with without(self.units[position], self.blocks):
-            return self.model(**batch)
+            return self.metric.run(self.model, batch)
 
     def _any(self, here: bool) -> bool:
         return any(self.process_group.gather(here))
 
 
-def _alike(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    """Whether two tensors are the same but for rounding."""
-    one, other = (torch.nan_to_num(each.float()) for each in (one, other))
-    return bool((one - other).abs().mean() <= tolerance * other.abs().mean())
+def _figures(output: Any) -> list[torch.Tensor]:
+    """What of an output is compared: of a model's its loss and logits, which are what follows the blocks."""
+    if isinstance(output, ModelOutput) and "logits" in output:
+        return [output["logits"]]
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]

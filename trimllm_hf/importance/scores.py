@@ -12,17 +12,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 
 from ..engines import ProcessGroup, SingleProcess
 from ..surgery.units import list_units
 from ..utils import isolated_rng
-from .calibration import Batch, model_inputs
-from .evaluation import to_be_scored
+from .calibration import Batch
+from .evaluation import evaluate_metric, on_every_process, to_be_scored
 from .finite import refuse_not_finite
 from .gradient import taylor
-from .metrics import CHOICE_ACCURACY, LOSS, Metric, from_compute_metrics
+from .metrics import LOSS, Loss, Metric, from_loss, get_metric, own_loss
 from .per_ms import per_ms, refuse_without_zero
 from .rules import deepest_except_last, first, last, random
 from .scan import ScanSettings, perplexity, scan, sensitivity
@@ -31,12 +30,7 @@ from .statistics import activation_norm, angular, block_influence, layer_redunda
 Importance = Callable[[nn.Module, Sequence[Batch], str], tuple[torch.Tensor, float]]
 
 __all__ = [
-    "METRICS",
     "Importance",
-    "Metric",
-    "evaluate_metric",
-    "from_compute_metrics",
-    "get_metric",
     "goes_by_loss",
     "is_joint",
     "known",
@@ -47,7 +41,6 @@ __all__ = [
     "score_layers",
 ]
 
-METRICS = {metric.name: metric for metric in (LOSS, CHOICE_ACCURACY)}
 _SCANS: dict[str, Callable[[Metric], Metric]] = {"sensitivity": sensitivity, "perplexity": perplexity}
 _GRADIENTS = {"taylor": taylor}
 _FROM_ZERO = {*_SCANS, *_GRADIENTS, "block_influence", "relative_magnitude"}  # 0, or the model as it is: free to drop
@@ -120,22 +113,6 @@ def is_joint(name: str) -> bool:
     return name == "angular"
 
 
-def get_metric(metric: str | Metric) -> Metric:
-    """The metric of that name.
-
-    Raises:
-        ValueError: If it is none of those that need no function of the user's.
-    """
-    if isinstance(metric, Metric):
-        return metric
-    if metric not in METRICS:
-        raise ValueError(
-            f"Expected a metric among {sorted(METRICS)}, got {metric!r}. For a key of what your compute_metrics returns "
-            "give the function as well: to the Trainer, or as from_compute_metrics(key, compute_metrics)."
-        )
-    return METRICS[metric]
-
-
 def score_layers(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -151,6 +128,7 @@ def score_layers(
     part: str | None = None,
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,
+    loss: Loss | None = None,
 ) -> torch.Tensor:
     """Score every layer of a model on calibration batches.
 
@@ -174,6 +152,9 @@ def score_layers(
         part: Of an encoder-decoder, whose layers to score: "decoder" or "encoder"; see `drop_layers`.
         process_group: The processes of the run, for example an engine; None in one process.
         filler_batch: A batch for the forward passes of a process whose share is empty; it does not count.
+        loss: Computes the loss, for scores that go by it: takes the model and a batch, and returns the mean loss as a tensor
+            with the number of labels or examples that it is the mean of. By default the loss that the model computes itself.
+            With it a batch may be anything that it takes.
 
     Returns:
         Scores of shape (layers,), or by sublayers (sublayers,), float64 on the CPU, the same on every process. Higher =
@@ -183,76 +164,35 @@ def score_layers(
         ValueError: If the name is unknown, there is nothing to score on, or a score is not a number.
     """
     with_data = needs_data(importance)
-    batches = list(batches)
+    batches, metric = list(batches), get_metric(metric)
+    if loss is not None and metric is LOSS:
+        metric = from_loss(loss)
     if unit_ms is not None:
         refuse_not_per_ms(importance)
         processes: dict[str, Any] = {"part": part, "process_group": process_group, "filler_batch": filler_batch}
-        how: dict[str, Any] = {"metric": metric, "seed": seed, "memory_gb": memory_gb, "progress": progress}
+        how: dict[str, Any] = {"metric": metric, "loss": loss, "seed": seed, "memory_gb": memory_gb, "progress": progress}
         scores = score_layers(model, batches, importance, unit, **how, **processes)
         return per_ms(scores, _of_none(importance, model, batches, metric, processes), unit_ms)
     process_group = process_group or SingleProcess()
     padded = on_every_process(model, batches, importance, process_group, filler_batch) if with_data else []
     with isolated_rng(seed), to_be_scored(model, part):
         if importance in _SCANS:
-            settings = ScanSettings(_SCANS[importance](get_metric(metric)), memory_gb, process_group, progress)
+            settings = ScanSettings(_SCANS[importance](metric), memory_gb, process_group, progress)
             return scan(model, padded, len(batches), unit, settings)
         if importance in _GRADIENTS:
-            return _GRADIENTS[importance](model, padded, len(batches), unit, process_group)
+            return _GRADIENTS[importance](model, padded, len(batches), unit, process_group, loss or own_loss)
         function = _REGISTRY[importance]
         if is_joint(importance):
             function = partial(angular, window=window)
         return _mean(importance, function, model, padded, len(batches), unit, process_group)
 
 
-def _of_none(importance: str, model: nn.Module, batches: Sequence[Batch], metric: str | Metric, processes: Any) -> float:
+def _of_none(importance: str, model: nn.Module, batches: Sequence[Batch], metric: Metric, processes: Any) -> float:
     """The score of a layer whose absence changes nothing."""
     if importance not in _SCANS:
         return 0.0
-    of_scan = _SCANS[importance](get_metric(metric))
+    of_scan = _SCANS[importance](metric)
     return of_scan.importance(evaluate_metric(model, batches, of_scan, **processes))
-
-
-def evaluate_metric(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    metric: str | Metric = "loss",
-    *,
-    part: str | None = None,
-    process_group: ProcessGroup | None = None,
-    filler_batch: Batch | None = None,
-) -> float:
-    """A metric of the model as it is, on calibration batches; see `score_layers` for the arguments.
-
-    Raises:
-        ValueError: If there is nothing to measure on.
-    """
-    process_group, found = process_group or SingleProcess(), get_metric(metric)
-    batches = list(batches)
-    padded = on_every_process(model, batches, found.name, process_group, filler_batch)
-    with isolated_rng(0), to_be_scored(model, part):
-        for batch in padded:
-            found.check(model, batch)
-        parts = [found.collect(model, model(**model_inputs(batch)), batch) for batch in padded]
-    return found.finish([part for process in process_group.gather(parts[: len(batches)]) for part in process])
-
-
-def on_every_process(
-    model: nn.Module, batches: list[Batch], what: str, process_group: ProcessGroup, filler_batch: Batch | None
-) -> list[Batch]:
-    """The batches on the model's device, as many on every process.
-
-    A process with a smaller share goes through its last batch again, for nothing: forward passes of a sharded model are a
-    matter of all processes.
-    """
-    shares = process_group.gather((len(batches), filler_batch is not None))
-    passes = max(share for share, _ in shares)
-    if passes == 0 or not all(share or stands_in for share, stands_in in shares):
-        raise ValueError(
-            f"Expected calibration batches on every process to score by {what!r}, got none on at least one. Give more "
-            "calibration examples, or a filler_batch."
-        )
-    spare = [batches[-1] if batches else filler_batch] * (passes - len(batches))
-    return [send_to_device(batch, next(model.parameters()).device) for batch in batches + spare]
 
 
 def _mean(

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..surgery.adapters import base_of
 from ..surgery.blocks import find_blocks
 from ..surgery.units import Unit, block_input, block_output, list_units, without
 from .calibration import Batch, model_inputs
-from .sweep import Forward, replaced_forwards
+from .calls import Inputs, noted_calls
+from .forwards import Forward, refuse_not_run, replaced_forwards
+from .labelled import headless
 
-See = Callable[[int, torch.Tensor, torch.Tensor], None]  # number, x and y of shape (rows, tokens, width)
+Mask = torch.Tensor | None  # of shape (rows, tokens)
+Show = Callable[[int, torch.Tensor, torch.Tensor], None]  # number of a unit, its x and y of shape (rows, tokens, width)
+See = Callable[[int, torch.Tensor, torch.Tensor, Mask], None]  # the same in float32, and which tokens are real
 
 
 def block_influence(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
@@ -73,15 +77,14 @@ def angular(model: nn.Module, batches: Sequence[Batch], unit: str, window: int =
     totals = torch.zeros(depth - window + 1, dtype=torch.float64)
     count = 0.0
     for batch in batches:
-        states: list[torch.Tensor] = []  # the input of each block, then the output of the last
-        pick = partial(_last_tokens, mask=real_tokens(model, batch)[1])
+        states: dict[int, torch.Tensor] = {}  # the input of each block, then the output of the last
 
-        def see(position: int, x: torch.Tensor, y: torch.Tensor, pick: Any = pick, states: Any = states) -> None:
-            states.append(pick(x))
-            if position == depth - 1:
-                states.append(pick(y))
+        def see(number: int, x: torch.Tensor, y: torch.Tensor, mask: Mask, states: Any = states) -> None:
+            states[number] = _last_tokens(x, mask)
+            if number == depth - 1:
+                states[depth] = _last_tokens(y, mask)
 
-        _watch(model, batch, _blocks(see))
+        _watch(model, batch, unit, see)
         for start in range(len(totals)):
             cosine = torch.cosine_similarity(states[start], states[start + window], dim=-1)
             totals[start] += (cosine.clamp(-1, 1).arccos() / math.pi).sum().double().cpu()
@@ -96,45 +99,60 @@ def _mean_over_tokens(
     distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, float]:
     """Sum over real tokens of a measure of a unit's input and output, for each unit; and the number of tokens."""
-    units = list_units(model, unit)
-    totals = torch.zeros(len(units), dtype=torch.float64)
+    totals = torch.zeros(len(list_units(model, unit)), dtype=torch.float64)
     count = 0.0
+
+    def see(number: int, x: torch.Tensor, y: torch.Tensor, mask: Mask) -> None:
+        nonlocal count
+        of_tokens = distance(x, y)
+        # not times the mask: padding may be anything, NaN too
+        of_tokens = of_tokens if mask is None else of_tokens.masked_fill(mask == 0, 0)
+        totals[number] += of_tokens.sum().double().cpu()
+        if number == 0:
+            count += float(mask.sum()) if mask is not None else of_tokens.numel()
+
     for batch in batches:
-        tokens, mask = real_tokens(model, batch)
-
-        def see(position: int, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = mask) -> None:
-            of_tokens = distance(x, y)
-            # not times the mask: padding may be anything, NaN too
-            of_tokens = of_tokens if mask is None else of_tokens.masked_fill(mask == 0, 0)
-            totals[position] += of_tokens.sum().double().cpu()
-
-        _watch(model, batch, _blocks(see) if unit == "block" else _parts(see, units, model))
-        count += float(mask.sum()) if mask is not None else tokens.shape[:2].numel()
+        _watch(model, batch, unit, see)
     return totals, count
 
 
-def _watch(model: nn.Module, batch: Batch, make: Callable[[int, Forward], Forward]) -> None:
-    """Run the model on a batch with a forward of its blocks that looks at what passes."""
-    with replaced_forwards(list(find_blocks(model).blocks), make):
-        model(**model_inputs(batch))
+def _watch(model: nn.Module, batch: Batch, unit: str, see: See) -> None:
+    """Run the model on a batch, and show for each unit the hidden states before and after it, and which tokens are real.
+
+    Raises:
+        ValueError: If a unit does not run.
+    """
+    stack, units, base = find_blocks(model), list_units(model, unit), base_of(model)
+    ran: set[int] = set()
+
+    with noted_calls(base) as calls:
+
+        def show(number: int, x: torch.Tensor, y: torch.Tensor) -> None:
+            ran.add(number)
+            see(number, x.float(), y.float(), _mask(base, stack.part, calls[-1], x))
+
+        make = _blocks(show) if unit == "block" else _parts(show, units, model)
+        with replaced_forwards(list(stack.blocks), make):
+            model(**headless(model, model_inputs(batch)))
+    refuse_not_run(ran, len(units))
 
 
-def _blocks(see: See) -> Callable[[int, Forward], Forward]:
-    """Shows each block's input and output, in float32."""
+def _blocks(show: Show) -> Callable[[int, Forward], Forward]:
+    """Shows each block's input and output."""
 
     def make(position: int, forward: Forward) -> Forward:
-        def show(*args: Any, **kwargs: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            see(position, block_input(args, kwargs).float(), block_output(output).float())
+            show(position, block_input(args, kwargs), block_output(output))
             return output
 
-        return show
+        return watched
 
     return make
 
 
-def _parts(see: See, units: Sequence[Unit], model: nn.Module) -> Callable[[int, Forward], Forward]:
-    """Shows the hidden states before and after each part of a block, in float32.
+def _parts(show: Show, units: Sequence[Unit], model: nn.Module) -> Callable[[int, Forward], Forward]:
+    """Shows the hidden states before and after each part of a block.
 
     A block without its second part gives the states between both. Which part is the second, or whether both work on the
     block's input, shows when the block is put together again from its parts.
@@ -150,11 +168,11 @@ def _parts(see: See, units: Sequence[Unit], model: nn.Module) -> Callable[[int, 
                     return block_output(forward(hidden, *args[1:], **kwargs))
                 return block_output(forward(**{**kwargs, "hidden_states": hidden}))
 
-        def show(*args: Any, **kwargs: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
             x, y = block_input(args, kwargs), block_output(output)
             if len(here) == 1:
-                see(here[0], x.float(), y.float())
+                show(here[0], x, y)
             elif here:
                 one, other = here
                 # always the same four runs: under an engine they are a matter of all processes
@@ -163,11 +181,11 @@ def _parts(see: See, units: Sequence[Unit], model: nn.Module) -> Callable[[int, 
                 other_first = _same(run_without(other, after_other, args, kwargs), y)
                 of_one = (after_other, y) if other_first and not one_first else (x, after_one)
                 of_other = (after_one, y) if one_first else (x, after_other)
-                see(one, of_one[0].float(), of_one[1].float())
-                see(other, of_other[0].float(), of_other[1].float())
+                show(one, *of_one)
+                show(other, *of_other)
             return output
 
-        return show
+        return watched
 
     return make
 
@@ -176,6 +194,24 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two states are equal but for rounding."""
     difference = (one.float() - other.float()).abs().mean()
     return bool(difference <= (1e-3 if one.dtype == torch.float32 else 0.02) * other.float().abs().mean())
+
+
+def _mask(base: Any, part: str | None, inputs: Inputs, hidden: torch.Tensor) -> Mask:
+    """Which tokens of a stack's hidden states are real, of shape (rows, tokens): a decoder's are others than its encoder's.
+
+    None where nothing says it, or what does is not by tokens: a mask over pairs, over an image's pixels.
+    """
+    labels = inputs.get("labels")
+    mask: Any = inputs.get("attention_mask" if part != "decoder" else "decoder_attention_mask")
+    if part == "decoder" and mask is None and inputs.get("decoder_input_ids") is None and labels is not None:
+        mask = labels != -100  # moved on by one, the labels are the tokens
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return None
+    if part != "decoder" and hasattr(base, "_get_feature_vector_attention_mask"):  # of audio: the mask is over samples
+        mask = base._get_feature_vector_attention_mask(hidden.shape[1], mask)
+    if inputs.get("past_key_values") is not None:  # a prefix (PEFT) has a mask and no hidden states
+        mask = mask[:, -hidden.shape[1] :]
+    return mask if mask.shape == hidden.shape[:2] else None
 
 
 def real_tokens(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -7,7 +7,6 @@ candidate. What follows the last block is the model's own code, run once for eac
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,14 +19,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..engines import Gathered
 from ..surgery.units import Unit, block_input, block_output, without
-from .calibration import Batch, num_rows
+from .calibration import Batch, model_inputs
+from .calls import PLAIN, Inputs, has_independent_rows, noted_calls, repeated
+from .forwards import Forward, refuse_not_run, replaced_forwards, without_hooks
 from .labelled import headless
 
-Forward = Callable[..., Any]
-# What a block may be called with besides tensors. Anything else (a cache, a block mask) may hide one entry per row.
-PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
-# Row counts of sequences that share a row: repeating rows does not repeat the sequences.
-PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+Run = Callable[[], Any]  # what is computed of a batch: it calls the model
 CPU_TOKENS = 1024  # tokens a call on the CPU: enough to use the cores, few enough to stay in the cache
 
 
@@ -39,8 +36,9 @@ class Sweep:
         model: The unwrapped model, in evaluation mode, without gradients and without a cache.
         blocks: Its blocks.
         budget: Bytes that the candidates may take beside what a forward pass takes.
-        hold: Keeps modules' parameters gathered while they are called, any number of times.
-        fits: Whether the blocks could be run on several candidates at once. If not, nothing was carried.
+        gathered: Keeps modules' parameters gathered while they are called, any number of times.
+        only_output: Whether what is computed is the model's output, of which a sweep needs no more than the blocks'.
+        fits: Whether the blocks can be run on several candidates at once. If not, nothing was carried.
         tolerance: Mean difference by which rounding alone may change the logits, as a share of their mean size.
     """
 
@@ -48,38 +46,74 @@ class Sweep:
     blocks: Sequence[nn.Module]
     budget: float
     gathered: Gathered
+    only_output: bool = True
     fits: bool = True
     tolerance: float = 1e-3
     _rests: list[tuple[Any, ...] | None] = field(default_factory=list)  # what a block returns behind its hidden states
+    _first: torch.Tensor | None = None  # the last block's hidden states without the first candidate, learned the plain way
+    _inputs: Inputs = field(default_factory=dict)  # what the model is called with
+    _rows: int = 0
+    _state_bytes: int = 1  # of the hidden states of a batch, in float32
     _chunks: list[torch.Tensor] = field(default_factory=list)  # the rows, as many together as one call takes
     _per_chunk: int = 1  # candidates a call
     # shapes of each block's arguments, for twice the rows
     _shapes: list[list[torch.Size | None]] = field(default_factory=list)
 
-    def learn(self, run: Callable[[], Any]) -> Any:
-        """Learn the form of what each block returns from a forward pass of the model; returns what `run` does."""
+    def learn(self, run: Run) -> Any:
+        """Learn the form of what each block returns from a run without the first candidate; returns what `run` does.
+
+        Raises:
+            ValueError: If a block does not run: there is nothing to score it by.
+        """
         self._rests = [None] * len(self.blocks)
+        ran: set[int] = set()
 
         def learning(position: int, forward: Forward) -> Forward:
             def learn(*args: Any, **kwargs: Any) -> Any:
+                ran.add(position)
                 hidden = block_input(args, kwargs)
                 if hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
                     self.tolerance = 0.05
                 output = forward(*args, **kwargs)
                 if isinstance(output, tuple):  # tensors in it, like attention weights, are not passed on to any block
                     self._rests[position] = tuple(None if _tensors(item) else item for item in output[1:])
+                self._first = block_output(output)
                 return output
 
             return learn
 
         with replaced_forwards(self.blocks, learning):
-            return run()
+            found = run()
+        refuse_not_run(ran, len(self.blocks))
+        return found
 
-    def run(self, batch: Batch, candidates: Sequence[Unit]) -> None:
+    def look(self, run: Run, batch: Batch) -> None:
+        """See how `run` calls the model of a batch: once, on rows that are independent, or else they do not fit."""
+        passes = [0] * len(self.blocks)
+
+        def passing(position: int, forward: Forward) -> Forward:
+            def count(*args: Any, **kwargs: Any) -> Any:
+                hidden = block_input(args, kwargs)
+                if position == 0:
+                    self._rows, self._state_bytes = len(hidden), hidden.numel() * 4
+                passes[position] += 1
+                return self._formed(position, hidden)
+
+            return count
+
+        with self._passed_over(passing), noted_calls(self.model) as calls:
+            self.model(**headless(self.model, model_inputs(batch))) if self.only_output else run()
+        self.fits = len(calls) == 1 and set(passes) == {1} and has_independent_rows(self.model, calls[0], self._rows)
+        self._inputs = calls[0] if self.fits else {}
+
+    def at_once(self, num_candidates: int) -> int:
+        """As many candidates a sweep as half of the budget holds; the other half is for the work on them."""
+        return max(1, min(num_candidates, int(self.budget / 2 // self._state_bytes) - 1))
+
+    def run(self, candidates: Sequence[Unit]) -> None:
         """Carry the candidates along in one forward pass."""
-        self._chunks, rows = [], num_rows(batch)
-        self.fits = True
-        self._see_shapes(batch)
+        self._chunks, rows = [], self._rows
+        self._see_shapes()
         last: torch.Tensor | None = None
 
         def carrying(position: int, forward: Forward) -> Forward:
@@ -125,40 +159,46 @@ class Sweep:
             return carry
 
         with replaced_forwards(self.blocks, carrying):
-            self.model(**headless(self.model, batch))
+            self.model(**self._cheapest(self._inputs))
 
-    def outputs(self, batch: Batch, cut: Callable[[torch.Tensor], torch.Tensor]) -> Generator[Any, None, None]:
-        """For each carried candidate, the model's output without it.
+    def outputs(self, run: Run, cut: Callable[[torch.Tensor], torch.Tensor]) -> Generator[Any, None, None]:
+        """For each carried candidate, what `run` computes without it.
 
         Args:
-            batch: What was run, or a part of its positions.
+            run: Calls the model on what was carried, or a part of its positions.
             cut: The states of that part.
         """
-        rows = num_rows(batch)
-        states = [state for chunk in self._chunks for state in chunk.split(rows)][1:]
         current: torch.Tensor
 
         def passing(position: int, forward: Forward) -> Forward:
             at_end = position == len(self.blocks) - 1
             return lambda *args, **kwargs: self._formed(position, current if at_end else block_input(args, kwargs))
 
-        with self.gathered(self._around()), without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
-            for state in states:
+        with self._passed_over(passing):
+            for state in self._states():
                 current = cut(state)  # `passing` reads it
-                yield self.model(**batch)
+                yield run()
+
+    def is_right(self) -> bool:
+        """Whether the first candidate's hidden states are those that were learned the plain way."""
+        assert self._first is not None
+        first, self._first = self._first, None
+        return alike(next(iter(self._states())), first, self.tolerance)
+
+    def _states(self) -> list[torch.Tensor]:
+        return [state for chunk in self._chunks for state in chunk.split(self._rows)][1:]
 
     def forget(self) -> None:
         """Let go of the candidates."""
         self._chunks = []
 
-    def _see_shapes(self, batch: Batch) -> None:
+    def _see_shapes(self) -> None:
         """The shapes of every block's arguments for the batch taken twice: what differs from once is one entry per row.
 
         The blocks are passed over, so it costs what stands around them. A rule by size would be wrong wherever a
         number of heads or of tokens happens to be that of the rows.
         """
         self._shapes = [[] for _ in self.blocks]
-        rows = num_rows(batch)
 
         def passing(position: int, forward: Forward) -> Forward:
             def note(*args: Any, **kwargs: Any) -> Any:
@@ -168,12 +208,17 @@ class Sweep:
 
             return note
 
-        def twice(value: Any) -> Any:
-            has_rows = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
-            return torch.cat([value, value]) if has_rows else value
+        with self._passed_over(passing):
+            self.model(**self._cheapest(repeated(self._inputs, self._rows)))
 
+    def _cheapest(self, inputs: Inputs) -> Inputs:
+        return headless(self.model, inputs) if self.only_output else inputs
+
+    @contextmanager
+    def _passed_over(self, passing: Callable[[int, Forward], Forward]) -> Iterator[None]:
+        """The blocks do what `passing` makes of them; under an engine, each process any number of times."""
         with self.gathered(self._around()), without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
-            self.model(**headless(self.model, {name: twice(value) for name, value in batch.items()}))
+            yield
 
     def _around(self) -> list[nn.Module]:
         """The modules outside the blocks."""
@@ -216,36 +261,6 @@ class Sweep:
 
 
 @contextmanager
-def replaced_forwards(blocks: Sequence[nn.Module], make: Callable[[int, Forward], Forward]) -> Iterator[None]:
-    """Give each block another `forward`. What hangs on the block itself (attributes, hooks) stays in force."""
-    had = [vars(block).get("forward") for block in blocks]  # a wrapper's own forward, if there is one
-    try:
-        for position, block in enumerate(blocks):
-            block.forward = make(position, block.forward)
-        yield
-    finally:
-        for block, forward in zip(blocks, had, strict=True):
-            if forward is not None:
-                block.forward = forward
-            else:
-                vars(block).pop("forward", None)
-
-
-@contextmanager
-def without_hooks(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Take the hooks off the blocks: what gathers a block's parameters before its forward need not gather them."""
-    names = ("_forward_pre_hooks", "_forward_hooks")
-    had = [{name: vars(block)[name] for name in names} for block in blocks]
-    try:
-        for block in blocks:
-            vars(block).update({name: OrderedDict() for name in names})
-        yield
-    finally:
-        for block, hooks in zip(blocks, had, strict=True):
-            vars(block).update(hooks)
-
-
-@contextmanager
 def measured(block: nn.Module, on: bool) -> Iterator[list[int]]:
     """Sizes in bytes of what the modules in a block return: an upper estimate of what one call needs."""
     sizes: list[int] = []
@@ -259,14 +274,6 @@ def measured(block: nn.Module, on: bool) -> Iterator[list[int]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def can_sweep(model: nn.Module, batch: Batch) -> bool:
-    """Whether a batch's rows are independent of one another in the attention, so that more rows can stand beside them."""
-    if any(name in batch for name in PACKED):
-        return False
-    flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
-    return not (flash and "position_ids" in batch)  # flash attention finds packed sequences in a single row only
 
 
 def free_bytes(device: torch.device) -> int:
@@ -285,3 +292,9 @@ def _repeated(tensor: torch.Tensor, times: int) -> torch.Tensor:
     if len(tensor) == 1:
         return tensor.expand(times, *tensor.shape[1:])
     return tensor.repeat(times, *[1] * (tensor.dim() - 1)) if times > 1 else tensor
+
+
+def alike(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    """Whether two tensors are the same but for rounding."""
+    one, other = (torch.nan_to_num(each.float()) for each in (one, other))
+    return bool((one - other).abs().mean() <= tolerance * other.abs().mean())

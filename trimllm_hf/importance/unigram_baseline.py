@@ -18,8 +18,8 @@ from torch import nn
 from ..engines import ProcessGroup, SingleProcess
 from ..surgery.adapters import base_of
 from .calibration import Batch
+from .evaluation import evaluate_metric
 from .metrics import labels_of
-from .scores import evaluate_metric
 
 LEFT_CHANCE = 0.95  # share of the bar below which a model has learned something
 

@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..engines import ProcessGroup
 from ..importance import evaluate_metric, score_layers
 from ..importance.calibration import Batch, num_rows
 from ..importance.lazy import PassedOver, greedy_layers
@@ -19,6 +18,7 @@ from ..importance.unigram_baseline import loss_at_unigram_baseline
 from ..surgery.adapters import adapters_of, base_of
 from .config import TrimConfig
 from .dry_run import droppable
+from .layer_scorer import LayerScorer
 from .repairer import Repairer
 from .selection_budget import plan_selection
 
@@ -27,15 +27,13 @@ logger = logging.get_logger("transformers.trimllm_hf")
 
 def choose_within_budget(
     model: PreTrainedModel,
-    batches: Sequence[Batch],
+    scorer: LayerScorer,
     count: int,
     config: TrimConfig,
     step: int,
     spared: Sequence[int],
     run_examples: float,
     repairer: Repairer | None,
-    process_group: ProcessGroup,
-    filler_batch: Batch | None,
 ) -> tuple[Chosen, torch.Tensor]:
     """The layers that go, and the scores of all by block influence.
 
@@ -44,20 +42,20 @@ def choose_within_budget(
 
     Args:
         model: The unwrapped model.
-        batches: This process's calibration batches.
+        scorer: Holds the calibration examples. Where its loss is not the model's own, block influence alone chooses.
         count: How many layers go.
         config: The settings.
         step: Optimizer step, for the log.
         spared: Layers that go only where there are no others.
         run_examples: Examples that the run trains on for each time that layers are chosen.
         repairer: What repairs the model for each drop; None: nothing does.
-        process_group: The processes of the run.
-        filler_batch: A batch for a process whose share is empty.
 
     Raises:
         ValueError: If the budget affords nothing.
     """
-    how: dict[str, Any] = {"part": config.part, "process_group": process_group, "filler_batch": filler_batch}
+    data, process_group = scorer.needed_data(), scorer.process_group
+    batches = data.inputs
+    how: dict[str, Any] = {"part": config.part, "process_group": process_group, "filler_batch": data.filler_inputs}
     examples = sum(process_group.gather(sum(map(num_rows, batches))))
     candidates = droppable(model, config)
     plan = plan_selection(config.selection_budget, run_examples, examples, len(candidates), count)
@@ -69,7 +67,7 @@ def choose_within_budget(
     logger.info(f"Step {step}: choosing {count} of {len(candidates)} layers by {plan}.")
     scores = score_layers(model, first(plan.examples), "block_influence", config.unit, **how)
     chosen = choose(scores, count, candidates=candidates, spared=spared)
-    if not plan.scanned or config.unit != "block" or spared:
+    if not plan.scanned or config.unit != "block" or spared or not scorer.own_loss:
         return chosen, scores
     if config.warm_up_importance != "none" and loss_at_unigram_baseline(model, batches, **how):
         return chosen, scores

@@ -16,10 +16,9 @@ from ..engines import ProcessGroup, SingleProcess, all_or_none
 from ..engines.local import add_whole
 from ..importance import evaluate_metric
 from ..importance.calibration import Batch, model_inputs
-from ..importance.evaluation import to_be_scored
+from ..importance.evaluation import on_every_process, to_be_scored
 from ..importance.labelled import headless
 from ..importance.metrics import is_causal
-from ..importance.scores import on_every_process
 from ..importance.statistics import real_tokens
 from ..importance.sweep import free_bytes
 from ..surgery.adapters import adapters_of, base_of

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -15,28 +14,21 @@ from transformers.utils import logging
 
 from ..engines import ProcessGroup
 from ..importance import (
-    METRICS,
-    Metric,
-    from_compute_metrics,
-    get_metric,
     goes_by_loss,
     is_joint,
     needs_data,
     per_ms,
-    score_layers,
 )
-from ..importance.calibration import Batch, calibration_batches, draw
 from ..importance.gradient import refuse_frozen, refuse_no_gradient, weights_times_gradients
 from ..importance.order import Chosen, choose, choose_window
-from ..importance.unigram_baseline import loss_at_unigram_baseline
 from ..layer_map import LayerMap
 from ..surgery.drop import PlannedDrop, plan_drop
 from ..surgery.feasibility import Planner, least_important
 from ..surgery.trimmable import resolve_model
-from ..utils import isolated_rng
 from .budgeted_selection import choose_within_budget
 from .config import TrimConfig
 from .dry_run import droppable
+from .layer_scorer import LayerScorer
 from .layer_times import layer_names, names_of
 from .repairer import Repairer
 from .selection_budget import plan_selection
@@ -85,29 +77,14 @@ class LayerSelector:
         if config.importance == "taylor":
             refuse_no_gradient(engine)
             refuse_frozen(unwrapped(trainer), config.unit)
-        self.metric = metric_of(config, trainer)
+        self.scorer = LayerScorer(config, trainer, engine, dataloader, dataset)
         self.margin: float | None = None  # of the last drop: how much higher the score of the next candidate was
         self._gradients: tuple[int, dict[Any, float]] | None = None  # step, and each layer's score by its gradients
-        self.batches: list[Batch] = []
-        self.filler_batch: Batch | None = None  # for a process whose share of the calibration set is empty
-        if not needs_data(config.score):
-            return
-        examples = _drawn(config, trainer.train_dataset) if dataset is None else list(dataset)
-        collate, columns = dataloader.collate_fn, getattr(dataloader.dataset, "column_names", None)
-        with isolated_rng(config.calibration_seed):  # a collator may draw
-            (self.filler_batch,) = calibration_batches(examples[:1], collate, 1, columns)
-            # auto_find_batch_size may have lowered it: the arguments keep the size that ran out of memory
-            size = trainer.state.train_batch_size or trainer.args.per_device_train_batch_size
-            self.batches = calibration_batches(examples, collate, size, columns, engine.rank, engine.world_size)
 
     def try_score(self, model: PreTrainedModel, importance: str) -> None:
         """Score the layers by one batch of each process."""
-        whole, self.batches = self.batches, self.batches[:1]
-        try:
-            with self._or_none():
-                self._score(model, importance, progress=False)
-        finally:
-            self.batches = whole
+        with self._or_none(), self.scorer.first_batch():
+            self.scorer.score(model, importance, progress=False)
 
     def most_important(self, model: PreTrainedModel, count: int, progress: bool = False) -> list[int]:
         """Positions of the `count` layers of the highest scores, ascending; the same on every process, or an error on all.
@@ -115,7 +92,7 @@ class LayerSelector:
         Of equal ones, the shallower: the deeper is dropped first.
         """
         with self._or_none():
-            scores = self._score(model, self.config.score, progress)
+            scores = self.scorer.score(model, self.config.score, progress)
         order = sorted(range(len(scores)), key=lambda position: (-scores[position].item(), position))
         return sorted(order[:count])
 
@@ -198,9 +175,7 @@ class LayerSelector:
         config, instead = self.config, self.config.warm_up_importance
         if instead == "none" or not goes_by_loss(config.score):
             return config.score
-        found = loss_at_unigram_baseline(
-            model, self.batches, part=config.part, process_group=self.engine, filler_batch=self.filler_batch
-        )
+        found = self.scorer.loss_at_chance(model)
         if found is None:
             return config.score
         logger.warning(
@@ -214,19 +189,19 @@ class LayerSelector:
     ) -> tuple[Chosen, torch.Tensor]:
         config = self.config
         if config.by_budget:
-            of_run = step, self._spared(model), self.run_examples, self.repairer, self.engine, self.filler_batch
-            return choose_within_budget(model, self.batches, count, config, *of_run)
+            of_run = step, self._spared(model), self.run_examples, self.repairer
+            return choose_within_budget(model, self.scorer, count, config, *of_run)
         ends = config.protect_first, config.protect_last
         scores = self._scores_by_training(model, step) if importance == config.importance else None
         times = [self.unit_ms[name] for name in layer_names(model, config)] if self.unit_ms else None
         if scores is None:
-            scores = self._score(model, importance, progress, count, times)
+            scores = self.scorer.score(model, importance, progress, count, times)
         elif times is not None:
             scores = per_ms(scores, 0.0, times)
         if is_joint(importance):
             return choose_window(scores, count, *ends), scores
         breaker = config.tie_breaker
-        tie_scores = None if breaker is None else lambda: self._score(model, breaker, progress)
+        tie_scores = None if breaker is None else lambda: self.scorer.score(model, breaker, progress)
         candidates, spared = droppable(model, config), self._spared(model)
         return choose(scores, count, tie_scores=tie_scores, candidates=candidates, spared=spared), scores
 
@@ -235,30 +210,6 @@ class LayerSelector:
             return []
         kept = LayerMap.from_config(model.config, self.config.part).kept_layers
         return [position for position, layer in enumerate(kept) if layer in self.spared]
-
-    def _score(
-        self,
-        model: PreTrainedModel,
-        importance: str,
-        progress: bool,
-        window: int = 1,
-        unit_ms: list[float] | None = None,
-    ) -> torch.Tensor:
-        return score_layers(
-            model,
-            self.batches,
-            importance,
-            self.config.unit,
-            metric=self.metric,
-            window=window,
-            seed=self.config.calibration_seed + len(names_of(model, self.config)),
-            memory_gb=self.config.scan_memory_gb,
-            unit_ms=unit_ms,
-            progress=progress,
-            part=self.config.part,
-            process_group=self.engine,
-            filler_batch=self.filler_batch,
-        )
 
     def _scores_by_training(self, model: PreTrainedModel, step: int) -> torch.Tensor | None:
         """The scores by the gradients of the step that was just made, if there are any that are numbers."""
@@ -274,26 +225,3 @@ class LayerSelector:
 def takes_calibration_examples(config: TrimConfig) -> bool:
     """Whether a run looks at calibration examples at all: to score layers, or to judge repairs."""
     return needs_data(config.score) or config.repair != "none"
-
-
-def metric_of(config: TrimConfig, trainer: Trainer) -> str | Metric:
-    """What a run's scan measures: a metric by its name, or a key of what the Trainer's `compute_metrics` returns.
-
-    Raises:
-        ValueError: If the Trainer has no `compute_metrics` for a name that is not known.
-    """
-    name, compute_metrics = config.scan_metric, trainer.compute_metrics
-    if name in METRICS or compute_metrics is None:
-        return get_metric(name)
-    return from_compute_metrics(name, compute_metrics, trainer.preprocess_logits_for_metrics, config.scan_greater_is_better)
-
-
-def _drawn(config: TrimConfig, dataset: Any) -> list[Any]:
-    logger.warning(
-        f"TrimCallback scores layers on {config.calibration_size} examples of the training set, which are trained on as "
-        "well. Use TrimTrainer, which sets them aside, or pass calibration_dataset."
-    )
-    if hasattr(dataset, "__len__"):
-        size = min(config.calibration_size, len(dataset))
-        return [dataset[i] for i in draw(len(dataset), size, config.calibration_seed)]
-    return list(islice(iter(dataset), config.calibration_size))

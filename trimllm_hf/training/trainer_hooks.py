@@ -100,3 +100,14 @@ def save_model(trainer: Trainer, folder: str) -> None:
 def finish_current_push(trainer: Trainer) -> None:
     """Wait until a push that the Trainer made at a save, in the background, is through."""
     trainer._finish_current_push()
+
+
+def prepare_inputs(trainer: Trainer, batch: dict[str, Any]) -> dict[str, Any]:
+    """A collated batch as the Trainer makes it ready for its loss."""
+    prepared: dict[str, Any] = trainer._prepare_inputs(batch)
+    return prepared
+
+
+def train_batch_size(trainer: Trainer) -> int:
+    """Examples a process trains on at a time: what `auto_find_batch_size` has found, where that is on."""
+    return int(trainer._train_batch_size)

@@ -1,0 +1,55 @@
+"""Looking into a forward pass: the blocks' own forward replaced for a time."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+Forward = Callable[..., Any]
+
+
+@contextmanager
+def replaced_forwards(blocks: Sequence[nn.Module], make: Callable[[int, Forward], Forward]) -> Iterator[None]:
+    """Give each block another `forward`. What hangs on the block itself (attributes, hooks) stays in force."""
+    had = [vars(block).get("forward") for block in blocks]  # a wrapper's own forward, if there is one
+    try:
+        for position, block in enumerate(blocks):
+            block.forward = make(position, block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, had, strict=True):
+            if forward is not None:
+                block.forward = forward
+            else:
+                vars(block).pop("forward", None)
+
+
+@contextmanager
+def without_hooks(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Take the hooks off the blocks: what gathers a block's parameters before its forward need not gather them."""
+    names = ("_forward_pre_hooks", "_forward_hooks")
+    had = [{name: vars(block)[name] for name in names} for block in blocks]
+    try:
+        for block in blocks:
+            vars(block).update({name: OrderedDict() for name in names})
+        yield
+    finally:
+        for block, hooks in zip(blocks, had, strict=True):
+            vars(block).update(hooks)
+
+
+def refuse_not_run(ran: Collection[int], depth: int) -> None:
+    """Refuse a forward pass that has left blocks out.
+
+    Raises:
+        ValueError: Naming them.
+    """
+    if missing := sorted(set(range(depth)) - set(ran)):
+        raise ValueError(
+            f"Expected a forward pass that runs each layer, to score it, got one without the layers {missing}. Turn off "
+            "what leaves layers out (as an early exit does), or use a score that runs nothing, like 'last'."
+        )

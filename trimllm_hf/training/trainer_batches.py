@@ -1,0 +1,252 @@
+"""Calibration batches as a Trainer sees them: what it calls its model with, and the loss that it computes of them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from transformers import Trainer
+
+from ..engines import ProcessGroup
+from ..importance.calibration import CHOICE_COLUMNS, Batch, calibration_batches, model_inputs
+from ..importance.calls import PLAIN, named
+from ..importance.evaluation import collect_metric, to_be_scored
+from ..importance.metrics import Loss, Metric, Predictions
+from ..surgery.adapters import base_of
+from .trainer_hooks import prepare_inputs, train_batch_size, unwrapped
+
+CONTAINERS = (dict, list, set, deque)
+
+
+@dataclass(frozen=True)
+class TrainerBatch:
+    """A calibration batch.
+
+    Attributes:
+        collated: As the Trainer's collator makes it, with the number of its examples.
+        inputs: What the Trainer calls its model with for it, and the columns that a scan by choices looks at.
+        has_loss: Whether the Trainer's loss is a function of it; not where the Trainer generates what it trains on.
+    """
+
+    collated: Batch
+    inputs: Batch
+    has_loss: bool
+
+
+class TrainerBatches:
+    """This process's calibration batches, and a filler for one whose share is empty.
+
+    Args:
+        trainer: The Trainer.
+        model: Its unwrapped model.
+        examples: The calibration examples, in the same order on each process.
+        dataloader: The training run's: it tells how examples become batches.
+        part: Of an encoder-decoder, the one whose layers are dropped.
+        rank: This process's number.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: nn.Module,
+        examples: Sequence[Any],
+        dataloader: Any,
+        part: str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        collate: Callable[..., Any] = getattr(dataloader, "collate_fn", None) or trainer.data_collator
+        held = getattr(dataloader, "dataset", None)
+        transformed = (getattr(held, "format", None) or {}).get("type") == "custom"  # its rows have other columns
+        columns = None if transformed else getattr(held, "column_names", None)
+        size = train_batch_size(trainer)
+        (filler,) = calibration_batches(examples[:1], collate, 1, columns)
+        collated = calibration_batches(examples, collate, size, columns, rank, world_size)
+        most = -(-len(examples[::world_size]) // size)  # batches of the first process, which has the most
+        numbers = [min(size, len(examples[rank::world_size]) - start * size) for start in range(len(collated))]
+        # the loss of a sharded model is a matter of all processes: each asks for as many
+        with to_be_scored(model, part):
+            asked = [as_called(trainer, model, *pair) for pair in zip(collated, numbers, strict=True)]
+            fillers = [as_called(trainer, model, filler, 1) for _ in range(most - len(collated) + 1)]
+        self.collated, self.inputs = [batch.collated for batch in asked], [batch.inputs for batch in asked]
+        self.filler, self.filler_inputs = fillers[0].collated, fillers[0].inputs
+        self.have_loss = all(batch.has_loss for batch in (*asked, *fillers))
+
+    def first(self) -> TrainerBatches:
+        """The first batch of each process."""
+        part = copy.copy(self)
+        part.collated, part.inputs = self.collated[:1], self.inputs[:1]
+        return part
+
+
+def as_called(trainer: Trainer, model: nn.Module, collated: Any, num_examples: int) -> TrainerBatch:
+    """What a Trainer calls its model with for a collated batch, found out by having it compute its loss up to that call.
+
+    A Trainer that generates its own training data (GRPO) has prompts in its batches: they are the inputs then.
+
+    Raises:
+        ValueError: If the Trainer cannot compute a loss of it.
+    """
+    wrapped = {"batch": collated, "num_examples": num_examples}
+    if isinstance(collated, Mapping):
+        inputs = _call(trainer, model, model_inputs(dict(collated)))
+        values = inputs.values()
+        if any(isinstance(value, torch.Tensor) for value in values) and all(
+            isinstance(value, (torch.Tensor, *PLAIN)) for value in values
+        ):
+            of_choices = {name: collated[name] for name in CHOICE_COLUMNS if name in collated}
+            if of_choices and "labels" in collated:
+                of_choices["labels"] = collated["labels"]  # a label smoother takes them out
+            return TrainerBatch(wrapped, send_to_device({**inputs, **of_choices}, "cpu"), True)
+    return TrainerBatch(wrapped, _prompts(trainer, collated), False)
+
+
+class _Called(Exception):
+    def __init__(self, inputs: Batch) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+def _call(trainer: Trainer, model: nn.Module, batch: Batch) -> Batch:
+    """The first call of the model that a gradient goes through: a call without one is of a reference."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: Batch) -> None:
+        if torch.is_grad_enabled():
+            raise _Called(named(module, args, kwargs))
+
+    handle = model.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        with torch.enable_grad(), without_trace(trainer):
+            trainer.compute_loss(model, prepare_inputs(trainer, batch))
+    except _Called as call:
+        # not what it asks of a forward that it has replaced: TRL's own head, which gives no logits
+        known = {*inspect.signature(type(base_of(model)).forward).parameters, *batch}
+        return {name: value for name, value in call.inputs.items() if name in known}
+    except Exception as error:
+        raise ValueError(
+            f"Expected calibration examples of which {type(trainer).__name__} can compute a loss, got {sorted(batch)} and "
+            f"{type(error).__name__}: {error} Process them as the training set is, or leave calibration_dataset out."
+        ) from error
+    finally:
+        handle.remove()
+    names = ("input_ids", "attention_mask", "inputs_embeds", "pixel_values", "labels")
+    return {name: batch[name] for name in names if name in batch}  # its loss calls parts of the model
+
+
+def _prompts(trainer: Trainer, collated: Any) -> Batch:
+    """The prompts of a batch, tokenized."""
+    prompts = collated.get("prompt") if isinstance(collated, Mapping) else [row.get("prompt") for row in collated]
+    processor: Any = trainer.processing_class
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not prompts or None in prompts or tokenizer is None:
+        raise ValueError(
+            f"Expected calibration examples that {type(trainer).__name__} calls its model with, or with a 'prompt' and a "
+            f"processing_class, got {collated if isinstance(collated, list) else sorted(collated)!r:.200}. Use a score that "
+            "runs nothing, like 'last'."
+        )
+    texts = [
+        prompt
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    return dict(tokenizer(texts, return_tensors="pt", padding=True))
+
+
+def trainer_loss(trainer: Trainer) -> Loss:
+    """A Trainer's own loss, the mean over a batch's examples: as its evaluation weighs it."""
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, float]:
+        inputs = prepare_inputs(trainer, model_inputs(dict(batch["batch"])))
+        with trainer.compute_loss_context_manager():
+            mean: Any = trainer.compute_loss(model, inputs)
+            return mean, float(batch["num_examples"])
+
+    return loss
+
+
+def computes_own_loss(
+    trainer: Trainer, model: nn.Module, data: TrainerBatches, part: str | None, process_group: ProcessGroup
+) -> bool:
+    """Whether the Trainer's loss is the one that the model computes of the same inputs, on each calibration batch.
+
+    That one is known better: it is the mean over labels, and what stands behind the blocks need run only where they are.
+    """
+    labelled = all(batch.get("labels") is not None for batch in (*data.inputs, data.filler_inputs))
+    if not all(process_group.gather(labelled and data.have_loss)):
+        return False
+
+    def of_model(model: nn.Module, batch: Batch) -> tuple[Any, float]:
+        return getattr(model(**model_inputs(batch)), "loss", None), 1.0
+
+    def means(batches: list[Batch], filler: Batch, loss: Any) -> list[float]:
+        metric = Metric(
+            "loss", lambda model, output, batch: math.nan if output[0] is None else float(output[0]), sum, run=loss
+        )
+        return collect_metric(model, batches, metric, part, process_group, filler)
+
+    own = means(data.inputs, data.filler_inputs, of_model)
+    theirs = means(data.collated, data.filler, trainer_loss(trainer))
+    return all(
+        math.isclose(one, other, rel_tol=1e-4) or (math.isnan(one) and math.isnan(other))  # a batch without any label
+        for one, other in zip(own, theirs, strict=True)
+    )
+
+
+def predictions(trainer: Trainer) -> Callable[[nn.Module, Batch], Predictions]:
+    """What a Trainer's evaluation gives to `compute_metrics`: loss, logits and labels."""
+
+    def predict(model: nn.Module, batch: Batch) -> Predictions:
+        return trainer.prediction_step(model, model_inputs(dict(batch["batch"])), prediction_loss_only=False)
+
+    return predict
+
+
+def main_input(trainer: Trainer) -> Callable[[Batch], Any]:
+    """The inputs that a Trainer's evaluation adds where `include_for_metrics` asks for them."""
+    name = getattr(unwrapped(trainer), "main_input_name", "input_ids")
+    return lambda batch: batch["batch"][name]
+
+
+@contextmanager
+def without_trace(trainer: Trainer) -> Iterator[None]:
+    """What a Trainer notes of a loss (metrics, counters, its log) is afterwards as before."""
+    attributes = vars(trainer)
+    had = dict(attributes)
+    copies = {name: _copied(value) for name, value in had.items() if type(value) in CONTAINERS}
+    trainer.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        attributes.clear()
+        attributes.update(had)
+        for name, before in copies.items():
+            _refill(had[name], before)
+
+
+def _copied(value: Any) -> Any:
+    """A container with the containers in it anew, and everything else the same object."""
+    if isinstance(value, dict):
+        made = value.copy()  # a defaultdict keeps its default
+        made.update({key: _copied(item) for key, item in value.items()})
+        return made
+    if isinstance(value, deque):
+        return deque(map(_copied, value), value.maxlen)
+    if type(value) in (list, set):
+        return type(value)(map(_copied, value))
+    return value
+
+
+def _refill(container: Any, before: Any) -> None:
+    container.clear()
+    container.extend(before) if isinstance(container, list | deque) else container.update(before)
