@@ -50,6 +50,7 @@ def refuse_not_run(ran: Collection[int], depth: int) -> None:
     """
     if missing := sorted(set(range(depth)) - set(ran)):
         raise ValueError(
-            f"Expected a forward pass that runs each layer, to score it, got one without the layers {missing}. Turn off "
-            "what leaves layers out (as an early exit does), or use a score that runs nothing, like 'last'."
+            f"Expected a forward pass that runs each layer, to score it, got one without the layers {missing}. Turn off an "
+            "early exit, give calibration examples that use all layers (images, for those that look at them), or use a score "
+            "that runs nothing, like 'last'."
         )
