@@ -110,13 +110,8 @@ def seer() -> Any:
 
 
 def sounds() -> list[Any]:
-    return [
-        {
-            "input_features": torch.randn(16, 40, generator=generator(i)),
-            "labels": torch.randint(3, 97, (6,), generator=generator(i)),
-        }
-        for i in range(12)
-    ]
+    features = [torch.randn(16, 40, generator=generator(i)) for i in range(12)]
+    return [{"input_features": feature, "labels": ids} for feature, ids in zip(features, tokens(12, 6), strict=True)]
 
 
 def listener() -> Any:
@@ -210,18 +205,13 @@ CASES = {
 
 def train(case: Case, folder: Path, examples: Any = None, of_trainer: Any = None, **trim: Any) -> Any:
     arguments = TrainingArguments(
-        str(folder), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
-        save_strategy="no", remove_unused_columns=False, logging_steps=1, **(of_trainer or {}),
+        str(folder), per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+        remove_unused_columns=False, logging_steps=1, **{"max_steps": 2, **(of_trainer or {})},
     )  # fmt: skip
     data, model = case.data(), case.model()
-    settings = {
-        "drop_every": "once",
-        "target_layers": depth_of(model) - 1,
-        "warm_up_importance": "none",
-        **case.trim,
-        **trim,
-    }
-    callback = TrimCallback(TrimConfig(**settings), calibration_dataset=examples or data[:7])
+    settings = {"drop_every": "once", "target_layers": depth_of(model) - 1, "warm_up_importance": "none"}
+    config = TrimConfig(**{**settings, **case.trim, **trim})
+    callback = TrimCallback(config, calibration_dataset=examples or data[:7])
     return case.trainer(model, arguments, train_dataset=data, data_collator=case.collate, callbacks=[callback])
 
 
@@ -230,7 +220,12 @@ def depth_of(model: Any) -> int:
     return getattr(config, "num_hidden_layers", 0) or config.encoder_layers
 
 
-@pytest.mark.parametrize("name", CASES)
+def some(*fast: str) -> list[Any]:
+    """The cases, all but a few marked as slow."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("name", some("preferences", "images", "images in a text"))
 def test_layers_are_scored_by_the_trainers_loss(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, warned = CASES[name], []
     monkeypatch.setattr(
@@ -251,7 +246,7 @@ def test_layers_are_scored_by_the_trainers_loss(name: str, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("importance", ["block_influence", "angular", "taylor"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some("images in a text"))
 def test_other_scores_take_the_trainers_batches(name: str, importance: str, tmp_path: Path) -> None:
     trainer = train(CASES[name], tmp_path, importance=importance)
     trainer.train()
@@ -302,9 +297,7 @@ ROLLOUTS = Case(tiny_model, lambda: PROMPTS, trainer=Rollouts, collate=lambda ro
 def test_a_loss_of_rollouts_is_refused_before_the_first_step(tmp_path: Path) -> None:
     trainer = train(ROLLOUTS, tmp_path)
     trainer.processing_class = Words()
-    with pytest.raises(
-        ValueError, match="got Rollouts, which generates what it trains on. Set importance='block_influence'"
-    ):
+    with pytest.raises(ValueError, match=r"got Rollouts, which generates what it trains on"):
         trainer.train()
     assert trainer.state.global_step == 0 and len(trainer.model.model.layers) == 6
 
@@ -374,11 +367,13 @@ class Hungry(Trainer):
 
 def test_a_scan_takes_the_batch_size_that_was_found(tmp_path: Path) -> None:
     case = Case(tiny_model, tiny_texts, trainer=Hungry)
-    trainer = train(case, tmp_path, of_trainer={"auto_find_batch_size": True}, drop_every="1", target_layers=4)
+    trainer = train(
+        case, tmp_path, of_trainer={"auto_find_batch_size": True, "max_steps": 3}, drop_every="1", target_layers=4
+    )
     rows: list[int] = []
     trainer.model.register_forward_pre_hook(
         lambda model, args, kwargs: None if model.training else rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     trainer.train()
-    assert trainer.state.global_step == 2 and len(trainer.model.model.layers) == 4
+    assert trainer.state.global_step == 3 and len(trainer.model.model.layers) == 4
     assert rows[-1] <= 3 and 4 in rows  # it began with 4

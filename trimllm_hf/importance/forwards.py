@@ -51,6 +51,6 @@ def refuse_not_run(ran: Collection[int], depth: int) -> None:
     if missing := sorted(set(range(depth)) - set(ran)):
         raise ValueError(
             f"Expected a forward pass that runs each layer, to score it, got one without the layers {missing}. Turn off an "
-            "early exit, give calibration examples that use all layers (images, for those that look at them), or use a score "
-            "that runs nothing, like 'last'."
+            "early exit, give calibration examples that use all layers (images, where layers look at them), or use a "
+            "score that runs nothing, like 'last'."
         )
