@@ -25,7 +25,7 @@ from .calibration import Batch
 from .finite import refuse_not_finite
 from .labelled import Labelled, labelled
 from .metrics import Metric, exponential, model_output
-from .sweep import Sweep, alike, free_bytes
+from .sweep import Sweep, alike
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -149,6 +149,7 @@ class _Scanner:
             self.one_by_one = self._any(not self.sweep.fits)
         at_once = len(self.units)
         if not self.one_by_one:
+            self.sweep.widen()
             at_once = min(self.process_group.gather(self.sweep.at_once(len(self.units))))
         for start in range(0, len(self.units), at_once):
             group = range(start, min(start + at_once, len(self.units)))
@@ -212,3 +213,11 @@ def _figures(output: Any) -> list[torch.Tensor]:
     if isinstance(output, ModelOutput) and "logits" in output:
         return [output["logits"]]
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on a device now, in bytes."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return int(psutil.virtual_memory().available)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]  # comes with accelerate
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..engines import Gathered
 from ..surgery.units import Unit, block_input, block_output, without
 from .calibration import Batch, model_inputs
-from .calls import PLAIN, Inputs, has_independent_rows, noted_calls, repeated
+from .calls import BROADCAST, PLAIN, Inputs, has_independent_rows, noted_calls, repeated
 from .forwards import Forward, refuse_not_run, replaced_forwards, without_hooks
 from .labelled import headless
 
@@ -89,22 +88,49 @@ class Sweep:
 
     def look(self, run: Run, batch: Batch) -> None:
         """See how `run` calls the model of a batch: once, on rows that are independent, or else they do not fit."""
+        if self.only_output:
+            self._take(model_inputs(batch))
+            return
         passes = [0] * len(self.blocks)
 
         def passing(position: int, forward: Forward) -> Forward:
             def count(*args: Any, **kwargs: Any) -> Any:
-                hidden = block_input(args, kwargs)
-                if position == 0:
-                    self._rows, self._state_bytes = len(hidden), hidden.numel() * 4
                 passes[position] += 1
-                return self._formed(position, hidden)
+                return self._formed(position, block_input(args, kwargs))
 
             return count
 
         with self._passed_over(passing), noted_calls(self.model) as calls:
-            self.model(**headless(self.model, model_inputs(batch))) if self.only_output else run()
-        self.fits = len(calls) == 1 and set(passes) == {1} and has_independent_rows(self.model, calls[0], self._rows)
-        self._inputs = calls[0] if self.fits else {}
+            run()
+        self._take(calls[0] if calls else {})
+        self.fits = self.fits and len(calls) == 1 and set(passes) == {1}
+
+    def _take(self, inputs: Inputs) -> None:
+        tensors = [value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name not in BROADCAST]
+        self._rows = next((len(tensor) for tensor in tensors if tensor.dim() > 0), 0)
+        self.fits = self._rows > 0 and has_independent_rows(self.model, inputs, self._rows)
+        self._inputs = inputs
+
+    def widen(self) -> None:
+        """See the shapes of every block's arguments for the batch taken twice: what differs from once is one entry per row.
+
+        The blocks are passed over, so it costs what stands around them. A rule by size would be wrong wherever a
+        number of heads or of tokens happens to be that of the rows.
+        """
+        self._shapes = [[] for _ in self.blocks]
+
+        def passing(position: int, forward: Forward) -> Forward:
+            def note(*args: Any, **kwargs: Any) -> Any:
+                leaves = tree_leaves((args, kwargs))
+                if position == 0:
+                    self._state_bytes = block_input(args, kwargs).numel() * 2  # of half of the rows, in float32
+                self._shapes[position] = [leaf.shape if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+                return self._formed(position, block_input(args, kwargs))
+
+            return note
+
+        with self._passed_over(passing):
+            self.model(**self._cheapest(repeated(self._inputs, self._rows)))
 
     def at_once(self, num_candidates: int) -> int:
         """As many candidates a sweep as half of the budget holds; the other half is for the work on them."""
@@ -113,7 +139,6 @@ class Sweep:
     def run(self, candidates: Sequence[Unit]) -> None:
         """Carry the candidates along in one forward pass."""
         self._chunks, rows = [], self._rows
-        self._see_shapes()
         last: torch.Tensor | None = None
 
         def carrying(position: int, forward: Forward) -> Forward:
@@ -192,25 +217,6 @@ class Sweep:
         """Let go of the candidates."""
         self._chunks = []
 
-    def _see_shapes(self) -> None:
-        """The shapes of every block's arguments for the batch taken twice: what differs from once is one entry per row.
-
-        The blocks are passed over, so it costs what stands around them. A rule by size would be wrong wherever a
-        number of heads or of tokens happens to be that of the rows.
-        """
-        self._shapes = [[] for _ in self.blocks]
-
-        def passing(position: int, forward: Forward) -> Forward:
-            def note(*args: Any, **kwargs: Any) -> Any:
-                leaves = tree_leaves((args, kwargs))
-                self._shapes[position] = [leaf.shape if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-                return self._formed(position, block_input(args, kwargs))
-
-            return note
-
-        with self._passed_over(passing):
-            self.model(**self._cheapest(repeated(self._inputs, self._rows)))
-
     def _cheapest(self, inputs: Inputs) -> Inputs:
         return headless(self.model, inputs) if self.only_output else inputs
 
@@ -274,14 +280,6 @@ def measured(block: nn.Module, on: bool) -> Iterator[list[int]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on a device now, in bytes."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    return int(psutil.virtual_memory().available)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
