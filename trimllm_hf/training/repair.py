@@ -19,8 +19,8 @@ from ..importance.calibration import Batch, model_inputs
 from ..importance.evaluation import on_every_process, to_be_scored
 from ..importance.labelled import headless
 from ..importance.metrics import is_causal
+from ..importance.scan import free_bytes
 from ..importance.statistics import real_tokens
-from ..importance.sweep import free_bytes
 from ..surgery.adapters import adapters_of, base_of
 from ..surgery.blocks import find_blocks
 from ..surgery.drop import plan_drop
