@@ -39,7 +39,7 @@ from questions.table import answer, describe, score, show
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from trimllm_hf import TrimConfig, TrimTrainer, measure_latency
+from trimllm_hf import TrimCardData, TrimConfig, TrimTrainer, measure_latency, slice_model, write_card
 
 ASKS = "What is this about?"  # of a text with a label
 
@@ -86,6 +86,9 @@ class Arguments(DataArguments):
 
     dataset_name: str = "qiaojin/PubMedQA"
     compare_full_depth: bool = field(default=False, metadata={"help": "Also fine-tune at full depth, for the same steps."})
+    slice_ratio: float | None = field(
+        default=None, metadata={"help": "Slice this mean share of the layers' widths before training, in place of trimming."}
+    )
 
 
 def parse(argv: Sequence[str]) -> tuple[Arguments, TrimConfig, TrainingArguments]:
@@ -123,7 +126,11 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- train and trim
         common = {"eval_dataset": validation, "data_collator": encoder.collate, "processing_class": tokenizer}
-        trainer = TrimTrainer(load(recipe.model_name_or_path), args, trim=trim, train_dataset=train, **common)
+        if recipe.slice_ratio is None:
+            trainer: Any = TrimTrainer(load(recipe.model_name_or_path), args, trim=trim, train_dataset=train, **common)
+        else:
+            narrow = sliced(recipe.model_name_or_path, recipe.slice_ratio, train, encoder, not args.disable_tqdm)
+            trainer = Trainer(narrow, args, train_dataset=train, **common)
         resume = args.resume_from_checkpoint  # "true": the newest checkpoint in output_dir
         trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
 
@@ -137,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
             full.train()
             full.save_model()
             models["full depth, fine-tuned"] = str(stock.output_dir)
-        models["trimmed and fine-tuned"] = str(args.output_dir)
+        models["trimmed and fine-tuned" if recipe.slice_ratio is None else "sliced and fine-tuned"] = str(args.output_dir)
 
     # ---- evaluate: each model as anybody would load it, timed in turn with the base
     wait_for_everyone()  # the main process saves; all of them load
@@ -159,6 +166,10 @@ def main(argv: Sequence[str]) -> None:
         answer(model, questions["test"][0], encoder)
     if not trains:
         return
+    if recipe.slice_ratio is not None:
+        if args.process_index == 0:
+            write_card(args.output_dir, TrimCardData(domain="medical questions"), base=recipe.model_name_or_path)
+        return  # publish it by `trimllm push`
 
     # ---- card and push
     if rows:
@@ -174,6 +185,14 @@ def main(argv: Sequence[str]) -> None:
         trainer.push_to_hub()
     else:
         trainer.create_model_card()
+
+
+def sliced(path: str, ratio: float, train: Sequence[Any], encoder: QuestionEncoder, progress: bool) -> Any:
+    """A model to train whose layers are narrower, by their redundancy on the first training examples."""
+    model = load(path)
+    batches = [encoder.collate(list(train[start : start + 8])) for start in range(0, min(len(train), 256), 8)]
+    slice_model(model, batches, ratio, progress=progress)
+    return model
 
 
 def load(path: str) -> Any:

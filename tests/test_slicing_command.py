@@ -9,9 +9,13 @@ import pytest
 from small_base import save_base
 from test_cli import run
 from tiny import tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from trimllm_hf import SliceMap
+from trimllm_hf import SliceMap, write_card
+from trimllm_hf.publish.card_check import check_card
+from trimllm_hf.publish.contents import contents_of
+from trimllm_hf.publish.folder import hide_local_base
+from trimllm_hf.publish.model_check import check_model
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,25 @@ def test_slice_writes_what_loads_and_the_others_read(base: tuple[str, str], tmp_
     assert "sliced from" in seen and "25.0% cut" in seen
     report = json.loads(run("bench", out, "--prompt-tokens", 8, "--new-tokens", 4, "--repeats", 1, "--warmup", 0, "--json"))
     assert report["base_runs"] and report["runs"]
+
+
+def test_its_card_shows_the_widths(base: tuple[str, str], tmp_path: Path) -> None:
+    model, data = base
+    out = tmp_path / "sliced"
+    run("slice", model, out, "--data", data, "--multiple", 1)
+    path = write_card(out, measured=False)
+    text = path.read_text(encoding="utf-8")
+    found = SliceMap.from_config(AutoConfig.from_pretrained(out))
+    assert found is not None
+    assert ", ".join(map(str, found.widths)) in text and "25.0% cut in the mean" in text
+    assert "Whole layers were" not in text and "The layers are narrower" in text
+    assert str(tmp_path) not in text and model not in text
+    report = json.loads((out / "trim_report.json").read_text(encoding="utf-8"))
+    assert ("trim_widths.png" in report["pictures"]) == (out / "trim_widths.png").is_file()
+    hide_local_base(out)  # what a push does, and asks
+    contents = contents_of(out)
+    check_card(contents, check_model(contents))
+    assert model not in (out / "config.json").read_text()
 
 
 def test_slice_of_channels_alike_writes_a_stock_model(base: tuple[str, str], tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def inspect(
 
 
 def _widths(slices: Any) -> list[RenderableType]:
-    from .slice import describe, text_widths
+    from ..publish.widths import text_widths, widths_of
 
     rows = [
         (layer, width, f"{1 - width / slices.width:.0%}", f"{slices.redundancy[layer]:.4f}" if slices.redundancy else "-")
@@ -73,8 +73,8 @@ def _widths(slices: Any) -> list[RenderableType]:
     ]
     base = slices.base_model or "a base that is not named"
     return [
-        f"sliced from {base}: {describe(slices)}",
-        text_widths(slices),
+        f"sliced from {base}: {widths_of(slices.to_dict())}",
+        text_widths(slices.width, slices.widths),
         table(None, "layer", "width", "cut", "influence", rows=rows),
     ]
 

@@ -52,6 +52,7 @@ def slice(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..publish.folder import describe_weights
+    from ..publish.widths import text_widths, widths_of
     from ..slicing.slice_model import slice_model
     from ..surgery.remote_code import write_remote_code
     from .score import _dtype
@@ -66,18 +67,5 @@ def slice(
     if remote_code and hasattr(type(model.config), "custom"):
         write_remote_code(out)
     plain = {"folder": str(out), "map": found.to_dict(), "weights": describe_weights(out)}
-    answer(plain, as_json, lambda: [f"{out}: {describe(found)}", text_widths(found)])
-
-
-def describe(found: Any) -> str:
-    """A map of widths in words."""
-    of = "hidden states" if found.what == "hidden" else "MLP channels"
-    widest, narrowest = max(found.widths), min(found.widths)
-    sizes = f"{widest}" if widest == narrowest else f"{narrowest} to {widest}"
-    by = found.allocation if found.allocation == "uniform" else f"{found.allocation}, spread {found.spread:g}"
-    return f"{found.num_layers} layers with {sizes} of {found.width} {of} ({found.mean_share:.1%} cut in the mean, by {by})"
-
-
-def text_widths(found: Any) -> str:
-    """The layers in a row, each as high as it is wide: █ all, ▁ an eighth."""
-    return "".join("▁▂▃▄▅▆▇█"[max(0, -(-8 * width // found.width) - 1)] for width in found.widths)
+    shown = widths_of(found.to_dict())
+    answer(plain, as_json, lambda: [f"{out}: {shown}", text_widths(found.width, found.widths)])

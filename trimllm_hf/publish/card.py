@@ -22,6 +22,7 @@ from .figures import cost_rows, dropped, history_rows, map_of, quality_rows, sum
 from .folder import REPORT, describe_base, describe_trimmed
 from .measure import measure_for_card
 from .usage import SEQ2SEQ, run_example
+from .widths import text_widths, widths_of
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -84,7 +85,7 @@ def write_card(
         layer_map = map_of(data)
         kind = SEQ2SEQ if layer_map.part else data.to_dict().get("pipeline_tag")
         asked = (folder, kind, data.usage_prompt)
-        data.usage = run_example(*asked, stock=layer_map.has_all_sublayers)
+        data.usage = run_example(*asked, stock=layer_map.has_all_sublayers and "slicing" not in trimmed)
         if trimmed["remote_code"] and "code" in data.usage:
             trusted = trust_remote_code or is_our_code(folder)
             tried = run_example(*asked, stock=True, remote_code=True) if trusted else {"not_run": NOT_OURS}
@@ -119,7 +120,11 @@ def _weights(trimmed: dict[str, Any]) -> dict[str, str]:
 
 
 def _named_base(folder: Path, trust_remote_code: bool) -> tuple[str | None, str | None]:
-    layer_map = LayerMap.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    slicing = getattr(config, "slicing", None)
+    if slicing is not None and getattr(config, "trim", None) is None:
+        return slicing["base_model"], slicing["base_revision"]
+    layer_map = LayerMap.from_config(config)
     return layer_map.base_model, layer_map.base_revision
 
 
@@ -133,6 +138,7 @@ def render(data: TrimCardData) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
+    widths = widths_of((data.trimmed or {}).get("slicing"))
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     body = template.render(
         data=data,
@@ -150,6 +156,9 @@ def render(data: TrimCardData) -> str:
         run=data.training,
         text_strip=text_strip(layer_map),
         dropped=dropped(layer_map),
+        widths=widths,
+        text_widths=None if widths is None else text_widths(widths.full, widths.kept),
+        widths_file=plots.WIDTHS if plots.WIDTHS in data.pictures else None,
         history=history_rows(layer_map),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"

@@ -9,6 +9,7 @@ from ..latency.report import LatencyReport, Run
 from ..layer_map import SUBLAYER_KINDS, LayerMap
 from ..utils import format_bytes
 from .card_data import Quality, Score, TrimCardData
+from .widths import widths_of
 
 Rows = list[tuple[str, ...]]
 NOT_MEASURED = "not measured"
@@ -23,8 +24,17 @@ def summary(data: TrimCardData) -> str:
     lack = [(sum(missing == kind for _, missing in layer_map.missing_sublayers), kind) for kind in SUBLAYER_KINDS]
     if lacking := ", ".join(f"{count} of them without {kind}" for count, kind in lack if count):
         layers += f" ({lacking})"
+    widths = widths_of((data.trimmed or {}).get("slicing"))
+    if widths is not None and layer_map.dropped_layers:
+        layers += f" kept, and {widths}"
     named = base_name(data)
     said = f"**{named[0].upper()}{named[1:]}** with {layers} kept"
+    if widths is not None:
+        said = (
+            said.removesuffix(" kept")
+            if layer_map.dropped_layers
+            else f"**{named[0].upper()}{named[1:]}**, sliced: {widths}"
+        )
     if data.domain:
         said += f", fine-tuned for {data.domain}"
     run = data.training
@@ -85,6 +95,10 @@ def cost_rows(data: TrimCardData) -> Rows:
     layer_map, ours = map_of(data), data.trimmed["weights"] or {}
     base = (data.base or {}).get("weights") or {}
     rows = [_row("layers", layer_map.base_num_layers, layer_map.num_layers, str)]
+    if widths := widths_of(data.trimmed.get("slicing")):
+        rows.append(
+            _row(f"{widths.of}, mean of the layers", widths.full, sum(widths.kept) / len(widths.kept), "{:.0f}".format)
+        )
     if not layer_map.has_all_sublayers:
         rows.append(_row("attentions and MLPs", 2 * layer_map.base_num_layers, layer_map.num_units("sublayer"), str))
     if ours:

@@ -77,7 +77,8 @@ def describe_trimmed(folder: Path, trust_remote_code: bool = False) -> dict[str,
         OSError: If the folder holds no model.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if getattr(config, "trim", None) is None:
+    slicing = getattr(config, "slicing", None)
+    if getattr(config, "trim", None) is None and slicing is None:
         raise ValueError(f"Expected a trimmed model in {folder}, got one that says of no layer that it was dropped.")
     layer_map = LayerMap.from_config(config).to_dict()
     layer_map.pop("base_model"), layer_map.pop("base_revision")  # the card's `base` says it, without local paths
@@ -87,6 +88,8 @@ def describe_trimmed(folder: Path, trust_remote_code: bool = False) -> dict[str,
         weights = None  # a Trainer's folder before the model is saved
     return {
         "map": layer_map,
+        # likewise without a local path
+        **({} if slicing is None else {"slicing": {k: v for k, v in slicing.items() if not k.startswith("base_")}}),
         "model_type": config.model_type,
         "architecture": (config.architectures or [None])[0],
         "remote_code": hasattr(config, "auto_map"),
@@ -151,14 +154,14 @@ def hide_local_base(folder: Path) -> None:
     """
     config, report = folder / "config.json", folder / REPORT
     plain = json_at(config)
-    layer_map = plain.get("trim") if isinstance(plain, dict) else None
-    if not isinstance(layer_map, dict):
+    maps = [plain.get(name) for name in ("trim", "slicing")] if isinstance(plain, dict) else []
+    local = [found for found in maps if isinstance(found, dict) and _names_a_path(found.get("base_model"))]
+    if not local:
         return
-    base = layer_map.get("base_model")
-    if not isinstance(base, str) or not is_local(base):
-        return
-    logger.warning(f"The base {base!r} is a path of this machine: the map in {config} names no base from now on.")
-    layer_map |= {"base_model": None, "base_revision": None}
+    for found in local:
+        base = found["base_model"]
+        logger.warning(f"The base {base!r} is a path of this machine: the map in {config} names no base from now on.")
+        found |= {"base_model": None, "base_revision": None}
     config.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     digests = json_at(report, "trimmed", "sha256")
     if isinstance(digests, dict) and config.name in digests:
@@ -166,6 +169,10 @@ def hide_local_base(folder: Path) -> None:
         for file in (report, folder / "README.md"):
             if file.is_file():
                 file.write_text(file.read_text(encoding="utf-8").replace(digests[config.name], new), encoding="utf-8")
+
+
+def _names_a_path(base: Any) -> bool:
+    return isinstance(base, str) and is_local(base)
 
 
 def is_local(base: str) -> bool:

@@ -12,10 +12,11 @@ from transformers.utils import logging
 from ..layer_map import LayerMap
 from .card_data import TrimCardData
 from .figures import map_of
+from .widths import Widths, widths_of
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
-STRIP, CURVE = "trim_layers.png", "trim_curve.png"
+STRIP, CURVE, WIDTHS = "trim_layers.png", "trim_curve.png", "trim_widths.png"
 KEPT, DROPPED, INK = "#1f5f99", "#e9ecef", "#343a40"
 CELLS_PER_ROW = 16  # a card is about 750 pixels wide: more would be too small to read
 SCORES = {"sensitivity": "loss on the calibration set"}  # what the score of a dropped layer is: the model's without it
@@ -45,10 +46,28 @@ def draw(data: TrimCardData, folder: Path) -> list[str]:
         return []
     drawn = [STRIP]
     _save(_strip(map_of(data)), folder / STRIP)
+    if widths := widths_of(data.trimmed.get("slicing")):
+        _save(_widths(widths), folder / WIDTHS)
+        drawn.append(WIDTHS)
     if curve := curve_of(data):
         _save(_curve(curve), folder / CURVE)
         drawn.append(CURVE)
     return drawn
+
+
+def _widths(widths: Widths) -> Any:
+    """A bar a layer: what it keeps of its width."""
+    from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
+
+    figure = Figure(figsize=(max(4.0, 0.25 * len(widths.kept)), 2.2), layout="constrained")
+    axes = figure.subplots()
+    layers = range(len(widths.kept))
+    axes.bar(layers, [widths.full] * len(widths.kept), color=DROPPED)
+    axes.bar(layers, widths.kept, color=KEPT)
+    axes.set_xlabel("layer")
+    axes.set_ylabel(widths.of)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def curve_of(data: TrimCardData) -> Curve | None:
