@@ -85,6 +85,17 @@ def test_real_data_with_a_real_small_model(
     assert f"{data}/" in card and "virology_test.csv" in card
 
 
+def test_sliced_in_place_of_trimmed(tmp_path: Path) -> None:
+    output, table = run("medical", tmp_path, "--demo", "--slice_ratio", "0.25", "--max_steps", "30")
+    rows = {row["model"]: row for row in table}
+    sliced, base = rows["sliced and fine-tuned"], rows["base, before fine-tuning"]
+    assert sliced["layers"] == base["layers"] == 12 and sliced["parameters"] < base["parameters"]
+    assert "sliced and fine-tuned" in output
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "trimllm_sliced" and len(config["slicing"]["per_layer_config"]) == 12
+    assert "The layers are narrower" in (tmp_path / "README.md").read_text()
+
+
 def test_classification_of_real_texts(shared: Path, tmp_path: Path) -> None:
     """k against accuracy, and a card of the model that is published: the first k blocks of a real small model."""
     data = shared / "data" / "twitter_financial_news"
