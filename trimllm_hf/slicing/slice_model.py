@@ -206,12 +206,6 @@ def apply(planned: PlannedSlice) -> SliceMap:
     model, wiring, gains, bases = planned.model, planned.wiring, planned.gains, planned.bases
     widths = planned.slice_map.widths
     centred = any(gain.centred for gain in gains.values())
-    made = {name: rotated_embedding(model.get_submodule(name), bases[0].double(), centred) for name in wiring.embeddings}
-    head = dict(rotated_head(model, wiring, gains[wiring.norm], bases[-1].double()))
-    for name, tensor in {**head, **{f"{name}.weight": tensor for name, tensor in made.items()}}.items():
-        assign(model, name, tensor)  # a tied head gets a tensor of its own
-    replace_norm(model, wiring.norm, wiring.width)
-    del head, made
     for number, (block, width, after) in enumerate(zip(wiring.blocks, widths, next_widths(widths), strict=True)):
         module = model.get_submodule(block.name)
         own = {norm: gains[f"{block.name}.{norm}"] for norm in block.norms}
@@ -219,6 +213,12 @@ def apply(planned: PlannedSlice) -> SliceMap:
         shape_block(module, block, wiring.width, width, after)
         for name, tensor in tensors.items():
             assign(module, name, tensor)
+    # behind the blocks, which are smaller now; a tied head gets a tensor of its own before the table goes
+    for name, tensor in dict(rotated_head(model, wiring, gains[wiring.norm], bases[-1].double())).items():
+        assign(model, name, tensor)
+    replace_norm(model, wiring.norm, wiring.width)
+    for name in wiring.embeddings:
+        assign(model, f"{name}.weight", rotated_embedding(model.get_submodule(name), bases[0].double(), centred))
     unshare_config(model)
     model.config.slicing = planned.slice_map.to_dict()
     model.config.tie_word_embeddings = False
