@@ -16,7 +16,7 @@ class Method:
     Attributes:
         says: What the table calls it.
         trim: Settings of `TrimConfig` beside the target; None: nothing is trimmed during training.
-        warm_up: Share of the steps before the first drop of `drop_every="auto"`, where it is not the default.
+        warm_up: Share of the steps before the first drop of `drop_every="spread"`, where it is not the default.
         evenly: Whether the drops are spread evenly over the run, one layer each (TrimLLM's schedule).
         by_choices: Whether layers are scored by the accuracy on the calibration questions.
         time_of: The method whose CPU time it gets, at the same seed: it trains for as many steps as fit in it.
