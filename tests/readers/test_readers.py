@@ -28,7 +28,7 @@ def verdicts(config: Any) -> dict[str, str]:
 
 
 def gemma(kept: list[int] | None = None) -> Any:
-    model = tiny_model("gemma3_text", num_hidden_layers=12)
+    model = tiny_model("gemma3_text", num_hidden_layers=12, query_pre_attn_scalar=8)
     if kept is not None:
         drop_layers(model, [layer for layer in range(12) if layer not in kept])
     return model.config
@@ -61,6 +61,10 @@ def test_a_model_without_kinds_is_right_where_it_was_tried() -> None:
     assert verdicts(tiny_model("opt").config)["llama.cpp"] == UNTRIED
 
 
+def test_who_scales_attention_by_the_width_of_a_head_is_right_where_the_config_says_so() -> None:
+    assert verdicts(tiny_model("gemma3_text", query_pre_attn_scalar=4).config)["CTranslate2 4.8"] == WRONG
+
+
 def test_other_heads_are_not_tried_where_only_language_models_were() -> None:
     config = tiny_model().config
     config.architectures = ["LlamaForSequenceClassification"]
@@ -90,7 +94,7 @@ def test_the_card_and_inspect_say_it(tmp_path: Path) -> None:
 
     from trimllm_hf.cli import app
 
-    model = tiny_model("gemma3_text", num_hidden_layers=12)
+    model = tiny_model("gemma3_text", num_hidden_layers=12, query_pre_attn_scalar=8)
     drop_layers(model, [1, 3, 6, 8, 10])
     model.save_pretrained(tmp_path)
     write_card(tmp_path, measured=False)

@@ -45,6 +45,7 @@ class Reader:
         by_number: Types whose layers' kinds it works out from a layer's number alone.
         whole_period: Whether it needs as many layers as a period has.
         heads: Whether it has models with other heads than a language model's.
+        by_head_width: Types whose attention it scales by the width of a head, whatever the config says.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Reader:
     by_number: frozenset[str] = frozenset()
     whole_period: bool = False
     heads: bool = False
+    by_head_width: frozenset[str] = frozenset()
 
 
 TRANSFORMERS_5 = "transformers 5"
@@ -85,7 +87,11 @@ READERS = (
         by_period=frozenset({"cohere2", "gemma3_text"}),
         whole_period=True,
     ),
-    Reader("CTranslate2 4.8", by_list=frozenset({"gemma3_text", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"})),
+    Reader(
+        "CTranslate2 4.8",
+        by_list=frozenset({"gemma3_text", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"}),
+        by_head_width=frozenset({"gemma3_text"}),
+    ),
 )
 
 
@@ -112,6 +118,9 @@ def _verdict(reader: Reader, config: PreTrainedConfig, holder: PreTrainedConfig)
     named = (config.architectures or [""])[0]
     if not reader.heads and named and not named.endswith(_LANGUAGE_MODELS):
         return Verdict(reader.name, UNTRIED, f"not tried with {named}")
+    scale = getattr(holder, "query_pre_attn_scalar", None)
+    if model_type in reader.by_head_width and scale not in (None, getattr(holder, "head_dim", None)):
+        return Verdict(reader.name, WRONG, "it scales attention by the width of a head, trimmed or not")
     if model_type in reader.by_list:
         return Verdict(reader.name, RIGHT, "it reads from the config what each layer is")
     if model_type in reader.by_period:
