@@ -23,6 +23,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": STEPS,
+        "logging_steps": 1,
         "per_device_train_batch_size": 4,
         "save_strategy": "no",
         "use_cpu": True,
