@@ -147,6 +147,8 @@ def main(argv: Sequence[str]) -> None:
         row = score(model, questions, encoder, args.per_device_eval_batch_size, recipe.general_file)
         if row:  # the main process
             latency = measure_latency(model, base, prompt_tokens=prompt_tokens, new_tokens=32, repeats=7)
+            if base is not None:  # what it took in turn with this model
+                rows[0]["ms_per_token"] = latency.base_runs[0].decode_ms_per_token.p50
             speed = latency.runs[0].decode_ms_per_token.p50
             depth = model.config.get_text_config().num_hidden_layers
             rows.append({"model": name, "layers": depth, "parameters": model.num_parameters(), "ms_per_token": speed, **row})

@@ -19,9 +19,8 @@ From the Hub, the data sets that TrimLLM (arXiv 2412.11242) trained and tested o
     openlifescienceai/medmcqa  182,822 to train, 4,183 to validate; the answers to the test split are not public (Apache-2.0)
     allenai/sciq               11,679 to train, 1,000 to validate, 1,000 to test (CC BY-NC 3.0: not for commercial use)
 
-The demo makes its own domain and base model (questions/demo.py). **Its drugs, classes and facts are invented**: it shows
-trimming at work, not medicine. Beside the model that goes from 12 to 6 layers, stock Trainer fine-tunes all 12 for the
-same steps on the same questions (`--compare_full_depth`, which any run can have).
+The demo makes its own domain and base model (questions/demo.py). **Its drugs, classes and facts are invented.** Beside the
+model that goes from 12 to 6 layers it fine-tunes all 12 for the same steps (`--compare_full_depth`).
 """
 
 import copy
@@ -86,9 +85,7 @@ class Arguments(DataArguments):
 
     dataset_name: str = "qiaojin/PubMedQA"
     compare_full_depth: bool = field(default=False, metadata={"help": "Also fine-tune at full depth, for the same steps."})
-    slice_ratio: float | None = field(
-        default=None, metadata={"help": "Slice this mean share of the layers' widths before training, in place of trimming."}
-    )
+    slice_ratio: float | None = field(default=None, metadata={"help": "Cut this share of the widths instead of layers."})
 
 
 def parse(argv: Sequence[str]) -> tuple[Arguments, TrimConfig, TrainingArguments]:
@@ -104,7 +101,6 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, TrimConfig, TrainingArguments
 def main(argv: Sequence[str]) -> None:
     """Load, prompt, train and trim, evaluate, save, push."""
     recipe, trim, args = parse(argv)
-    # one process logs a line a drop, the others errors only
     logging.get_logger("transformers.trimllm_hf").setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
     if recipe.demo:
         make_demo(DEMO, recipe, args)
@@ -150,13 +146,14 @@ def main(argv: Sequence[str]) -> None:
     wait_for_everyone()  # the main process saves; all of them load
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     prompt_tokens = max(1, min(len(encoder.prompt(questions["test"][0])), longest - 32))
-    rows: list[dict[str, Any]] = []
-    base = None
+    rows, base = [], None
     for name, path in models.items():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(args.device)
         row = score(model, questions, encoder, args.per_device_eval_batch_size, recipe.general_file)
         if row:  # the main process
             latency = measure_latency(model, base, prompt_tokens=prompt_tokens, new_tokens=32, repeats=7)
+            if base is not None:  # what it took in turn with this model
+                rows[0]["ms_per_token"] = latency.base_runs[0].decode_ms_per_token.p50
             speed = latency.runs[0].decode_ms_per_token.p50
             depth = model.config.get_text_config().num_hidden_layers
             rows.append({"model": name, "layers": depth, "parameters": model.num_parameters(), "ms_per_token": speed, **row})
@@ -196,7 +193,6 @@ def sliced(path: str, ratio: float, train: Sequence[Any], encoder: QuestionEncod
 
 
 def load(path: str) -> Any:
-    """A model to train."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
