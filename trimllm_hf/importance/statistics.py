@@ -222,10 +222,29 @@ def real_tokens(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Ten
     elif part == "decoder" and labels is not None and labels.dim() == 2 and not labels.is_floating_point():
         # moved on by one, they are the tokens
         tokens, mask = labels, batch.get("decoder_attention_mask", labels != -100)
-    else:
+    elif "input_ids" in batch or "inputs_embeds" in batch:
         tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
         mask = batch.get("attention_mask")
+    else:  # images, audio: what the first block is given
+        tokens = _first_states(model, batch)
+        mask = _mask(base_of(model), part, batch, tokens)
     return tokens, mask if mask is not None and mask.dim() == 2 else None  # a mask over pairs says nothing of padding
+
+
+def _first_states(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The hidden states that the first block is given."""
+    found: list[torch.Tensor] = []
+
+    def note(block: nn.Module, args: tuple[Any, ...], kwargs: Inputs) -> None:
+        found.append(block_input(args, kwargs))
+
+    handle = find_blocks(model).blocks[0].register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model(**model_inputs(batch))
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def _last_tokens(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -181,6 +181,8 @@ def fit(
         inputs = []
         for number, batch in enumerate(everyones):
             tokens, mask = real_tokens(model, batch)
+            if mask is None and not {"input_ids", "inputs_embeds"} & set(batch):  # images, audio: all are real
+                mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
             if number >= len(batches):  # a pass for the others' sake
                 mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
             inputs.append((headless(model, model_inputs(batch)), mask))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..engines import ProcessGroup, all_or_none
-from ..importance.calibration import Batch, calibration_batches, draw
+from ..importance.calibration import Batch, draw
 from ..importance.statistics import real_tokens
 from ..surgery.adapters import adapters_of, base_of
 from ..surgery.blocks import find_blocks
@@ -22,6 +22,8 @@ from ..surgery.repair.output_projection import is_linear, shape_of
 from ..utils import isolated_rng
 from .config import TrimConfig
 from .repair import RepairReport, evaluate_repair, fit, refuse_adapters, refuse_without_refits
+from .trainer_batches import TrainerBatches
+from .trainer_hooks import train_batch_size, unwrapped
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -43,12 +45,12 @@ class Repairer:
         self, config: TrimConfig, trainer: Trainer, process_group: ProcessGroup, dataloader: Any, dataset: Any = None
     ) -> None:
         self.config, self.process_group = config, process_group
-        self._collate, self._columns = dataloader.collate_fn, getattr(dataloader.dataset, "column_names", None)
-        self._batch_size = trainer.args.per_device_train_batch_size
+        self._trainer, self._dataloader = trainer, dataloader
+        self._batch_size = train_batch_size(trainer)
         calibration, self._rest = _examples(config, trainer.train_dataset, dataset)
         with isolated_rng(config.calibration_seed):  # a collator may draw
-            (self._filler_batch,) = calibration_batches(calibration[:1], self._collate, 1, self._columns)
-            self._held_out = self._batches(calibration)
+            held_out = self._batches(calibration)
+            self._filler_batch, self._held_out = held_out.filler_inputs, held_out.inputs
         self._to_fit: list[Batch] = []
 
     def check(self, model: PreTrainedModel) -> None:
@@ -110,16 +112,16 @@ class Repairer:
         tokens, each = 0, self._batch_size * self.process_group.world_size
         with isolated_rng(self.config.calibration_seed):
             while tokens < wanted and (examples := list(islice(self._rest, each))):
-                batches = self._batches(examples)
+                batches = self._batches(examples).inputs
                 tokens += sum(self.process_group.gather(sum(_num_tokens(model, batch) for batch in batches)))
                 found += batches
         return found
 
-    def _batches(self, examples: Sequence[Any]) -> list[Batch]:
-        group = self.process_group
-        return calibration_batches(
-            examples, self._collate, self._batch_size, self._columns, group.rank, group.world_size
-        )  # fmt: skip
+    def _batches(self, examples: Sequence[Any]) -> TrainerBatches:
+        """This process's share, as the Trainer calls its model with it."""
+        group, model = self.process_group, unwrapped(self._trainer)
+        of_run = self._dataloader, self.config.part, group.rank, group.world_size
+        return TrainerBatches(self._trainer, model, examples, *of_run)
 
 
 def _examples(config: TrimConfig, training: Any, calibration: Any) -> tuple[list[Any], Iterable[Any]]:
