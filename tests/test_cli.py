@@ -35,7 +35,7 @@ def trimmed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedM
 
 def run(*arguments: object, code: int = 0) -> str:
     """What a command prints on stdout; on stderr where it fails."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "120"})
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "160"})
     assert result.exit_code == code, result.output
     return result.stdout if code == 0 else result.stderr
 

@@ -176,8 +176,12 @@ def test_the_accuracy_on_choices(tmp_path: Path) -> None:
 class Gradients(TrainerCallback):
     """What the gradients of each step say, seen from outside."""
 
-    def __init__(self) -> None:
+    def __init__(self, when_training: Any = lambda: None) -> None:
         self.seen: dict[int, list[float]] = {}
+        self.when_training = when_training  # called when the first step begins
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.when_training()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.seen[state.global_step + 1] = [
@@ -189,8 +193,7 @@ def test_taylor_takes_the_gradients_of_the_step(tmp_path: Path, monkeypatch: pyt
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("no pass beside training")
 
-    monkeypatch.setattr("trimllm_hf.training.layer_scorer.score_layers", refuse)
-    gradients = Gradients()
+    gradients = Gradients(lambda: monkeypatch.setattr("trimllm_hf.training.layer_scorer.score_layers", refuse))
     trainer = run(tmp_path, callbacks=[gradients], importance="taylor", drop_every="2", target_layers=4)
     assert [record["step"] for record in history(trainer)] == [2, 4]
     kept = list(range(6))

@@ -50,15 +50,14 @@ class Watch(TrainerCallback):
         self.trained: dict[int, list[int]] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.start = {name: parameter.clone() for name, parameter in model.named_parameters()}
-        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.start = {id(parameter): parameter.clone() for parameter in model.parameters()}
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         assert held == trainable and {id(parameter) for parameter in optimizer.state} == trainable
         for parameter in model.parameters():
-            changed = not torch.equal(parameter, self.start[self.names[id(parameter)]])
+            changed = not torch.equal(parameter, self.start[id(parameter)])
             assert changed == parameter.requires_grad
         kept = (getattr(model.config, "trim", None) or {"kept_layers": range(6)})["kept_layers"]
         self.trained[state.global_step] = [kept[position] for position in trained_layers(model)]

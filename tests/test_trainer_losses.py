@@ -209,7 +209,8 @@ def train(case: Case, folder: Path, examples: Any = None, of_trainer: Any = None
         remove_unused_columns=False, logging_steps=1, **{"max_steps": 2, **(of_trainer or {})},
     )  # fmt: skip
     data, model = case.data(), case.model()
-    settings = {"drop_every": "once", "target_layers": depth_of(model) - 1, "warm_up_importance": "none"}
+    settings = {"drop_every": "once", "target_layers": depth_of(model) - 1, "importance": "sensitivity"}
+    settings |= {"warm_up_importance": "none", "repair": "none"}
     config = TrimConfig(**{**settings, **case.trim, **trim})
     callback = TrimCallback(config, calibration_dataset=examples or data[:7])
     return case.trainer(model, arguments, train_dataset=data, data_collator=case.collate, callbacks=[callback])

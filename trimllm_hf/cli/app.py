@@ -84,14 +84,14 @@ def answer(plain: Any, as_json: bool, render: Callable[[], RenderableType | list
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Make a folder, and refuse one that cannot be written to before any work is done.
+    """Refuse a folder that cannot be written to, or made, before any work is done; nothing is left there.
 
     Raises:
         ValueError: If it cannot be written to.
     """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise ValueError(f"Expected a folder to write to, got {folder} ({error.strerror}). Name another by --out.") from None

@@ -52,6 +52,7 @@ def bench(
         new_tokens=new_tokens, repeats=repeats, warmup=warmup, cache=cache, compile=compile, progress=not as_json,
     )  # fmt: skip
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         report.to_json(out)
     answer(report.to_dict(), as_json, lambda: _shown(report))
 

@@ -28,6 +28,7 @@ def report(
     page = out or run / "trim_run.html"
     record = read_run(run)
     refuse_unwritable(page.parent)
+    page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(render_run(record), encoding="utf-8")
     kept = f"{record.layer_map.num_layers} of {record.layer_map.base_num_layers} layers"
     plain = {"page": str(page), "map": record.layer_map.to_dict(), "entries": len(record.log)}

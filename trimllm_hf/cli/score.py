@@ -80,6 +80,7 @@ def score(
         "examples": sum(len(batch["input_ids"]) for batch in batches),
         "scored_tokens": sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches),
     }
+    out.mkdir(parents=True, exist_ok=True)
     (out / "scores.json").write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     drawn = find_spec("matplotlib") is not None
     if drawn:

@@ -20,7 +20,7 @@ from .blocks import BlockStack
 from .candidate_configs import candidate_configs
 from .custom_models import refuse_sliced, update_classes
 from .layer_names import LayerNames
-from .layer_pattern import refuse_unportable
+from .layer_pattern import correct_periods, refuse_unportable
 from .layer_references import Reference, find_references
 from .per_layer_tensors import cut
 from .position_constraints import check_position_constraints
@@ -121,6 +121,8 @@ class PlannedDrop:
                 setattr(modules[name], attribute, after)
         for reference in self.references:
             reference.apply(self.model)
+        if self.positions:
+            correct_periods(config)
         self.model.config.trim = self.layer_map.to_dict()
         for name, adapter in adapters.items():
             vars(adapter).update(vars(self.adapters[name]))

@@ -38,6 +38,13 @@ def periods(reader: ConfigReader) -> dict[str, int | None]:
     return found
 
 
+def correct_periods(config: PreTrainedConfig) -> None:
+    """Set the words for a period that a config holds to what its list of kinds says, as its file will say it too."""
+    for word, period in periods(ConfigReader(config)).items():
+        if period is not None and isinstance(getattr(config, word, None), int):
+            setattr(config, word, period)
+
+
 def unlike_default(config: PreTrainedConfig, values: Mapping[str, Any] = MappingProxyType({})) -> dict[str, tuple[Any, Any]]:
     """The lists of layers' kinds that are not what the config's class works out by itself: as listed, and by default.
 
