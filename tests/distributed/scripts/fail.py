@@ -23,8 +23,12 @@ args = TrainingArguments(
 rank = args.process_index
 
 
+calls = []
+
+
 def fails_on_one(model, batches, unit):
-    if rank == 1:
+    calls.append(len(batches))
+    if rank == 1 and len(calls) > 1:  # the first call is the rehearsal when training begins
         raise KeyError("the second process has no such column")
     return torch.arange(6.0), 1.0
 

@@ -25,7 +25,7 @@ args = TrainingArguments(
     str(folder / "run"),
     max_steps=12,
     per_device_train_batch_size=4 // world,
-    learning_rate=1e-3,
+    learning_rate=1e-4,  # Adam turns rounding into steps of this size where a gradient is almost zero
     save_strategy="no",
     logging_steps=1,
     use_cpu=True,
