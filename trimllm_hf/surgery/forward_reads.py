@@ -119,7 +119,7 @@ def forward_reads(module: nn.Module, attribute: str) -> bool:
     """
     return any(
         isinstance(node, ast.Attribute) and node.attr == attribute
-        for method in _forward_methods(type(module))
+        for method in _forward_methods(type(module))  # type: ignore[arg-type]  # a class is hashable
         for node in ast.walk(method)
     )
 
@@ -130,7 +130,7 @@ def forward_computes_with(module: nn.Module, attribute: str, old: int, new: int)
     To index a cache by it, and to compare it where the result stays the same, is no computation.
     """
     stock = type(module).__module__.startswith("transformers.")
-    for method in _forward_methods(type(module)):
+    for method in _forward_methods(type(module)):  # type: ignore[arg-type]  # a class is hashable
         parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
         names = {attribute}
         looped = {
@@ -204,6 +204,7 @@ def _compares_alike(use: ast.Compare, node: ast.AST, old: int, new: int) -> bool
     return len(results) == 1
 
 
+@cache  # reading a class's source takes 50 ms, and a plan asks for each numbered module of each block
 def _forward_methods(kind: type) -> list[ast.FunctionDef]:
     """`forward` and the methods of a class that it calls, directly or through others."""
     methods: dict[str, ast.FunctionDef] = {}
