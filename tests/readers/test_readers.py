@@ -108,19 +108,19 @@ def test_the_card_and_inspect_say_it(tmp_path: Path) -> None:
 
 
 def test_a_run_drops_so_that_it_stays_portable(tmp_path: Path) -> None:
-    model = tiny_model("gemma3_text", num_hidden_layers=18)
+    model = tiny_model("gemma3_text", num_hidden_layers=12)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no",
         disable_tqdm=True,
     )  # fmt: skip
-    trim = TrimConfig(target_layers=12, importance="block_influence", calibration_size=2, portable=True)
+    trim = TrimConfig(target_layers=6, importance="block_influence", calibration_size=2, portable=True)
     TrimTrainer(model, arguments, train_dataset=tiny_texts(16), trim=trim).train()
-    assert model.config.num_hidden_layers == 12 and not unlike_default(model.config)
+    assert model.config.num_hidden_layers == 6 and not unlike_default(model.config)
     assert verdicts(model.config)["llama.cpp"] == RIGHT
-    with pytest.raises(ValueError, match=r"can be trimmed to, got 9 layers.*It can be trimmed to 12"):
-        trim = TrimConfig(target_layers=9, importance="block_influence", calibration_size=2, portable=True)
+    with pytest.raises(ValueError, match=r"can be trimmed to, got 3 layers.*It can be trimmed to 6"):
+        trim = TrimConfig(target_layers=3, importance="block_influence", calibration_size=2, portable=True)
         TrimTrainer(
-            tiny_model("gemma3_text", num_hidden_layers=18), arguments, train_dataset=tiny_texts(16), trim=trim
+            tiny_model("gemma3_text", num_hidden_layers=12), arguments, train_dataset=tiny_texts(16), trim=trim
         ).train()
     with pytest.raises(ValueError, match="unit='block' with portable"):
         TrimConfig(target_layers=2, unit="sublayer", portable=True)
