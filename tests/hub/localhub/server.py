@@ -70,6 +70,8 @@ class Request(BaseHTTPRequestHandler):
         self.status, self.lose, self.then_down = 0, False, False
         self.base = f"http://{self.headers['Host']}"
         path = parts.path if parts.path.startswith("/api") else unquote(parts.path)
+        with self.hub.idle:
+            self.hub.answering += 1
         try:
             if not self.goes_wrong(path):
                 self.dispatch(path)
@@ -81,7 +83,10 @@ class Request(BaseHTTPRequestHandler):
         except ConnectionError:
             self.close_connection = True
         finally:
-            self.hub.log.append((f"{self.command} {path}", self.status))
+            with self.hub.idle:
+                self.hub.log.append((f"{self.command} {path}", self.status))
+                self.hub.answering -= 1
+                self.hub.idle.notify_all()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
 
@@ -224,6 +229,7 @@ class LocalHub:
         self.xet, self.part = xet, part
         self.faults: list[Fault] = []
         self.log: list[tuple[str, int]] = []
+        self.answering, self.idle = 0, threading.Condition()
         handler = type("HubRequest", (Request,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -241,8 +247,10 @@ class LocalHub:
         return fault
 
     def mend(self) -> None:
-        """Forget faults and the log."""
+        """Forget faults and the log, once requests whose answer the client has already are in it."""
         self.faults.clear()
+        with self.idle:
+            self.idle.wait_for(lambda: self.answering == 0, timeout=2)
         self.log.clear()
 
     def calls(self, match: str) -> list[int]:
