@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.utils import logging
 
 from trimllm_hf import TrimCallback, TrimConfig, TrimTrainer
+from trimllm_hf.publish.card import CARD, REPORT
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -67,7 +68,15 @@ def test_a_run_begins_repaired(tmp_path: Path, trim_trainer: bool) -> None:
     changed = [name for name, value in state.items() if not torch.equal(value, other[name])]
     assert changed and all(name.endswith("mlp.down_proj.weight") for name in changed)
     assert len(changed) == len(repair["repaired"])
+    kept = callback.record.layer_map.kept_layers
+    assert repair["weights"] == {"mlp.down_proj": [kept[int(name.split(".")[2])] for name in changed]}
     trainer.save_model(str(tmp_path / "saved"))
+    if trim_trainer:
+        report = json.loads((tmp_path / "saved" / REPORT).read_text())
+        assert report["training"]["repairs"] == [{**repair, "repaired": list(repair["repaired"])}]
+        of = ", ".join(map(str, repair["weights"]["mlp.down_proj"]))
+        losses = f"{repair['plain_loss']:.4g} | {repair['repaired_loss']:.4g}"
+        assert f"| 0 | `mlp.down_proj` of {of} | {losses} |" in (tmp_path / "saved" / CARD).read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     ids = tiny_texts(1)[0]["input_ids"][None]
     with torch.no_grad():
@@ -93,9 +102,12 @@ def test_a_repair_that_harms_leaves_the_plain_drop(
 def test_where_there_is_no_place_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     logger.addHandler(caplog.handler)
     try:
-        _, callback, _ = trained(tmp_path, config(), model=tiny_model("gemma2"))
+        trainer, callback, _ = trained(tmp_path, config(), model=tiny_model("gemma2"))
     finally:
         logger.removeHandler(caplog.handler)
+    trainer.save_model(str(tmp_path / "saved"))
+    card = (tmp_path / "saved" / CARD).read_text()
+    assert "none, the plain drop stayed (" in card and "adds straight to the hidden states) | not measured" in card
     assert "No repair, the plain drop stays" in caplog.text and "adds straight to the hidden states" in caplog.text
     assert [repair["applied"] for repair in callback.record.repairs] == [False]
     model = tiny_model("gemma2")
@@ -104,13 +116,18 @@ def test_where_there_is_no_place_for_it(tmp_path: Path, caplog: pytest.LogCaptur
     assert model.config.num_hidden_layers == 6 and not getattr(model.config, "trim", None)
 
 
-def test_adapters(tmp_path: Path) -> None:
+def test_adapters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     peft = pytest.importorskip("peft")
 
     def adapted() -> Any:
         return peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
 
-    _, callback, _ = trained(tmp_path, config(), model=adapted())
+    logger.addHandler(caplog.handler)
+    try:
+        _, callback, _ = trained(tmp_path, config(), model=adapted())
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "No repair, the plain drop stays (the model has adapters" in caplog.text
     assert [repair["applied"] for repair in callback.record.repairs] == [False]
     with pytest.raises(ValueError, match="Expected a model without adapters to repair"):
         trained(tmp_path, config(repair="required"), model=adapted())

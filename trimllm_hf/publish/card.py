@@ -18,7 +18,7 @@ from ..layer_map import LayerMap
 from ..surgery.remote_code import is_our_code
 from . import plots
 from .card_data import TrimCardData
-from .figures import cost_rows, dropped, history_rows, map_of, quality_rows, summary, text_strip
+from .figures import cost_rows, dropped, history_rows, map_of, quality_rows, repair_rows, summary, text_strip
 from .folder import REPORT, describe_base, describe_trimmed
 from .measure import measure_for_card
 from .usage import SEQ2SEQ, run_example
@@ -160,6 +160,7 @@ def render(data: TrimCardData) -> str:
         text_widths=None if widths is None else text_widths(widths.full, widths.kept),
         widths_file=plots.WIDTHS if plots.WIDTHS in data.pictures else None,
         history=history_rows(layer_map),
+        repairs=repair_rows(data.training),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 

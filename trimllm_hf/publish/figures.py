@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..latency.report import LatencyReport, Run
@@ -76,6 +76,25 @@ def history_rows(layer_map: LayerMap) -> Rows:
         )
         for record in layer_map.history
     ]
+
+
+def repair_rows(run: Mapping[str, Any] | None) -> Rows:
+    """Step | weights that were fitted anew | held-out loss of the plain drop | of the repaired one; a row a drop."""
+    rows = []
+    for repair in (run or {}).get("repairs", ()):
+        weights = "; ".join(
+            f"`{name}` of {', '.join(map(str, layers))}" for name, layers in repair.get("weights", {}).items()
+        )
+        left = "; ".join(dict.fromkeys(repair.get("unrepaired", {}).values()))
+        losses = [repair.get(name) for name in ("plain_loss", "repaired_loss")]
+        rows.append(
+            (
+                str(repair["step"]),
+                (weights or "none, the plain drop stayed") + (f" ({why})" if (why := repair.get("why") or left) else ""),
+                *(NOT_MEASURED if loss is None else f"{loss:.4g}" for loss in losses),
+            )
+        )
+    return rows
 
 
 def base_name(data: TrimCardData) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.utils import logging
 from ..engines import ProcessGroup, all_or_none
 from ..importance.calibration import Batch, draw
 from ..importance.statistics import real_tokens
+from ..layer_map import LayerMap
 from ..surgery.adapters import adapters_of, base_of
 from ..surgery.blocks import find_blocks
 from ..surgery.drop import PlannedDrop
@@ -81,8 +83,12 @@ class Repairer:
             model, repair, self._held_out, process_group=self.process_group, filler_batch=self._filler_batch
         )
 
-    def repair_for(self, drop: PlannedDrop) -> tuple[Repair | None, RepairReport | None]:
+    def repair_for(self, drop: PlannedDrop) -> tuple[Repair | None, dict[str, Any]]:
         """The repair for a planned drop, if the model is the better for it; the same on every process, or an error on all.
+
+        Returns:
+            It, and what came of it in plain values: a `RepairReport` and `weights`, of which layers of the base which
+            weight is fitted anew, by the weight's name in the block; or `why` there is none.
 
         Raises:
             ValueError: If a repair is required and there is none. Nothing has changed.
@@ -91,19 +97,24 @@ class Repairer:
         if adapters_of(base_of(model)):
             if self.config.repair == "required":
                 refuse_adapters(model)
-            logger.warning("No repair: the model has adapters, whose checkpoints do not hold their base.")
-            return None, None
+            return self._none("the model has adapters, whose checkpoints do not hold their base")
         with all_or_none(self.process_group):
             (repair,) = self.fit(model, [drop.dropped(self.config.unit)])
             if self.config.repair == "required":
                 refuse_without_refits(repair)
             if not repair.refits:
-                reasons = "; ".join(f"{gap}: {why}" for gap, why in repair.unrepaired.items())
-                logger.warning(f"No repair, the plain drop stays ({reasons}).")
-                return None, None
+                return self._none("; ".join(f"{gap}: {why}" for gap, why in repair.unrepaired.items()))
             report = self.evaluate(model, repair)
         (logger.info if report.applied else logger.warning)(str(report))
-        return repair if report.applied else None, report
+        weights: dict[str, list[int]] = {}
+        kept = LayerMap.from_config(model.config, self.config.part).kept_layers
+        for refit in repair.refits if report.applied else ():
+            weights.setdefault(refit.projection.name, []).append(kept[refit.position])
+        return repair if report.applied else None, {**asdict(report), "weights": weights}
+
+    def _none(self, why: str) -> tuple[None, dict[str, Any]]:
+        logger.warning(f"No repair, the plain drop stays ({why}).")
+        return None, {"applied": False, "why": why}
 
     def _enough(self, model: nn.Module) -> list[Batch]:
         """This process's share of as many training examples as have enough tokens together."""

@@ -194,9 +194,9 @@ class Run:
         drop = selector.next_drop(model, step, progress, count)
         changes: Changes = ()
         if self.repairer is not None:
-            repair, report = self.repairer.repair_for(drop)
+            repair, told = self.repairer.repair_for(drop)
             changes = repair.changes(model) if repair is not None else ()
-            self.record.repairs.append({"step": step, **(asdict(report) if report is not None else {"applied": False})})
+            self.record.repairs.append({"step": step, **told})
         self.record.layer_map = apply_drop(self.engine, drop, changes)
         if self.schedule.rule is not None:
             self.schedule.rule.dropped(step)
