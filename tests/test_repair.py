@@ -279,6 +279,19 @@ def test_few_tokens_take_the_form_of_a_matrix() -> None:
     assert not nothing.refits and "128 calibration tokens at least, there are 52" in "".join(nothing.unrepaired.values())
 
 
+def test_the_equations_are_in_full_precision_under_autocast() -> None:
+    """A caller's autocast is for the forward pass, as where Accelerate wraps that alone; in both forms of a refit."""
+    model, wrapped = tiny_model("opt"), tiny_model("opt")
+    wrapped.forward = torch.autocast("cpu", torch.bfloat16)(wrapped.forward)
+    for rows in (24, 8):
+        (expected,) = fitted(wrapped, [2, 3], inputs(rows)).refits
+        with torch.autocast("cpu", torch.bfloat16):
+            (found,) = fitted(model, [2, 3], inputs(rows)).refits
+        for name, change in expected.changes.items():
+            assert torch.equal(found.changes[name], change)
+        assert expected.changes["fc2.weight"].abs().max() > 1e-3
+
+
 def test_equations_without_a_solution_leave_that_gap_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model()
     block = model.model.layers[3]

@@ -191,7 +191,7 @@ def _refit(gap: Gap, sums: NormalEquations, change: torch.Tensor, process_group:
     before, last, projection = sums.before.block, sums.last.block, sums.projection
     changes: dict[str, torch.Tensor] = {}
     closing: nn.Module | None = None
-    with process_group.gathered([*before.modules(), *last.modules()]):
+    with process_group.gathered([*before.modules(), *last.modules()]), torch.autocast(change.device.type, enabled=False):
         weight: Any = sums.module.weight
         bias: Any = getattr(sums.module, "bias", None)
         transposed = isinstance(sums.module, Conv1D)

@@ -118,7 +118,11 @@ class NormalEquations:
 
     def _add(self, mask: torch.Tensor | None, held_out: bool) -> None:
         before = self.before.take()
-        residual, rows = self.last.take() - before, before.shape[:-1]
+        with torch.autocast(before.device.type, enabled=False):  # a caller's is for the model
+            self._add_rows(before, self.last.take() - before, mask, held_out)
+
+    def _add_rows(self, before: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None, held_out: bool) -> None:
+        rows = before.shape[:-1]
         got, gave = (self._seen[name].float().reshape(*rows, -1) for name in ("got", "gave"))
         features = gave if self.by_output else got
         if not self.fitted.gram.numel():
