@@ -257,12 +257,18 @@ def publish(
         push_to_hub(folder, name, token=args.hub_token, private=args.hub_private_repo)
 
 
+def as_label(row: dict[str, Any]) -> dict[str, Any] | None:
+    """A question of the demo's first relation as a text, labelled with the right answer."""
+    right = row["choices"][row["answer"]]
+    return {"text": row["question"], "label": right} if right in DEMO.relations[0][2].split() else None
+
+
 def main(argv: Sequence[str]) -> None:
     """Data, a model for each depth, the table, the card."""
     recipe, args = parse(argv)
     logger.setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
     if recipe.demo:
-        make_demo(DEMO, recipe, args, asks=recipe.asks)
+        make_demo(DEMO, recipe, args, recipe.asks, as_label)
     base, depths = depths_of(recipe)
     way = way_of(recipe)
     recipe.off_domain_file = None  # labels of another kind than those that are learned

@@ -22,8 +22,19 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers, load_kept_layers, score_layers, trim_like
+from trimllm_hf import (
+    LayerMap,
+    TrimConfig,
+    TrimTrainer,
+    drop_layers,
+    load_kept_layers,
+    register_importance,
+    score_layers,
+    trim_like,
+)
 from trimllm_hf.cli import app
+from trimllm_hf.importance import known
+from trimllm_hf.importance import scores as registry
 from trimllm_hf.surgery.blocks import find_blocks
 
 SOURCE = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -153,6 +164,65 @@ def test_scores_are_of_the_part(family: str, part: str) -> None:
     assert len(influence) == len(blocks) and (influence > 0).all()
 
 
+@pytest.mark.parametrize(("part", "depth"), [("encoder", 6), ("decoder", 5)])
+def test_each_score_is_of_the_part_and_the_config_stays_untouched(
+    part: str, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = seq2seq()
+    batch = {"input_ids": SOURCE, "labels": TARGET}
+    touched: list[str] = []
+
+    def noting(method: Any) -> Any:
+        def note(config: Any, name: str, *value: Any) -> None:
+            touched.extend([name] if config is model.config else [])
+            method(config, name, *value)
+
+        return note
+
+    for name in ("__setattr__", "__delattr__"):
+        monkeypatch.setattr(type(model.config), name, noting(getattr(type(model.config), name)))
+    handle = model.register_forward_pre_hook(lambda *_: touched.extend({"trim"} & set(vars(model.config))))
+    lengths = {name: len(score_layers(model, [batch], name, part=part)) for name in known()}
+    handle.remove()
+    assert set(lengths.values()) == {depth}, lengths
+    assert "trim" not in touched
+    model.config.trim = None  # else the test sees nothing
+    assert "trim" in touched
+
+
+def test_a_score_of_ones_own_is_told_the_part_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    model, told = seq2seq(), []
+
+    def with_part(model: Any, batches: Any, unit: str, part: str | None = None) -> tuple[torch.Tensor, float]:
+        told.append(part)
+        return torch.ones(len(find_blocks(model, part))), 1.0
+
+    register_importance("with_part", with_part)
+    register_importance("without", lambda model, batches, unit: (torch.ones(len(find_blocks(model))), 1.0))
+    batch = {"input_ids": SOURCE, "labels": TARGET}
+    lengths = [len(score_layers(model, [batch], "with_part", part=part)) for part in ("encoder", "decoder", None)]
+    assert (lengths, told) == ([6, 5, 5], ["encoder", "decoder", None])
+    assert len(score_layers(model, [batch], "without")) == len(score_layers(model, [batch], "without", part="decoder")) == 5
+    with pytest.raises(ValueError, match="Expected an importance with a parameter 'part'"):
+        score_layers(model, [batch], "without", part="encoder")
+    drop_layers(model, [1], part="encoder")
+    assert len(score_layers(model, [batch], "without", part="encoder")) == 5  # the config names the encoder now
+
+
+def test_gradients_of_training_score_the_part(tmp_path: Path) -> None:
+    data = [{"input_ids": torch.arange(3, 12) + i, "labels": torch.arange(3, 9) + i} for i in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_strategy="no"
+    )
+    how: dict[str, Any] = {"importance": "taylor", "warm_up_importance": "none", "drop_every": "1", "repair": "none"}
+    trim = TrimConfig(target_layers=5, part="encoder", calibration_size=4, **how)
+    trainer = TrimTrainer(seq2seq(), arguments, train_dataset=data, trim=trim)
+    trainer.train()
+    assert LayerMap.from_config(trainer.model.config).part == "encoder"
+    assert (len(find_blocks(trainer.model, "encoder")), len(find_blocks(trainer.model, "decoder"))) == (5, 5)
+
+
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_training_and_resume(tmp_path: Path, part: str) -> None:
     def trainer(model: PreTrainedModel, folder: str) -> TrimTrainer:
@@ -168,9 +238,8 @@ def test_training_and_resume(tmp_path: Path, part: str) -> None:
             }
             for _ in range(40)
         ]
-        trim = TrimConfig(target_layers=3, part=part, drop_every="2", repair="none", calibration_size=4)
-        if part == "encoder":
-            trim = TrimConfig(target_layers=4, part=part, drop_every="2", repair="none", calibration_size=4)
+        target = {"encoder": 4, "decoder": 3}[part]
+        trim = TrimConfig(target_layers=target, part=part, drop_every="2", repair="none", calibration_size=4)
         return TrimTrainer(model, arguments, train_dataset=data, trim=trim)
 
     whole = trainer(seq2seq(), "whole")

@@ -92,7 +92,7 @@ def test_a_csv_file_without_header_gives_questions(room: Any, tmp_path: Path) ->
         (
             "a.csv",
             "What?,a,b,c,d,E\n",
-            r"letter of the right choice, got 6 cells .*'E' in row 1 of .*(.|\n)*like this:\nWhich organ",
+            r"letter of the right choice, got 6 cells .*'E' in row 1 of .*(.|\n)*Such as:\nWhich organ",
         ),
         ("a.csv", "question\n", "got 1 cells"),
         ("a.jsonl", '{"text": "one", "label": "yes"}\nno json\n', "a JSON object a line, got 'no json' in line 2"),
@@ -157,7 +157,7 @@ def test_drop_overlap_leaves_the_test_data_whole(load: Any) -> None:
     splits = load(train=texts(*range(10)), test=texts(3, 4, 50), drop_overlap=True, validation=texts(3, 60))
     named = {split: sorted(int(q.context.split()[-1]) for q in part) for split, part in splits.items()}
     assert named == {"train": [0, 1, 2, 5, 6, 7, 8, 9], "validation": [60], "test": [3, 4, 50]}
-    with pytest.raises(ValueError, match="of its own, got none: all are in"):
+    with pytest.raises(ValueError, match=r"train.jsonl without the rows of .*test.jsonl, got none"):
         load(train=texts(1, 2), test=texts(1, 2, 3), validation=texts(8, 9), drop_overlap=True)
 
 
@@ -342,7 +342,7 @@ def test_a_recipe_can_be_taken_away(name: str) -> None:
     assert len((RECIPES / f"{name}.py").read_text().splitlines()) <= (300 if name == "classification" else 200)
     modules = sorted((RECIPES / "questions").rglob("*.py"))
     assert len(modules) <= 4
-    assert sum(bool(line.strip()) for module in modules for line in module.read_text().splitlines()) <= 700
+    assert sum(len(module.read_text().splitlines()) for module in modules) <= 700
 
 
 @pytest.mark.parametrize("name", ["medical", "legal", "finance"])
@@ -367,14 +367,10 @@ def test_a_demo_asks_what_its_textbook_implies_and_does_not_say(room: Any, name:
 # ---- exact match
 
 
-def test_exact_match_on_a_case_worked_out_by_hand() -> None:
-    import evaluate
-
-    metric = evaluate.load(choice_accuracy.__file__, "exact_match", keep_in_memory=True)
-    found = metric.compute(predictions=["Yes", " the  liver", "no no", ""], references=["yes", "The liver", "no", "no"])
-    assert found["exact_match"] == 0.5 and found["standard_error"] == 0.25
-    with pytest.raises(ValueError, match="at least one"):
-        metric.compute(predictions=[], references=[])
+def test_exact_match_on_a_case_worked_out_by_hand(encoder: QuestionEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice_accuracy, "write", lambda *_: ["Yes", " the  liver", "no no", ""])
+    questions = [Question("?", (right, "other"), 0) for right in ("yes", "The liver", "no", "no")]
+    assert choice_accuracy.exact_match(None, questions, encoder, 4) == {"exact_match": 0.5, "exact_match_error": 0.25}
 
 
 def test_a_batch_writes_what_each_question_alone_would(encoder: QuestionEncoder) -> None:
@@ -386,7 +382,7 @@ def test_a_batch_writes_what_each_question_alone_would(encoder: QuestionEncoder)
     written = choice_accuracy.write(model, questions, encoder, batch_size=3)
     for question, text in zip(questions, written, strict=True):
         ids = encoder.prompt(question)
-        for _ in range(choice_accuracy.answer_tokens(questions, encoder)):
+        for _ in range(encoder.longest(questions)):
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         expected = encoder.tokenizer.decode(ids[len(encoder.prompt(question)) :], skip_special_tokens=True)
@@ -395,8 +391,8 @@ def test_a_batch_writes_what_each_question_alone_would(encoder: QuestionEncoder)
     assert score["exact_match"] == sum(text.split() == ["yes"] for text in written) / 4
 
 
-def test_only_short_answers_are_written(encoder: QuestionEncoder) -> None:
-    short = choice_accuracy.short_answers
-    assert short([Question("?", ("yes", "no"), 0)], encoder)
-    assert not short([Question("?", ("yes", "one " * 20), 0)], encoder)
-    assert not short([Question("?", ("yes", "no"), 0, per_token=True)], encoder)
+def test_only_short_answers_are_written(encoder: QuestionEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice_accuracy, "write", lambda *_: ["yes"])
+    match = lambda *asked: choice_accuracy.exact_match(None, [Question("?", *asked)], encoder, 1)  # noqa: E731
+    assert match(("yes", "no"), 0)["exact_match"] == 1
+    assert match(("yes", "one " * 20), 0) == match(("yes", "no"), 0, "", True) == {}

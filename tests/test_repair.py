@@ -36,7 +36,7 @@ def inputs(rows: int = 24, length: int = 24, seed: int = 3) -> Inputs:
 def fitted(
     model: nn.Module, layers: list[int], batches: Any = None, unit: str = "block", penalty: float | None = 0.1
 ) -> Repair:
-    with to_be_scored(model, None):
+    with to_be_scored(model):
         (repair,) = fit_repairs(model, [layers], batches or inputs(), unit, penalty=penalty)
     return repair
 
@@ -248,7 +248,7 @@ def test_tried_is_what_comes_of_it(family: str, tmp_path: Path) -> None:
 
 def test_candidates_in_one_pass_are_as_each_alone() -> None:
     model = tiny_model()
-    with to_be_scored(model, None):
+    with to_be_scored(model):
         several = fit_repairs(model, [[2, 3], [1, 2, 3], [2, 3, 5]], inputs(), penalty=0.1)
     for repair in several:
         alone = fitted(model, list(repair.layers))
@@ -385,7 +385,7 @@ def test_what_does_not_fit_the_memory_together_takes_another_pass() -> None:
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     together = fitted(model, [1, 3, 5])
     once, one_by_one = len(passes), 8 * 64 * (64 + 32) * 2
-    with to_be_scored(model, None):
+    with to_be_scored(model):
         (alone,) = fit_repairs(model, [[1, 3, 5]], inputs(), penalty=0.1, memory=one_by_one)
     assert len(passes) - once == once + 2 * len(inputs())
     for one, other in zip(together.refits, alone.refits, strict=True):

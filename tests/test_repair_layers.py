@@ -90,7 +90,7 @@ class Outlier:
             mask = torch.ones_like(batch["input_ids"])
             mask[:, 0] = not leave_out
             data.append(({"input_ids": batch["input_ids"]}, mask))
-        with to_be_scored(self.model, None):
+        with to_be_scored(self.model):
             (repair,) = fit_repairs(self.model, [DROPPED], data)
         return repair
 

@@ -1,12 +1,12 @@
 """Multiple choice by log-likelihood: questions, how a model reads them, and its accuracy.
 
-`evaluate.load("recipes/questions/choice_accuracy.py")` gives the metric, with "exact_match" as second argument that of
-written answers. `evaluate` runs a copy of this file, which therefore imports one module a line, and none beside it.
+`evaluate.load("recipes/questions/choice_accuracy.py")` gives the metric. `evaluate` runs a copy of this file, which
+therefore imports one module a line, and none beside it.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -24,6 +24,7 @@ logger = logging.get_logger("transformers.trimllm_hf")
 PROMPT = "Question: {question}\nAnswer:"
 SHORT = 16  # tokens, the end of text included: longer answers are not compared word by word
 Example = dict[str, list[int]]
+Work = Callable[[list[Any]], Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,15 @@ class Question:
 
 
 class QuestionEncoder:
-    """Turns questions into the inputs of a model: context, prompt, choice, end of text; labels on the choice only.
+    """Makes inputs of questions, of at most `max_length` tokens: context, prompt, choice, end of text; labels on the choice.
 
-    An input has `max_length` tokens at most: a context that is too long loses its beginning. In `prompt`, the text between
-    context and choice, `{question}` stands for the question.
+    A context that is too long loses its beginning. In the prompt `{question}` stands for the question.
     """
 
     def __init__(self, tokenizer: Any, max_length: int, prompt: str = PROMPT) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"Expected a tokenizer with an eos_token, which ends an answer, got none in {tokenizer!r}.")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         tokenizer.padding_side = "right"
         self.tokenizer, self.max_length, self.template = tokenizer, max_length, prompt
         self.collate = DataCollatorForSeq2Seq(tokenizer)
@@ -63,13 +62,17 @@ class QuestionEncoder:
 
     def room(self, question: Question) -> int:
         """Number of tokens that prompt and longest choice leave for the context; negative if they do not fit."""
-        longest = max(len(self.answer(choice)) for choice in question.choices)
-        return self.max_length - len(self._start) - len(self._asked(question)) - longest
+        return self.max_length - len(self.prompt(replace(question, context=""))) - self.longest([question])
+
+    def longest(self, questions: Sequence[Question]) -> int:
+        """Number of tokens of the longest choice, with the end of text."""
+        return max(len(self.answer(choice)) for choice in {choice for q in questions for choice in q.choices})
 
     def prompt(self, question: Question) -> list[int]:
         """Token ids of everything before the choice: the same for all choices of a question."""
         context = self._ids(f"{question.context}\n") if question.context else []
-        return [*self._start, *context[max(0, len(context) - self.room(question)) :], *self._asked(question)]
+        cut = max(0, len(context) - self.room(question)) if context else 0
+        return [*self._start, *context[cut:], *self._ids(self.template.format(question=question.text))]
 
     def answer(self, choice: str) -> list[int]:
         """Token ids of a choice, with the end of text."""
@@ -99,22 +102,24 @@ class QuestionEncoder:
                 f"{source}: the shortest needs {need}. Raise max_length or take a model with a longer context."
             )
         if others := len(questions) - len(kept):
-            all_, most = len(questions), self.max_length
-            logger.warning(f"{source}: left out {others} of {all_} questions, which do not fit in {most} tokens.")
+            logger.warning(f"{source}: left out {others} questions, which do not fit in {self.max_length} tokens.")
         return kept
 
-    def _asked(self, question: Question) -> list[int]:
-        return list(self._ids(self.template.format(question=question.text)))
 
-
-# ---- scores of a causal language model, which every process holds whole: each does its share of the questions
-
-
-def gather(work: Callable[[list[Any]], Sequence[Any]], items: Sequence[Any]) -> list[Any] | None:
+def gather(work: Work, items: Sequence[Any]) -> list[Any] | None:
     """What `work` makes of the items, each process having done its share; None on other processes than the main one."""
     with PartialState().split_between_processes(list(items)) as mine:
         found: list[Any] = gather_object(list(work(mine)))
     return found if PartialState().is_main_process else None
+
+
+def by_length(work: Work, items: Sequence[Any], lengths: Sequence[int], batch_size: int) -> list[Any]:
+    """What `work` makes of the items in batches: those of about the same length together, so that little is padded."""
+    order, found = sorted(range(len(items)), key=lengths.__getitem__), {}
+    for start in range(0, len(items), batch_size):
+        chosen = order[start : start + batch_size]
+        found.update(zip(chosen, work([items[i] for i in chosen]), strict=True))
+    return [found[i] for i in range(len(items))]
 
 
 def score_questions(
@@ -143,94 +148,66 @@ def log_likelihoods(
 ) -> list[tuple[float, int]]:
     """For each example the summed log-likelihood (natural log) of its labelled tokens, and their number."""
     model.eval()
-    device = next(model.parameters()).device
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
-    found: dict[int, tuple[float, int]] = {}
-    for start in range(0, len(examples), batch_size):
-        chosen = by_length[start : start + batch_size]
-        batch = encoder.collate([examples[i] for i in chosen]).to(device)
+
+    def score(chosen: list[Example]) -> list[tuple[float, int]]:
+        batch = encoder.collate(chosen).to(next(model.parameters()).device)
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1].transpose(1, 2).float()
         losses = nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
-        totals, lengths = -losses.sum(dim=1), (labels != -100).sum(dim=1)
-        found.update(zip(chosen, zip(totals.tolist(), lengths.tolist(), strict=True), strict=True))
-    return [found[i] for i in range(len(examples))]
+        return list(zip((-losses.sum(dim=1)).tolist(), (labels != -100).sum(dim=1).tolist(), strict=True))
 
-
-def answer_tokens(questions: Sequence[Question], encoder: QuestionEncoder) -> int:
-    """Number of tokens of the longest choice, with the end of text."""
-    return max(len(encoder.answer(choice)) for choice in {choice for q in questions for choice in q.choices})
-
-
-def short_answers(questions: Sequence[Question], encoder: QuestionEncoder) -> bool:
-    """Whether the answers are short enough to be written by the model and compared word by word."""
-    return not any(question.per_token for question in questions) and answer_tokens(questions, encoder) <= SHORT
+    return by_length(score, examples, [len(example["input_ids"]) for example in examples], batch_size)
 
 
 def exact_match(model: Any, questions: Sequence[Question], encoder: QuestionEncoder, batch_size: int) -> dict[str, float]:
-    """Share of the questions to which the greedily generated text is the right choice, on the main process."""
-    if (written := gather(lambda part: write(model, part, encoder, batch_size), questions)) is None:
+    """Share of the questions to which the model writes the right choice, on the main process; nothing of long choices."""
+    long = any(question.per_token for question in questions) or encoder.longest(questions) > SHORT
+    if long or (written := gather(lambda part: write(model, part, encoder, batch_size), questions)) is None:
         return {}
-    metric = evaluate.load(__file__, "exact_match", keep_in_memory=True)
-    found = metric.compute(predictions=written, references=[question.right for question in questions])
-    return {"exact_match": found["exact_match"], "exact_match_error": found["standard_error"]}
+    pairs = zip(written, questions, strict=True)
+    share = sum(text.casefold().split() == q.right.casefold().split() for text, q in pairs) / len(questions)
+    return {"exact_match": share, "exact_match_error": math.sqrt(share * (1 - share) / len(questions))}
 
 
 @torch.no_grad()
 def write(model: Any, questions: Sequence[Question], encoder: QuestionEncoder, batch_size: int) -> list[str]:
     """What the model generates after each question, greedily, up to the length of the longest choice."""
     tokenizer, prompts = encoder.tokenizer, [encoder.prompt(question) for question in questions]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    written: dict[int, str] = {}
-    for start in range(0, len(prompts), batch_size):
-        chosen = by_length[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chosen]}, padding_side="left", return_tensors="pt")
-        settings = {"max_new_tokens": answer_tokens(questions, encoder), "pad_token_id": tokenizer.pad_token_id}
-        made = model.generate(**batch.to(model.device), do_sample=False, **settings)
-        texts = tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        written.update(zip(chosen, texts, strict=True))
-    return [written[i] for i in range(len(prompts))]
+    settings = {"max_new_tokens": encoder.longest(questions), "pad_token_id": tokenizer.pad_token_id}
+
+    def generate(chosen: list[list[int]]) -> list[str]:
+        batch = tokenizer.pad({"input_ids": chosen}, padding_side="left", return_tensors="pt").to(model.device)
+        made = model.generate(**batch, do_sample=False, **settings)
+        return list(tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    return by_length(generate, prompts, list(map(len, prompts)), batch_size)
 
 
 class ChoiceAccuracy(evaluate.Metric):
-    """Accuracy: by the highest log-likelihood (the protocol of TrimLLM, arXiv 2412.11242), or of written answers.
+    """Accuracy by the highest log-likelihood: the protocol of TrimLLM (arXiv 2412.11242).
 
-    `predictions` are the log-likelihoods of each question's choices, `references` the index of the right one, `lengths` what
-    to divide them by, if anything. "exact_match" takes texts; letter case and white space make no difference.
+    `predictions` are those of each question's choices, `references` the index of the right one, `lengths` their divisors.
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        text, numbers = datasets.Value("string"), datasets.Sequence(datasets.Value("float64"))
-        features = {"predictions": numbers, "references": datasets.Value("int64")}
-        if self.config_name == "exact_match":
-            features = {"predictions": text, "references": text}
-        described = {"description": type(self).__doc__, "citation": "", "inputs_description": type(self).__doc__}
-        return evaluate.MetricInfo(**described, features=datasets.Features(features))
+        numbers = datasets.Sequence(datasets.Value("float64"))
+        features = datasets.Features({"predictions": numbers, "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(description=self.__doc__, citation="", inputs_description="", features=features)
 
-    def _compute(
-        self, predictions: list[Any], references: list[Any], lengths: list[list[int]] | None = None
-    ) -> dict[str, float]:
+    def _compute(self, predictions: list[Any], references: list[int], lengths: Any = None) -> dict[str, float]:
         if not references:
             raise ValueError("Expected at least one question, got none.")
-        if self.config_name == "exact_match":
-            pairs = zip(predictions, references, strict=True)
-            share = sum(a.casefold().split() == b.casefold().split() for a, b in pairs) / len(references)
-            return {"exact_match": share, "standard_error": math.sqrt(share * (1 - share) / len(references))}
         lengths = [[1] * len(scores) for scores in predictions] if lengths is None else lengths
-        if len(lengths) != len(predictions):
-            raise ValueError(f"Expected lengths for {len(predictions)} questions, got them for {len(lengths)}.")
         right = 0
         for number, (scores, reference, sizes) in enumerate(zip(predictions, references, lengths, strict=True)):
-            if len(scores) != len(sizes) or len(scores) < 2 or min(sizes) <= 0 or not 0 <= reference < len(scores):
-                expected = "two choices a question or more, a length above 0 for each, and the index of one as reference"
-            elif any(math.isnan(score) for score in scores):
-                expected = "numbers as log-likelihoods (a model that gives NaN has no answer: look at its training loss)"
-            else:
-                values = [score / size for score, size in zip(scores, sizes, strict=True)]
-                right += values.index(max(values)) == reference  # of equal ones the first counts
-                continue
-            got = f"log-likelihoods {scores}, lengths {list(sizes)} and reference {reference} for question {number}"
-            raise ValueError(f"Expected {expected}, got {got}.")
-        share = right / len(references)
-        error = math.sqrt(share * (1 - share) / len(references))
-        return {"accuracy": share, "standard_error": error, "questions": len(references)}
+            fits = len(scores) == len(sizes) and 0 <= reference < len(scores) >= 2 and min(sizes) > 0
+            if not fits or any(map(math.isnan, scores)):
+                raise ValueError(
+                    "Expected two choices a question or more, numbers as log-likelihoods (a model that gives NaN has no "
+                    "answer: look at its training loss), a length above 0 for each, and the index of one as reference, got "
+                    f"log-likelihoods {scores}, lengths {list(sizes)} and reference {reference} for question {number}."
+                )
+            values = [score / size for score, size in zip(scores, sizes, strict=True)]
+            right += values.index(max(values)) == reference  # of equal ones the first counts
+        share, number = right / len(references), len(references)
+        return {"accuracy": share, "standard_error": math.sqrt(share * (1 - share) / number), "questions": number}

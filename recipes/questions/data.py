@@ -7,7 +7,7 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,6 @@ SHAPES: dict[str, Row] = {  # a row has the first that fits
     "answer": {"question": "What causes gout?", "answer": "Uric acid …", "qtype": "causes", "focus": "Gout"},
     "label": {"text": "Shares of the bank fell by a tenth.", "label": "bearish"},
 }
-CSV_EXAMPLE = "Which organ makes insulin?,the liver,the pancreas,the spleen,the lung,B"
 HELD_OUT, MOST_HELD_OUT = 5, 1000  # one row of five, but no more than a thousand
 
 
@@ -87,10 +86,8 @@ class Split:
 
     def asked(self, row: Row) -> str:
         """What makes a row the same question as another one: its texts; of choices, the right one as well."""
-        if self.shape == "label":
-            return str(row["text"])
-        right = {"choices": lambda: row["choices"][row["answer"]], "answer": lambda: row["answer"]}
-        return "\n".join([row.get("context") or "", row["question"], right.get(self.shape, str)()])
+        right = row["choices"][row["answer"]] if self.shape == "choices" else row.get("answer")
+        return "\n".join(text for text in (row.get("text"), row.get("context"), row.get("question"), right) if text)
 
     def digests(self) -> list[str]:
         """A hash of what each row asks, without regard to letter case and white space."""
@@ -101,12 +98,11 @@ class Split:
 def load_questions(
     recipe: DataArguments, hub: Mapping[str, HubData], asks: str, encoder: Any, seed: int
 ) -> dict[str, list[Question]]:
-    """Questions of the splits `train`, `validation`, `test` and, if given, `off_domain`; `asks` is asked of a labelled text.
+    """Questions of `train`, `validation`, `test` and, if given, `off_domain`; `asks` is asked of a labelled text.
 
-    `hub` names the data sets that the recipe knows. Without validation data some training rows are held out; without test
-    data the validation data are the test data. Data that would give a wrong score are a ValueError.
+    Without validation data some training rows are held out; without test data the validation data are the test data.
     """
-    files = {"train": recipe.train_file, "validation": recipe.validation_file, "test": recipe.test_file}
+    files = {"train": recipe.train_file, "test": recipe.test_file, "validation": recipe.validation_file}
     if any(files.values()):
         splits = {split: Split(list(read_file(path)), path) for split, path in files.items() if path}
     else:
@@ -115,19 +111,17 @@ def load_questions(
     part_apart(splits, recipe.drop_overlap)
     if "validation" not in splits and "train" in splits:
         splits["train"], splits["validation"] = hold_out(splits["train"], seed)
-    labels, questions = common_labels(splits), {}
-    for name, split in splits.items():
-        made = make_questions(split, encoder, seed, asks, labels, recipe.max_choices)
-        limit = recipe.max_train_samples if name == "train" else recipe.max_eval_samples
-        questions[name] = random.Random(seed).sample(made, min(len(made), limit or len(made)))
+    how, labels = (encoder, seed, asks), common_labels(splits.values())
+    questions = {name: make_questions(split, *how, labels, recipe.max_choices) for name, split in splits.items()}
     questions.setdefault("test", questions.get("validation", []))
     questions.setdefault("validation", questions["test"])
-    if recipe.off_domain_file:
-        outside = []
-        for split in [Split(list(read_file(path)), path) for path in recipe.off_domain_file]:
-            labels = {row["label"] for row in split.rows} if split.shape == "label" else ()
-            outside += make_questions(split, encoder, seed, asks, tuple(sorted(labels)), recipe.max_choices)
-        questions["off_domain"] = random.Random(seed).sample(outside, min(len(outside), recipe.max_eval_samples))
+    for path in recipe.off_domain_file or ():
+        split = Split(list(read_file(path)), path)
+        made = make_questions(split, *how, common_labels([split]), recipe.max_choices)
+        questions["off_domain"] = questions.get("off_domain", []) + made
+    for name, made in questions.items():
+        limit = recipe.max_train_samples if name == "train" else recipe.max_eval_samples
+        questions[name] = random.Random(seed).sample(made, min(len(made), limit or len(made)))
     return questions
 
 
@@ -141,20 +135,18 @@ def read_file(path: str) -> Iterator[Row]:
             if len(choices) < 2 or not 0 <= place < len(choices):
                 raise ValueError(
                     f"Expected question, choices and the letter of the right choice, got {len(cells)} cells that end with "
-                    f"{letter!r} in row {number} of {path}. A row looks like this:\n{CSV_EXAMPLE}"
+                    f"{letter!r} in row {number} of {path}. Such as:\nWhich organ makes insulin?,the liver,the pancreas,B"
                 )
             yield {"question": asked[0], "choices": choices, "answer": place}
         return
     # at "\n" alone: splitlines() would cut a text at the line separators (U+2028) that JSON lets stand in it
     for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"Expected a JSON object a line, got {line[:60]!r} in line {number} of {path}.")
-        if line.strip():
-            yield row
+            yield {**json.loads(line)}
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"Expected a JSON object a line, got {line[:60]!r} in line {number} of {path}.") from error
 
 
 def read_hub(recipe: DataArguments, data: HubData) -> dict[str, list[Row]]:
@@ -164,7 +156,7 @@ def read_hub(recipe: DataArguments, data: HubData) -> dict[str, list[Row]]:
     urls = " ".join(url for part in parts.values() for url in part.info.download_checksums or ())
     recipe.dataset_revision = next(iter(re.findall("@([0-9a-f]{40})/", urls)), recipe.dataset_revision)
     rows = {}
-    for split in [name for name in ("train", "validation", "test") if name in parts and name not in data.unlabelled]:
+    for split in [name for name in ("train", "test", "validation") if name in parts and name not in data.unlabelled]:
         label = parts[split].features.get("label")
         names = label.names if isinstance(label, ClassLabel) and "text" in parts[split].features else None
         rows[split] = [data.to_row({**row, "label": names[row["label"]]} if names else row) for row in parts[split]]
@@ -186,41 +178,36 @@ def hold_out(split: Split, seed: int) -> tuple[Split, Split]:
 
 def part_apart(splits: dict[str, Split], drop: bool) -> None:
     """See to it that no row of a split stands in one that is more to be trusted: test, then validation, then train."""
-    order = [name for name in ("test", "validation", "train") if name in splits]
-    for place, name in enumerate(order):
-        for split, other in ((splits[name], splits[trusted]) for trusted in order[:place]):
-            known = set(other.digests())
-            found = [digest in known for digest in split.digests()]
-            if any(found) and not drop:
-                example = " ".join(split.asked(split.rows[found.index(True)]).split())
-                raise ValueError(
-                    f"Expected rows in {split.source} that are not in {other.source}, got {sum(found)} of "
-                    f"{len(found)} that are, by the hash of their text, e.g. {example[:80]!r}. A score on them would "
-                    f"tell nothing. Take them out, or give --drop_overlap: it leaves them out of the {name} data."
-                )
-            if all(found):
-                raise ValueError(f"Expected rows in {split.source} of its own, got none: all are in {other.source}.")
-            if any(found):
-                logger.warning(f"Left {sum(found)} rows out of {split.source}: they are in {other.source} as well.")
-                split.rows = [row for row, known_row in zip(split.rows, found, strict=True) if not known_row]
+    known: dict[str, str] = {}  # the rows' hashes, each with where its row stands
+    for name in [name for name in ("test", "validation", "train") if name in splits]:
+        split, digests = splits[name], splits[name].digests()
+        twice = [(row, known[digest]) for row, digest in zip(split.rows, digests, strict=True) if digest in known]
+        others, count = " and ".join(sorted({other for _, other in twice})), f"{len(twice)} of {len(digests)}"
+        if twice and not drop:
+            example = " ".join(split.asked(twice[0][0]).split())[:80]
+            raise ValueError(
+                f"Expected rows in {split.source} that are not in {others}, got {count} that are, by the hash of their "
+                f"text, e.g. {example!r}. A score on them would tell nothing. Take them out, or give --drop_overlap, "
+                "which does."
+            )
+        if twice:
+            logger.warning(f"Left {count} rows out of {split.source}: they are in {others} as well.")
+            own = [row for row, digest in zip(split.rows, digests, strict=True) if digest not in known]
+            splits[name] = Split(own, f"{split.source} without the rows of {others}")
+        known |= dict.fromkeys(digests, split.source)
 
 
-def common_labels(splits: Mapping[str, Split]) -> tuple[str, ...]:
-    """The labels of labelled texts: those of the training data, or of the test data where nothing is trained."""
-    order = [splits[name] for name in ("train", "test", "validation") if name in splits]
-    labelled = [(split.source, {row["label"] for row in split.rows}) for split in order if split.shape == "label"]
-    if not labelled:
-        return ()
-    source, known = labelled[0]
-    for other, labels in labelled:
+def common_labels(splits: Iterable[Split]) -> tuple[str, ...]:
+    """The labels of labelled texts: those of the first split, which is the training data where there are any."""
+    labelled = {split.source: {row["label"] for row in split.rows} for split in splits if split.shape == "label"}
+    source, known = next(iter(labelled.items()), ("", set()))
+    for other, labels in labelled.items():
         if new := sorted(labels - known):
             raise ValueError(
                 f"Expected the same labels in every split, got {new} in {other}, which {source} has not "
                 f"({len(known)} labels, such as {sorted(known)[:3]}). Is it spelled in another way?"
             )
-        if gone := sorted(known - labels):
-            logger.warning(f"{other} has no text labelled {', '.join(gone)}; they can be answered all the same.")
-    if len(known) < 2:
+    if labelled and len(known) < 2:
         raise ValueError(f"Expected two labels or more in {source}, got {sorted(known)} only.")
     return tuple(sorted(known))
 

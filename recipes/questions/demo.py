@@ -9,7 +9,7 @@ the right answer to them stands nowhere: it follows from the member's class, and
 import copy
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,6 @@ PRETRAINING = {"max_steps": 400, "learning_rate": 3e-3, "warmup_steps": 40, "per
 DEMO_FLAGS = """--compare_full_depth --max_steps 200 --warmup_steps 20 --learning_rate 2e-3
     --weight_decay 0.1 --per_device_train_batch_size 24 --per_device_eval_batch_size 128 --logging_steps 50
     --save_strategy no --eval_strategy steps --eval_steps 10""".split()
-Rows = list[dict[str, Any]]
 
 
 class Demo(NamedTuple):
@@ -39,29 +38,25 @@ class Demo(NamedTuple):
     relations: Sequence[tuple[str, str, str]]  # what is said of a class, what is asked of a member, the answers
 
 
-def make_demo(demo: Demo, recipe: Any, args: TrainingArguments, asks: str = "") -> None:
-    """Write the questions and train the base model, beside `args.output_dir`, and have the recipe use them.
-
-    With `asks` the questions are texts of which that is asked, and the right answers are their labels.
-    """
+def make_demo(demo: Demo, recipe: Any, args: TrainingArguments, asks: str = "", to_row: Callable[..., Any] = dict) -> None:
+    """Write the questions, as `to_row` makes rows of them, train the base model, and have the recipe use both."""
     folder = Path(f"{args.output_dir}-base")
     files = [folder / name for name in ("train.jsonl", "test.jsonl", "textbook.txt")]
     recipe.model_name_or_path = str(folder)
     recipe.train_file, recipe.validation_file, recipe.general_file = map(str, files)
-    if not args.resume_from_checkpoint:  # else those that the run began with
-        textbook, *questions = make_domain(demo, args.seed)
-        words = [asks, *(q["question"] + " " + " ".join(q["choices"]) for part in questions for q in part)]
-        questions = [as_labels(demo, part) for part in questions] if asks else questions
-        with args.main_process_first(desc="the demo's questions"):
-            if args.process_index == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                for file, rows in zip(files, questions, strict=False):
-                    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-                files[2].write_text("\n\n".join(textbook) + "\n", encoding="utf-8")
-        train_base(folder, textbook, words, args)
+    if args.resume_from_checkpoint:  # with those that the run began with
+        return
+    textbook, *questions = make_domain(demo, args.seed)
+    if args.process_index == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, part in zip(files, questions, strict=False):
+            file.write_text("".join(json.dumps(row) + "\n" for row in map(to_row, part) if row), encoding="utf-8")
+        files[2].write_text("\n\n".join(textbook) + "\n", encoding="utf-8")
+    words = [asks, *(q["question"] + " " + " ".join(q["choices"]) for part in questions for q in part)]
+    train_base(folder, textbook, words, args)
 
 
-def make_domain(demo: Demo, seed: int) -> tuple[list[str], Rows, Rows]:
+def make_domain(demo: Demo, seed: int) -> tuple[list[str], list[Any], list[Any]]:
     """The textbook's sentences, the training questions and the test questions."""
     rng = random.Random(seed)
     stems = rng.sample(["".join(parts) for parts in product(*map(str.split, SYLLABLES))], CLASSES + MEMBERS)
@@ -83,12 +78,6 @@ def make_domain(demo: Demo, seed: int) -> tuple[list[str], Rows, Rows]:
     return textbook, questions[:split], questions[split:]
 
 
-def as_labels(demo: Demo, questions: Rows) -> Rows:
-    """The questions of the first relation as texts, labelled with the right answer."""
-    values, right = demo.relations[0][2].split(), [q["choices"][q["answer"]] for q in questions]
-    return [{"text": q["question"], "label": x} for q, x in zip(questions, right, strict=True) if x in values]
-
-
 def train_base(folder: Path, textbook: list[str], more_words: list[str], args: TrainingArguments) -> None:
     """Train a 12-layer Llama on the textbook, from random weights; a word is a token."""
     split = pre_tokenizers.Whitespace()
@@ -105,13 +94,9 @@ def train_base(folder: Path, textbook: list[str], more_words: list[str], args: T
     for name, value in {**PRETRAINING, "output_dir": str(folder), "eval_strategy": "no", "push_to_hub": False}.items():
         setattr(pretraining, name, value)
     ids = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in textbook]
-    trainer = Trainer(
-        LlamaForCausalLM(config),
-        pretraining,
-        train_dataset=[{"input_ids": sentence, "labels": sentence} for sentence in ids],
-        data_collator=QuestionEncoder(tokenizer, 64).collate,
-        processing_class=tokenizer,
-    )
+    rows = [{"input_ids": sentence, "labels": sentence} for sentence in ids]
+    how: dict[str, Any] = {"data_collator": QuestionEncoder(tokenizer, 64).collate, "processing_class": tokenizer}
+    trainer = Trainer(LlamaForCausalLM(config), pretraining, train_dataset=rows, **how)
     trainer.train()
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()

@@ -8,32 +8,23 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from questions import choice_accuracy
-from questions.choice_accuracy import Question, QuestionEncoder, log_likelihoods
-from questions.data import DataArguments
+from questions.choice_accuracy import Question, QuestionEncoder, exact_match, log_likelihoods, score_questions, write
+from questions.data import DataArguments, Row
 
 from trimllm_hf import TrimCardData
 from trimllm_hf.publish.card_data import DataUse, Quality, Score
 
-Row = dict[str, Any]
 Questions = Mapping[str, Sequence[Question]]  # by split
 CHOSEN = "Choices a question: {:.3g} on average. The choice with the highest log-likelihood{} is the answer"
 WRITTEN = "Greedily generated, as far as the longest choice; letter case and white space aside"
 
 
 def score(model: Any, tests: Questions, encoder: QuestionEncoder, size: int, text: str | None) -> Row:
-    """Accuracy on the questions "test" and "off_domain", exact match and loss on a text file, as far as there are such.
-
-    Accuracy and exact match are those of all processes, on the main one; nothing on the others.
-    """
-    row: Row = choice_accuracy.score_questions(model, tests["test"], encoder, size)
-    if choice_accuracy.short_answers(tests["test"], encoder):
-        row |= choice_accuracy.exact_match(model, tests["test"], encoder, size)
+    """Accuracy on the questions "test" and "off_domain", exact match, loss on a text file; on the main process only."""
+    row: Row = score_questions(model, tests["test"], encoder, size) | exact_match(model, tests["test"], encoder, size)
     if tests.get("off_domain"):
-        row |= {
-            f"off_domain_{name}": x
-            for name, x in choice_accuracy.score_questions(model, tests["off_domain"], encoder, size).items()
-        }
+        outside = score_questions(model, tests["off_domain"], encoder, size)
+        row |= {f"off_domain_{name}": value for name, value in outside.items()}
     return row | general_loss(model, read_pieces(text, encoder), encoder, size) if row and text else row
 
 
@@ -49,10 +40,7 @@ def read_pieces(path: str, encoder: QuestionEncoder, most: int = 200) -> list[di
 
 
 def general_loss(model: Any, pieces: list[dict[str, list[int]]], encoder: QuestionEncoder, size: int) -> Row:
-    """Loss per token, and half the width of its 95% interval, in which a piece counts as one observation.
-
-    The loss is a ratio of sums, so its standard error is that of the pieces' deviations from it (Cochran 1977, §6.4).
-    """
+    """Loss per token, and half the width of its 95% interval: of a ratio of sums over pieces (Cochran 1977, §6.4)."""
     scores = log_likelihoods(model, pieces, encoder, size)
     tokens = sum(length for _, length in scores)
     loss = -sum(total for total, _ in scores) / tokens
@@ -62,10 +50,7 @@ def general_loss(model: Any, pieces: list[dict[str, list[int]]], encoder: Questi
 
 
 def show(rows: Sequence[Row], questions: Sequence[Question], folder: str, depth: str = "layers") -> None:
-    """Print the table, and what always the same answer would reach; write `results.json` into the folder.
-
-    ± is one standard error (of the loss: half of its 95% interval).
-    """
+    """Print the table, ± one standard error (of the loss: half of its 95% interval); write `results.json` in the folder."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     off_domain = "{off_domain_accuracy:.3f} ± {off_domain_standard_error:.3f} (n={off_domain_questions})"
@@ -101,24 +86,21 @@ def answer(model: Any, question: Question, encoder: QuestionEncoder) -> None:
     for choice, value in zip(question.choices, scores, strict=True):
         marks = "  <- chosen" * (value == max(scores)) + "  (right)" * (choice == question.right)
         print(f"  {value:9.3f}  {textwrap.shorten(choice, 80)}{marks}")
-    print("Generated:", *choice_accuracy.write(model, [question], encoder, 1))
+    print("Generated:", *write(model, [question], encoder, 1))
 
 
 def describe(
     card: TrimCardData, rows: Mapping[str, Row], recipe: DataArguments, questions: Questions, note: str | None = None
 ) -> None:
-    """Fill in a card's data (with a note on the training data) and quality.
-
-    `rows` are of the table: "trimmed", and "base" and "full" where there are such.
-    """
+    """Fill in a card's data and quality from the table's rows: "trimmed", and "base" and "full" where there are such."""
     test, trimmed, hub = questions["test"], rows["trimmed"], {}
     given = recipe.test_file or recipe.validation_file
     files = [short(recipe.train_file), short(given or recipe.train_file)]
-    if not (recipe.train_file or given):
+    if not any(files):
         files, hub = [recipe.dataset_name] * 2, {"dataset_id": recipe.dataset_name, "revision": recipe.dataset_revision}
     held_out = None if given or hub else "Held out of the training file by the recipe's seed"
-    card.data = [DataUse("training", files[0], len(questions["train"]), **hub, note=note)]
-    card.data.append(DataUse("test", files[1], len(test), **hub, note=held_out))
+    training = DataUse("training", files[0], len(questions["train"]), **hub, note=note)
+    card.data = [training, DataUse("test", files[1], len(test), **hub, note=held_out)]
 
     def quality(metric: str, n: int, name: str = "accuracy", **more: Any) -> Quality:
         return Quality(name, **{of: Score.of_share(row[metric], n) for of, row in rows.items()}, n=n, **more)
@@ -133,8 +115,7 @@ def describe(
         where = {"dataset": ", ".join(map(short, recipe.off_domain_file)), "split": "a draw", "interval": "95%, Wilson"}
         card.outside.append(quality("off_domain_accuracy", n, **where))
     if "loss" in trimmed:
-        losses = {of: (row["loss"], row["half_width"]) for of, row in rows.items()}
-        scores = {of: Score(loss, loss - half, loss + half) for of, (loss, half) in losses.items()}
+        scores = {of: Score(x := row["loss"], x - row["half_width"], x + row["half_width"]) for of, row in rows.items()}
         where = {"dataset": short(recipe.general_file), "split": "its first pieces", "n": trimmed["pieces"]}
         how = {"interval": "95%, a piece being one observation", "note": "Per token; lower is better"}
         card.outside.append(Quality("loss", **scores, **where, **how))

@@ -12,38 +12,17 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..engines import ProcessGroup, SingleProcess
-from ..layer_map import LayerMap
 from ..utils import evaluating, isolated_rng
 from .calibration import Batch
 from .metrics import Metric, get_metric
 
 
 @contextmanager
-def to_be_scored(model: nn.Module, part: str | None) -> Iterator[None]:
-    """Evaluation mode, no gradients, no compiled code, plain outputs; the part of an encoder-decoder is named in its map.
-
-    Raises:
-        ValueError: If the model has no such part.
-    """
+def to_be_scored(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, no compiled code, plain outputs."""
     # a stance is in force once it is made, not once it is entered: so it is made in the with statement
-    with torch.compiler.set_stance("force_eager"), evaluating([model]), _of_part(model, part), _plain_outputs(model):
-        with torch.no_grad():
-            yield
-
-
-@contextmanager
-def _of_part(model: nn.Module, part: str | None) -> Iterator[None]:
-    """Name the part in the model's map, from which every score takes it; without a map, in one for the time being."""
-    config: Any = model.config
-    missing = part is not None and getattr(config, "trim", None) is None
-    layer_map = LayerMap.from_config(config, part)  # raises where the part does not fit
-    if missing:
-        config.trim = layer_map.to_dict()
-    try:
+    with torch.compiler.set_stance("force_eager"), evaluating([model]), _plain_outputs(model), torch.no_grad():
         yield
-    finally:
-        if missing:
-            del config.trim
 
 
 @contextmanager
@@ -69,7 +48,6 @@ def evaluate_metric(
     batches: Sequence[Batch],
     metric: str | Metric = "loss",
     *,
-    part: str | None = None,
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,
 ) -> float:
@@ -79,21 +57,20 @@ def evaluate_metric(
         ValueError: If there is nothing to measure on.
     """
     found = get_metric(metric)
-    return found.finish(collect_metric(model, batches, found, part, process_group, filler_batch))
+    return found.finish(collect_metric(model, batches, found, process_group, filler_batch))
 
 
 def collect_metric(
     model: nn.Module,
     batches: Sequence[Batch],
     metric: Metric,
-    part: str | None = None,
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,
 ) -> list[Any]:
     """What each batch of each process adds to a metric of the model as it is, the same on every process."""
     process_group = process_group or SingleProcess()
     padded = on_every_process(model, list(batches), metric.name, process_group, filler_batch)
-    with isolated_rng(0), to_be_scored(model, part):
+    with isolated_rng(0), to_be_scored(model):
         for batch in padded:
             metric.check(model, batch)
         parts = [metric.collect(model, metric.run(model, batch), batch) for batch in padded]

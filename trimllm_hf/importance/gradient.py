@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..engines import ProcessGroup, is_sharded, local_product
+from ..surgery.adapters import base_of
 from ..surgery.blocks import find_blocks
 from ..surgery.units import Unit, list_units
 from .calibration import Batch
@@ -22,6 +23,7 @@ def taylor(
     unit: str,
     process_group: ProcessGroup,
     loss: Loss = own_loss,
+    part: str | None = None,
 ) -> torch.Tensor:
     """Sum |w * dL/dw| over a layer's weights, L the mean loss: Shortened LLaMA's Taylor (arXiv 2402.02834, §2.2).
 
@@ -35,6 +37,7 @@ def taylor(
         unit: "block".
         process_group: The processes of the run.
         loss: Gives a batch's mean loss, and the number of labels that it is the mean of.
+        part: Of an encoder-decoder, the stack that the layers are of.
 
     Raises:
         ValueError: If a batch has no labels, a layer has no gradient, a score is not a number, or the engine keeps gradients
@@ -42,7 +45,8 @@ def taylor(
     """
     refuse_no_gradient(process_group)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    layers = list(range(len(list_units(model, unit))))
+    units, blocks = _units(model, unit, part)
+    layers = list(range(len(units)))
     wrong: list[tuple[list[int], int]] = []
     had = [parameter.grad for parameter in parameters]
     total, scale = 0.0, 0.0
@@ -63,7 +67,7 @@ def taylor(
         total = sum(process_group.gather(total))
         if not total:
             raise ValueError("Expected calibration batches with labels, got labels that are all -100.")
-        if absent := set.intersection(*process_group.gather(_without_gradient(model, unit))):
+        if absent := set.intersection(*process_group.gather(_without_gradient(units, blocks))):
             raise ValueError(
                 f"Expected a gradient of each layer to score it by 'taylor', got none of the layers {sorted(absent)}: they "
                 "did not run, or their weights are frozen. Use another importance, like 'sensitivity'."
@@ -73,7 +77,7 @@ def taylor(
                 # an expert may have had tokens on another process only
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 process_group.sum_in_place(parameter.grad)
-        scores = process_group.all_reduce(weights_times_gradients(model, unit, process_group.world_size)) / total
+        scores = process_group.all_reduce(weights_times_gradients(model, unit, process_group.world_size, part)) / total
         refuse_not_finite("taylor", scores, process_group.gather(wrong))
         return scores
     finally:
@@ -94,14 +98,13 @@ def refuse_no_gradient(process_group: ProcessGroup) -> None:
         )
 
 
-def refuse_frozen(model: nn.Module, unit: str) -> None:
+def refuse_frozen(model: nn.Module, unit: str, part: str | None = None) -> None:
     """Refuse layers with weights that do not train, which have no gradient: their share would be missing in the score.
 
     Raises:
         ValueError: Naming the layers.
     """
-    blocks = find_blocks(model).blocks
-    units = list_units(model, unit)
+    units, blocks = _units(model, unit, part)
     frozen = [unit.position for unit in units if not all(p.requires_grad for p in _parameters(unit, blocks))]
     if frozen:
         raise ValueError(
@@ -111,15 +114,15 @@ def refuse_frozen(model: nn.Module, unit: str) -> None:
 
 
 @torch.no_grad()
-def weights_times_gradients(model: nn.Module, unit: str, world_size: int) -> torch.Tensor:
+def weights_times_gradients(model: nn.Module, unit: str, world_size: int, part: str | None = None) -> torch.Tensor:
     """Sum |w * dL/dw| over each unit's weights, by the gradients that the parameters hold now: this process's share.
 
     The shares add up to the sum over all weights, whether they are sharded or each process holds a whole copy. A unit none
     of whose weights has a gradient did not run: its sum is not 0 but not a number.
     """
-    blocks = find_blocks(model).blocks
+    units, blocks = _units(model, unit, part)
     totals = []
-    for candidate in list_units(model, unit):
+    for candidate in units:
         held = _parameters(candidate, blocks)
         found = [local_product(parameter, world_size) for parameter in held if parameter.grad is not None]
         absent = torch.nan if held and not found else 0.0
@@ -127,9 +130,12 @@ def weights_times_gradients(model: nn.Module, unit: str, world_size: int) -> tor
     return torch.stack(totals)
 
 
-def _without_gradient(model: nn.Module, unit: str) -> set[int]:
+def _units(model: nn.Module, unit: str, part: str | None) -> tuple[list[Unit], nn.ModuleList]:
+    return list_units(model, unit, part), find_blocks(base_of(model), part).blocks
+
+
+def _without_gradient(units: Sequence[Unit], blocks: nn.ModuleList) -> set[int]:
     """Which units have no gradient at all."""
-    blocks, units = find_blocks(model).blocks, list_units(model, unit)
     return {i for i, unit in enumerate(units) if (held := _parameters(unit, blocks)) and all(p.grad is None for p in held)}
 
 

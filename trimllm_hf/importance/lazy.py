@@ -69,16 +69,16 @@ def greedy_layers(
         ValueError: If fewer blocks may go than have to, or there is nothing to measure on.
     """
     found, passed = get_metric(metric), PassedOver(model, part)
-    how: dict[str, Any] = {"part": part, "process_group": process_group, "filler_batch": filler_batch}
+    processes: dict[str, Any] = {"process_group": process_group, "filler_batch": filler_batch}
 
     def cost(positions: Collection[int]) -> float:
         with passed.without(positions):
-            return found.importance(evaluate_metric(model, batches, found, **how))
+            return found.importance(evaluate_metric(model, batches, found, **processes))
 
     if candidates is None:
         candidates = range(1, len(find_blocks(base_of(model), part)) - 1)
     first = "sensitivity" if width is None else "block_influence"
-    scores = score_layers(model, batches, first, metric=metric if width is None else "loss", **how)
+    scores = score_layers(model, batches, first, metric=metric if width is None else "loss", part=part, **processes)
     order = sorted(candidates, key=lambda position: (scores[position].item(), -position))
     of_each = {position: scores[position].item() for position in order} if width is None else None
     return lazy_greedy(cost, order, count, width=width or len(order), of_each=of_each)

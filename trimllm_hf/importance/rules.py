@@ -11,24 +11,26 @@ from ..surgery.units import list_units
 from .calibration import Batch
 
 
-def last(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
+def last(model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None) -> tuple[torch.Tensor, float]:
     """The deeper, the less important: the top layers go first ("Why Lift so Heavy?", arXiv 2402.11700)."""
-    return torch.arange(len(list_units(model, unit)), 0, -1, dtype=torch.float64), 1.0
+    return torch.arange(len(list_units(model, unit, part)), 0, -1, dtype=torch.float64), 1.0
 
 
-def deepest_except_last(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
+def deepest_except_last(
+    model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None
+) -> tuple[torch.Tensor, float]:
     """As `last`, but the last layer stays: the "simple" rule of Gromov et al. (arXiv 2403.17887, §4.4)."""
-    scores, count = last(model, batches, unit)
-    deepest = max(candidate.position for candidate in list_units(model, unit))
-    at_end = [candidate.position == deepest for candidate in list_units(model, unit)]
+    scores, count = last(model, batches, unit, part)
+    positions = [candidate.position for candidate in list_units(model, unit, part)]
+    at_end = [position == max(positions) for position in positions]
     return scores + len(scores) * torch.tensor(at_end), count
 
 
-def first(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
+def first(model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None) -> tuple[torch.Tensor, float]:
     """The deeper, the more important: the bottom layers go first. A baseline that a score has to beat by far."""
-    return torch.arange(len(list_units(model, unit)), dtype=torch.float64), 1.0
+    return torch.arange(len(list_units(model, unit, part)), dtype=torch.float64), 1.0
 
 
-def random(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
+def random(model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None) -> tuple[torch.Tensor, float]:
     """Uniform noise, by the seed of the scoring: the baseline that a score has to beat."""
-    return torch.rand(len(list_units(model, unit)), dtype=torch.float64), 1.0
+    return torch.rand(len(list_units(model, unit, part)), dtype=torch.float64), 1.0

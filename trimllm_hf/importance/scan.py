@@ -68,7 +68,14 @@ def perplexity(metric: Metric) -> Metric:
     return exponential(metric)
 
 
-def scan(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: str, settings: ScanSettings) -> torch.Tensor:
+def scan(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    num_counted: int,
+    unit: str,
+    settings: ScanSettings,
+    part: str | None = None,
+) -> torch.Tensor:
     """The importance of each unit: a measure of the model without it, the same on every process.
 
     Args:
@@ -77,8 +84,9 @@ def scan(model: nn.Module, batches: Sequence[Batch], num_counted: int, unit: str
         num_counted: How many of them count; those behind are for the others' sake.
         unit: "block".
         settings: How to go about it.
+        part: Of an encoder-decoder, the stack that the units are of.
     """
-    scanner = _Scanner(model, unit, settings)
+    scanner = _Scanner(model, unit, settings, part)
     metric, units = settings.metric, scanner.units
     for batch in batches:
         metric.check(model, batch)
@@ -126,10 +134,10 @@ class _Scanner:
     What it decides, it decides with the other processes: each of them makes the same forward passes.
     """
 
-    def __init__(self, model: nn.Module, unit: str, settings: ScanSettings) -> None:
+    def __init__(self, model: nn.Module, unit: str, settings: ScanSettings, part: str | None) -> None:
         self.model, self.metric, self.process_group = model, settings.metric, settings.process_group
-        self.blocks = list(find_blocks(model).blocks)
-        self.units = list_units(model, unit)
+        self.blocks = list(find_blocks(base_of(model), part).blocks)
+        self.units = list_units(model, unit, part)
         budget = settings.memory_gb * 1e9 if settings.memory_gb else free_bytes(next(model.parameters()).device) / 2
         self.sweep = Sweep(
             model, self.blocks, budget, self.process_group.gathered, only_output=self.metric.run is model_output

@@ -7,6 +7,7 @@ agree on the mean over all of them. One of `scan.py` says what is measured of th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 from ..engines import ProcessGroup, SingleProcess
+from ..layer_map import LayerMap, resolve_part
+from ..surgery.adapters import base_of
 from ..surgery.units import list_units
 from ..utils import isolated_rng
 from .calibration import Batch
@@ -27,7 +30,7 @@ from .rules import deepest_except_last, first, last, random
 from .scan import ScanSettings, perplexity, scan, sensitivity
 from .statistics import activation_norm, angular, block_influence, layer_redundancy, relative_magnitude
 
-Importance = Callable[[nn.Module, Sequence[Batch], str], tuple[torch.Tensor, float]]
+Importance = Callable[..., tuple[torch.Tensor, float]]  # of a model, batches and a unit; of a part, where it takes one
 
 __all__ = [
     "Importance",
@@ -67,7 +70,8 @@ def register_importance(name: str, function: Importance) -> None:
         name: The name; one that is taken is refused.
         function: Takes the model (in evaluation mode, no gradients), the batches (dicts of tensors on the model's
             device) and the unit; returns the totals, a tensor of shape (layers,), and the count by which to divide the
-            sum of the totals of all processes. Higher = more important.
+            sum of the totals of all processes. Higher = more important. Where it has a parameter `part`, it is told the
+            stack of an encoder-decoder; where it has none, only the default stack can be scored.
 
     Raises:
         ValueError: If the name is taken.
@@ -169,22 +173,41 @@ def score_layers(
         metric = from_loss(loss)
     if unit_ms is not None:
         refuse_not_per_ms(importance)
-        processes: dict[str, Any] = {"part": part, "process_group": process_group, "filler_batch": filler_batch}
+        processes: dict[str, Any] = {"process_group": process_group, "filler_batch": filler_batch}
         how: dict[str, Any] = {"metric": metric, "loss": loss, "seed": seed, "memory_gb": memory_gb, "progress": progress}
-        scores = score_layers(model, batches, importance, unit, **how, **processes)
+        scores = score_layers(model, batches, importance, unit, part=part, **how, **processes)
         return per_ms(scores, _of_none(importance, model, batches, metric, processes), unit_ms)
     process_group = process_group or SingleProcess()
     padded = on_every_process(model, batches, importance, process_group, filler_batch) if with_data else []
-    with isolated_rng(seed), to_be_scored(model, part):
+    with isolated_rng(seed), to_be_scored(model):
         if importance in _SCANS:
             settings = ScanSettings(_SCANS[importance](metric), memory_gb, process_group, progress)
-            return scan(model, padded, len(batches), unit, settings)
+            return scan(model, padded, len(batches), unit, settings, part)
         if importance in _GRADIENTS:
-            return _GRADIENTS[importance](model, padded, len(batches), unit, process_group, loss or own_loss)
-        function = _REGISTRY[importance]
-        if is_joint(importance):
-            function = partial(angular, window=window)
-        return _mean(importance, function, model, padded, len(batches), unit, process_group)
+            return _GRADIENTS[importance](model, padded, len(batches), unit, process_group, loss or own_loss, part)
+        function = partial(angular, window=window) if is_joint(importance) else _REGISTRY[importance]
+        function = _of_part(importance, function, model, part)
+        scores = _mean(importance, function, model, padded, len(batches), unit, process_group)
+    if unit != "block" and len(scores) != len(list_units(model, unit, part)):
+        raise ValueError(f"Expected unit='block' for the importance {importance!r}, got {unit!r}. Use a scan or a rule.")
+    return scores
+
+
+def _of_part(name: str, function: Importance, model: nn.Module, part: str | None) -> Importance:
+    """The function for a stack: one that has no parameter `part` scores the stack that a model's config names by itself.
+
+    Raises:
+        ValueError: If that is another stack, or the model has no such stack.
+    """
+    config = base_of(model).config
+    if "part" in inspect.signature(function).parameters:
+        return partial(function, part=part)
+    if LayerMap.from_config(config, part).part != resolve_part(config):
+        raise ValueError(
+            f"Expected an importance with a parameter 'part', to score the {part}, got {name!r}, which has none. Register a "
+            "function of (model, batches, unit, part)."
+        )
+    return function
 
 
 def _of_none(importance: str, model: nn.Module, batches: Sequence[Batch], metric: Metric, processes: Any) -> float:
@@ -222,7 +245,5 @@ def _mean(
             f"Expected calibration batches with tokens to score by {name!r}, got {num_counted} batches without any."
         )
     scores = sums[:-1] / sums[-1]
-    if unit != "block" and len(scores) != len(list_units(model, unit)):
-        raise ValueError(f"Expected unit='block' for the importance {name!r}, got {unit!r}. Use a scan or a rule.")
     refuse_not_finite(name, scores, process_group.gather(wrong))
     return scores

@@ -26,21 +26,27 @@ Show = Callable[[int, torch.Tensor, torch.Tensor], None]  # number of a unit, it
 See = Callable[[int, torch.Tensor, torch.Tensor, Mask], None]  # the same in float32, and which tokens are real
 
 
-def block_influence(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
+def block_influence(
+    model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None
+) -> tuple[torch.Tensor, float]:
     """1 - cos(x, y) of a block's input x and output y, mean over tokens: ShortGPT's BI (arXiv 2403.03853, eq. 1)."""
-    return _mean_over_tokens(model, batches, unit, lambda x, y: 1 - torch.cosine_similarity(x, y, dim=-1))
+    return _mean_over_tokens(model, batches, unit, part, lambda x, y: 1 - torch.cosine_similarity(x, y, dim=-1))
 
 
-def layer_redundancy(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
+def layer_redundancy(
+    model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None
+) -> tuple[torch.Tensor, float]:
     """-cos(x, y): the negative of the Layer Redundancy of Dynamic LLM Slicing (arXiv 2411.03513, §3.1).
 
     `block_influence` - 1, so both rank alike. The paper scales it to [0, 1] over the layers, which ranks alike too.
     """
-    totals, count = block_influence(model, batches, unit)
+    totals, count = block_influence(model, batches, unit, part)
     return totals - count, count
 
 
-def activation_norm(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
+def activation_norm(
+    model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None
+) -> tuple[torch.Tensor, float]:
     """Minus the norm of the output: TrimLLM holds the layer with the largest for the least important (2412.11242, eq. 4).
 
     The paper takes the Frobenius norm of the whole activation, which grows with the number of tokens, padding included.
@@ -48,19 +54,23 @@ def activation_norm(model: nn.Module, batches: Sequence[Batch], unit: str) -> tu
     a block the hidden states y, an attention or an MLP what is added to them, y - x.
     """
     if unit == "block":
-        return _mean_over_tokens(model, batches, unit, lambda x, y: -y.norm(dim=-1))
-    return _mean_over_tokens(model, batches, unit, lambda x, y: -(y - x).norm(dim=-1))
+        return _mean_over_tokens(model, batches, unit, part, lambda x, y: -y.norm(dim=-1))
+    return _mean_over_tokens(model, batches, unit, part, lambda x, y: -(y - x).norm(dim=-1))
 
 
-def relative_magnitude(model: nn.Module, batches: Sequence[Batch], unit: str) -> tuple[torch.Tensor, float]:
+def relative_magnitude(
+    model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None
+) -> tuple[torch.Tensor, float]:
     """||f(x)|| / ||x + f(x)|| of what a block adds, f(x) = y - x, mean over tokens.
 
     Weight subcloning (Samragh et al., arXiv 2312.09299), as ShortGPT compares it (arXiv 2403.03853, §4).
     """
-    return _mean_over_tokens(model, batches, unit, lambda x, y: (y - x).norm(dim=-1) / y.norm(dim=-1))
+    return _mean_over_tokens(model, batches, unit, part, lambda x, y: (y - x).norm(dim=-1) / y.norm(dim=-1))
 
 
-def angular(model: nn.Module, batches: Sequence[Batch], unit: str, window: int = 1) -> tuple[torch.Tensor, float]:
+def angular(
+    model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None, window: int = 1
+) -> tuple[torch.Tensor, float]:
     """arccos(cos(x, y)) / pi of the last token, x before and y after `window` successive blocks, mean over sequences.
 
     Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv 2403.17887, eq. 7).
@@ -73,7 +83,7 @@ def angular(model: nn.Module, batches: Sequence[Batch], unit: str, window: int =
     """
     if unit != "block":
         raise ValueError(f"Expected unit='block' for the importance 'angular', which is of successive blocks, got {unit!r}.")
-    depth = len(find_blocks(model))
+    depth = len(find_blocks(base_of(model), part))
     totals = torch.zeros(depth - window + 1, dtype=torch.float64)
     count = 0.0
     for batch in batches:
@@ -84,7 +94,7 @@ def angular(model: nn.Module, batches: Sequence[Batch], unit: str, window: int =
             if number == depth - 1:
                 states[depth] = _last_tokens(y, mask)
 
-        _watch(model, batch, unit, see)
+        _watch(model, batch, unit, part, see)
         for start in range(len(totals)):
             cosine = torch.cosine_similarity(states[start], states[start + window], dim=-1)
             totals[start] += (cosine.clamp(-1, 1).arccos() / math.pi).sum().double().cpu()
@@ -96,10 +106,11 @@ def _mean_over_tokens(
     model: nn.Module,
     batches: Sequence[Batch],
     unit: str,
+    part: str | None,
     distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, float]:
     """Sum over real tokens of a measure of a unit's input and output, for each unit; and the number of tokens."""
-    totals = torch.zeros(len(list_units(model, unit)), dtype=torch.float64)
+    totals = torch.zeros(len(list_units(model, unit, part)), dtype=torch.float64)
     count = 0.0
 
     def see(number: int, x: torch.Tensor, y: torch.Tensor, mask: Mask) -> None:
@@ -112,17 +123,18 @@ def _mean_over_tokens(
             count += float(mask.sum()) if mask is not None else of_tokens.numel()
 
     for batch in batches:
-        _watch(model, batch, unit, see)
+        _watch(model, batch, unit, part, see)
     return totals, count
 
 
-def _watch(model: nn.Module, batch: Batch, unit: str, see: See) -> None:
+def _watch(model: nn.Module, batch: Batch, unit: str, part: str | None, see: See) -> None:
     """Run the model on a batch, and show for each unit the hidden states before and after it, and which tokens are real.
 
     Raises:
         ValueError: If a unit does not run.
     """
-    stack, units, base = find_blocks(model), list_units(model, unit), base_of(model)
+    base, units = base_of(model), list_units(model, unit, part)
+    stack = find_blocks(base, part)
     ran: set[int] = set()
 
     with noted_calls(base) as calls:
@@ -131,7 +143,7 @@ def _watch(model: nn.Module, batch: Batch, unit: str, see: See) -> None:
             ran.add(number)
             see(number, x.float(), y.float(), _mask(base, stack.part, calls[-1], x))
 
-        make = _blocks(show) if unit == "block" else _parts(show, units, model)
+        make = _blocks(show) if unit == "block" else _parts(show, units, list(stack.blocks))
         with replaced_forwards(list(stack.blocks), make):
             model(**headless(model, model_inputs(batch)))
     refuse_not_run(ran, len(units))
@@ -151,13 +163,12 @@ def _blocks(show: Show) -> Callable[[int, Forward], Forward]:
     return make
 
 
-def _parts(show: Show, units: Sequence[Unit], model: nn.Module) -> Callable[[int, Forward], Forward]:
+def _parts(show: Show, units: Sequence[Unit], blocks: list[nn.Module]) -> Callable[[int, Forward], Forward]:
     """Shows the hidden states before and after each part of a block.
 
     A block without its second part gives the states between both. Which part is the second, or whether both work on the
     block's input, shows when the block is put together again from its parts.
     """
-    blocks = list(find_blocks(model).blocks)
 
     def make(position: int, forward: Forward) -> Forward:
         here = [number for number, unit in enumerate(units) if unit.position == position]
@@ -214,9 +225,11 @@ def _mask(base: Any, part: str | None, inputs: Inputs, hidden: torch.Tensor) -> 
     return mask if mask.shape == hidden.shape[:2] else None
 
 
-def real_tokens(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+def real_tokens(model: nn.Module, batch: Batch, part: str | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The tokens that a stack's blocks work on, and which are real: a decoder's are others than those of its encoder."""
-    part, labels = find_blocks(model).part, batch.get("labels")
+    base, labels = base_of(model), batch.get("labels")
+    stack = find_blocks(base, part)
+    part = stack.part
     if part == "decoder" and "decoder_input_ids" in batch:
         tokens, mask = batch["decoder_input_ids"], batch.get("decoder_attention_mask")
     elif part == "decoder" and labels is not None and labels.dim() == 2 and not labels.is_floating_point():
@@ -226,19 +239,19 @@ def real_tokens(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Ten
         tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
         mask = batch.get("attention_mask")
     else:  # images, audio: what the first block is given
-        tokens = _first_states(model, batch)
-        mask = _mask(base_of(model), part, batch, tokens)
+        tokens = _first_states(model, stack.blocks[0], batch)
+        mask = _mask(base, part, batch, tokens)
     return tokens, mask if mask is not None and mask.dim() == 2 else None  # a mask over pairs says nothing of padding
 
 
-def _first_states(model: nn.Module, batch: Batch) -> torch.Tensor:
+def _first_states(model: nn.Module, first: nn.Module, batch: Batch) -> torch.Tensor:
     """The hidden states that the first block is given."""
     found: list[torch.Tensor] = []
 
     def note(block: nn.Module, args: tuple[Any, ...], kwargs: Inputs) -> None:
         found.append(block_input(args, kwargs))
 
-    handle = find_blocks(model).blocks[0].register_forward_pre_hook(note, with_kwargs=True)
+    handle = first.register_forward_pre_hook(note, with_kwargs=True)
     try:
         with torch.no_grad():
             model(**model_inputs(batch))

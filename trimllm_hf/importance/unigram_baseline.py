@@ -28,7 +28,6 @@ def loss_at_unigram_baseline(
     model: nn.Module,
     batches: Sequence[Batch],
     *,
-    part: str | None = None,
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,
 ) -> tuple[float, float] | None:
@@ -39,7 +38,6 @@ def loss_at_unigram_baseline(
     Args:
         model: The unwrapped model.
         batches: This process's calibration batches.
-        part: Of an encoder-decoder, the one whose layers are dropped.
         process_group: The processes of the run; None in one process. All get the same answer.
         filler_batch: A batch for the forward passes of a process whose share is empty.
     """
@@ -55,7 +53,7 @@ def loss_at_unigram_baseline(
     bar = _bar(base, any(floats for floats, _ in parts), [value for _, values in parts for value in values])
     if bar is None:
         return None
-    loss = evaluate_metric(model, batches, part=part, process_group=process_group, filler_batch=filler_batch)
+    loss = evaluate_metric(model, batches, process_group=process_group, filler_batch=filler_batch)
     return (loss, bar) if loss > LEFT_CHANCE * bar else None
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..surgery.adapters import base_of
 from ..surgery.blocks import find_blocks
 from ..surgery.sublayers import OutputSpec, layer_types
-from ..surgery.units import Unit, list_units
+from ..surgery.units import list_units
 from .measure import measure_latency
 
 NEW_TOKENS, REPEATS, WARM_UP = 16, 5, 1  # of the measurement
@@ -39,7 +39,7 @@ def measure_layers(
         prompt_tokens: Tokens before the generated ones.
     """
     stack = find_blocks(base_of(model), part)
-    units = [Unit(position) for position in range(len(stack))] if unit == "block" else list_units(model, unit)
+    units = list_units(model, unit, part)
     modules = [unit.parts or (stack.blocks[unit.position],) for unit in units]
     types = layer_types(stack)
     kinds = [(types[unit.position], *map(_built, parts)) for unit, parts in zip(units, modules, strict=True)]

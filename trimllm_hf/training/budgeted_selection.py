@@ -55,7 +55,8 @@ def choose_within_budget(
     """
     data, process_group = scorer.needed_data(), scorer.process_group
     batches = data.inputs
-    how: dict[str, Any] = {"part": config.part, "process_group": process_group, "filler_batch": data.filler_inputs}
+    processes: dict[str, Any] = {"process_group": process_group, "filler_batch": data.filler_inputs}
+    how: dict[str, Any] = {"part": config.part, **processes}
     examples = sum(process_group.gather(sum(map(num_rows, batches))))
     candidates = droppable(model, config)
     plan = plan_selection(config.selection_budget, run_examples, examples, len(candidates), count)
@@ -69,14 +70,17 @@ def choose_within_budget(
     chosen = choose(scores, count, candidates=candidates, spared=spared)
     if not plan.scanned or config.unit != "block" or spared or not scorer.own_loss:
         return chosen, scores
-    if config.warm_up_importance != "none" and loss_at_unigram_baseline(model, batches, **how):
+    if config.warm_up_importance != "none" and loss_at_unigram_baseline(model, batches, **processes):
         return chosen, scores
     found = greedy_layers(model, first(plan.scanned), count, candidates=candidates, width=plan.width, **how)
     if sorted(found.layers) == chosen.positions:
         return chosen, scores
     sets = {"block influence": chosen.positions, "a lazy scan": sorted(found.layers)}
     if repairer is None or adapters_of(base_of(model)):
-        losses = {name: _loss_without(model, layers, batches, how) for name, layers in sets.items()}
+        passed, losses = PassedOver(model, config.part), {}
+        for name, layers in sets.items():
+            with passed.without(layers):
+                losses[name] = evaluate_metric(model, batches, **processes)
     else:  # a repair changes which set is best
         repairs = repairer.fit(model, list(sets.values()))
         losses = {name: repairer.evaluate(model, repair).loss for name, repair in zip(sets, repairs, strict=True)}
@@ -84,8 +88,3 @@ def choose_within_budget(
     told = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
     logger.info(f"Step {step}: chosen by {winner}. Losses on the calibration set: {told}.")
     return Chosen(sets[winner], [scores[position].item() for position in sets[winner]], None), scores
-
-
-def _loss_without(model: PreTrainedModel, layers: Sequence[int], batches: Sequence[Batch], how: dict[str, Any]) -> float:
-    with PassedOver(model, how["part"]).without(layers):
-        return evaluate_metric(model, batches, **how)

@@ -55,14 +55,14 @@ class LayerScorer:
             dataset = _drawn(config, held)
         model, ranks = unwrapped(trainer), (process_group.rank, process_group.world_size)
         with isolated_rng(config.calibration_seed):  # a collator may draw
-            self.data = TrainerBatches(trainer, model, list(dataset), dataloader, config.part, *ranks)
+            self.data = TrainerBatches(trainer, model, list(dataset), dataloader, *ranks)
             if by_loss:
                 self._refuse_no_loss(self.data)
             if by_loss or config.by_budget:
                 # of a choice with a budget one batch has to do
                 seen = self.data if by_loss else self.data.first()
                 with without_trace(trainer):
-                    self.own_loss = computes_own_loss(trainer, model, seen, config.part, process_group)
+                    self.own_loss = computes_own_loss(trainer, model, seen, process_group)
 
     def score(
         self, model: PreTrainedModel, importance: str, progress: bool, window: int = 1, unit_ms: list[float] | None = None
@@ -119,7 +119,6 @@ class LayerScorer:
         return loss_at_unigram_baseline(
             model,
             self.data.inputs,
-            part=self.config.part,
             process_group=self.process_group,
             filler_batch=self.data.filler_inputs,
         )

@@ -177,10 +177,10 @@ def fit(
     """Fit the repairs for one or another set of layers, in one pass over calibration batches; see `fit_repairs`."""
     process_group, batches = process_group or SingleProcess(), list(batches)
     everyones = on_every_process(model, batches, "repair", process_group, filler_batch)
-    with isolated_rng(0), to_be_scored(model, part):
+    with isolated_rng(0), to_be_scored(model):
         inputs = []
         for number, batch in enumerate(everyones):
-            tokens, mask = real_tokens(model, batch)
+            tokens, mask = real_tokens(model, batch, part)
             if mask is None and not {"input_ids", "inputs_embeds"} & set(batch):  # images, audio: all are real
                 mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
             if number >= len(batches):  # a pass for the others' sake
@@ -232,7 +232,7 @@ def loss_without(
     with_labels = all(batch.get("labels") is not None for batch in (*batches, *([spare] if spare else [])))
     if all(process_group.gather(with_labels)):
         with repair.previewed(model, refitted):
-            return evaluate_metric(model, batches, part=repair.part, process_group=process_group, filler_batch=spare)
+            return evaluate_metric(model, batches, process_group=process_group, filler_batch=spare)
     return _distance(model, repair, batches, refitted, process_group, spare)
 
 
@@ -260,9 +260,9 @@ def _distance(
     total = torch.zeros(2, dtype=torch.float64)
     try:
         everyones = on_every_process(model, batches, "repair", process_group, filler_batch)
-        with isolated_rng(0), to_be_scored(model, repair.part):
+        with isolated_rng(0), to_be_scored(model):
             for number, batch in enumerate(everyones):
-                _, mask = real_tokens(model, batch)
+                _, mask = real_tokens(model, batch, repair.part)
                 for without in (nullcontext(), repair.previewed(model, refitted)):
                     with without:
                         model(**model_inputs(batch))

@@ -118,21 +118,21 @@ class Repairer:
 
     def _enough(self, model: nn.Module) -> list[Batch]:
         """This process's share of as many training examples as have enough tokens together."""
-        wanted = self.config.repair_tokens or TOKENS * _width(model, self.config.part)
+        part = self.config.part
+        wanted = self.config.repair_tokens or TOKENS * _width(model, part)
         found: list[Batch] = []
         tokens, each = 0, self._batch_size * self.process_group.world_size
         with isolated_rng(self.config.calibration_seed):
             while tokens < wanted and (examples := list(islice(self._rest, each))):
                 batches = self._batches(examples).inputs
-                tokens += sum(self.process_group.gather(sum(_num_tokens(model, batch) for batch in batches)))
+                tokens += sum(self.process_group.gather(sum(_num_tokens(model, batch, part) for batch in batches)))
                 found += batches
         return found
 
     def _batches(self, examples: Sequence[Any]) -> TrainerBatches:
         """This process's share, as the Trainer calls its model with it."""
         group, model = self.process_group, unwrapped(self._trainer)
-        of_run = self._dataloader, self.config.part, group.rank, group.world_size
-        return TrainerBatches(self._trainer, model, examples, *of_run)
+        return TrainerBatches(self._trainer, model, examples, self._dataloader, group.rank, group.world_size)
 
 
 def _examples(config: TrimConfig, training: Any, calibration: Any) -> tuple[list[Any], Iterable[Any]]:
@@ -148,8 +148,8 @@ def _examples(config: TrimConfig, training: Any, calibration: Any) -> tuple[list
     return (drawn if calibration is None else list(calibration)), rest
 
 
-def _num_tokens(model: nn.Module, batch: Batch) -> int:
-    tokens, mask = real_tokens(model, batch)
+def _num_tokens(model: nn.Module, batch: Batch, part: str | None) -> int:
+    tokens, mask = real_tokens(model, batch, part)
     return int(tokens.shape[:2].numel() if mask is None else (mask != 0).sum())
 
 

@@ -76,7 +76,7 @@ class LayerSelector:
             plan_selection(config.selection_budget, run_examples, 1, 1, 1)  # raises where nothing is affordable
         if config.importance == "taylor":
             refuse_no_gradient(engine)
-            refuse_frozen(unwrapped(trainer), config.unit)
+            refuse_frozen(unwrapped(trainer), config.unit, config.part)
         self.scorer = LayerScorer(config, trainer, engine, dataloader, dataset)
         self.margin: float | None = None  # of the last drop: how much higher the score of the next candidate was
         self._gradients: tuple[int, dict[Any, float]] | None = None  # step, and each layer's score by its gradients
@@ -167,7 +167,7 @@ class LayerSelector:
 
     def take_gradients(self, model: PreTrainedModel, step: int) -> None:
         """Score by the gradients that the parameters hold now, for a drop after the optimizer step `step`."""
-        shares = weights_times_gradients(model, self.config.unit, self.engine.world_size)
+        shares = weights_times_gradients(model, self.config.unit, self.engine.world_size, self.config.part)
         self._gradients = step, dict(zip(names_of(model, self.config), shares.tolist(), strict=True))
 
     def _importance(self, model: PreTrainedModel, step: int) -> str:

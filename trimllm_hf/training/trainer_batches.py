@@ -50,7 +50,6 @@ class TrainerBatches:
         model: Its unwrapped model.
         examples: The calibration examples, in the same order on each process.
         dataloader: The training run's: it tells how examples become batches.
-        part: Of an encoder-decoder, the one whose layers are dropped.
         rank: This process's number.
         world_size: Number of processes.
     """
@@ -61,7 +60,6 @@ class TrainerBatches:
         model: nn.Module,
         examples: Sequence[Any],
         dataloader: Any,
-        part: str | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -75,7 +73,7 @@ class TrainerBatches:
         most = -(-len(examples[::world_size]) // size)  # batches of the first process, which has the most
         numbers = [min(size, len(examples[rank::world_size]) - start * size) for start in range(len(collated))]
         # the loss of a sharded model is a matter of all processes: each asks for as many
-        with to_be_scored(model, part):
+        with to_be_scored(model):
             asked = [as_called(trainer, model, *pair) for pair in zip(collated, numbers, strict=True)]
             fillers = [as_called(trainer, model, filler, 1) for _ in range(most - len(collated) + 1)]
         self.collated, self.inputs = [batch.collated for batch in asked], [batch.inputs for batch in asked]
@@ -175,9 +173,7 @@ def trainer_loss(trainer: Trainer) -> Loss:
     return loss
 
 
-def computes_own_loss(
-    trainer: Trainer, model: nn.Module, data: TrainerBatches, part: str | None, process_group: ProcessGroup
-) -> bool:
+def computes_own_loss(trainer: Trainer, model: nn.Module, data: TrainerBatches, process_group: ProcessGroup) -> bool:
     """Whether the Trainer's loss is the one that the model computes of the same inputs, on each calibration batch.
 
     That one is known better: it is the mean over labels, and what stands behind the blocks need run only where they are.
@@ -193,7 +189,7 @@ def computes_own_loss(
         metric = Metric(
             "loss", lambda model, output, batch: math.nan if output[0] is None else float(output[0]), sum, run=loss
         )
-        return collect_metric(model, batches, metric, part, process_group, filler)
+        return collect_metric(model, batches, metric, process_group, filler)
 
     own = means(data.inputs, data.filler_inputs, of_model)
     theirs = means(data.collated, data.filler, trainer_loss(trainer))

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapters import base_of
 from ..blocks import find_blocks
-from ..units import Unit, block_input, list_units, without
+from ..units import block_input, list_units, without
 from .gaps import Gap
 from .output_projection import OutputProjection
 
@@ -96,7 +96,7 @@ class Repair:
         with ExitStack() as stack:
             for refit in self.refits if refitted else ():
                 stack.enter_context(refit.previewed(blocks[refit.position]))
-            units = list_units(model, self.unit) if self.unit != "block" else [Unit(p) for p in range(len(blocks))]
+            units = list_units(model, self.unit, self.part)
             for number in self.layers:
                 form = self.forms[units[number].position]
                 if self.unit == "block" and not any(isinstance(item, torch.Tensor) for item in form or ()):
