@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 PYTEST := $(BIN)/python -m pytest --must-run
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-deepspeed readers demo test test-all lint format docs dist smoke
+.PHONY: help venv venv-deepspeed readers demo test test-all test-peers lint format docs dist smoke
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,9 @@ test: venv venv-deepspeed  ## the tests of one process, then those of several, e
 
 test-all: test  ## all of the above, then the slow ones: resume under every engine, whole recipes, the whole zoo
 	$(PYTEST) -m slow
+
+test-peers: venv  ## run PEFT's own tests on trimmed models (hours; it goes on where it stopped): see docs/readers.md
+	$(BIN)/python tests/peers/run_peft.py
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from test_surgery import assert_same, snapshot
 from tiny import VOCABULARY, tiny_model, tokens
 from transformers import LlamaForCausalLM
 
-from trimllm_hf import drop_layers, trim_like
+from trimllm_hf import LayerMap, drop_layers, trim_like
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402
@@ -131,6 +135,70 @@ def test_an_adapter_of_a_trimmed_model_is_saved_with_its_map(make: Any, base: Pa
     model = full(base)
     assert trim_like(model, folder).kept_layers == (0, 2, 4, 5)
     torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(model, folder)), expected, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_of_a_reloaded_model_is_saved_with_its_map_by_a_process_that_drops_nothing(tmp_path: Path) -> None:
+    model = tiny_model()
+    drop_layers(model, [1, 3])
+    model.save_pretrained(tmp_path / "trimmed")
+    code = (
+        "import sys, trimllm_hf\n"
+        "from peft import LoraConfig, get_peft_model\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "get_peft_model(model, LoraConfig(target_modules=['q_proj'])).save_pretrained(sys.argv[2])\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "trimmed"), str(tmp_path / "adapter")], check=True)
+    assert LayerMap.from_checkpoint(tmp_path / "adapter").kept_layers == (0, 2, 4, 5)
+
+
+# ---- swapped while the model is in use
+
+
+def adapter_at(base: Path, folder: Path, seed: int, dropped: list[int]) -> torch.Tensor:
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(full(base), lora())
+    if dropped:
+        drop_layers(model, dropped)
+    model.save_pretrained(folder)
+    return logits(model)
+
+
+@pytest.mark.parametrize("changes", [{}, {"r": 2}], ids=["as it is", "of a smaller rank"])
+def test_an_adapter_is_swapped_on_the_right_depth(changes: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    from peft.utils.hotswap import hotswap_adapter
+
+    adapter_at(base, tmp_path / "one", 1, [1, 3])
+    torch.manual_seed(2)
+    other = peft.get_peft_model(full(base), lora(**changes))
+    drop_layers(other, [1, 3])
+    other.save_pretrained(tmp_path / "two")
+    model = full(base)
+    trim_like(model, tmp_path / "one")
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "one")
+    hotswap_adapter(model, str(tmp_path / "two"), adapter_name="default")
+    torch.testing.assert_close(logits(model), logits(other), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("has", "swapped"), [([], [1, 3]), ([1, 3], [2, 3]), ([1], [1, 3])])
+def test_an_adapter_of_other_layers_is_not_swapped(has: list[int], swapped: list[int], base: Path, tmp_path: Path) -> None:
+    from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
+
+    adapter_at(base, tmp_path / "one", 1, has)
+    adapter_at(base, tmp_path / "two", 2, swapped)
+    model = full(base)
+    trim_like(model, tmp_path / "one")
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "one")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="Expected a checkpoint of the model's"):
+        hotswap_adapter(model, str(tmp_path / "two"), adapter_name="default")
+    if len(has) < len(swapped):  # by weights alone the depth can be told, and not which layers they are
+        weights = peft.utils.load_peft_weights(str(tmp_path / "two"), device="cpu")
+        named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in weights.items()}
+        config = model.peft_config["default"]
+        with pytest.raises(ValueError, match=r"its base was trimmed.*Nothing was changed"):
+            hotswap_adapter_from_state_dict(model, named, "default", config)
+    assert_same(before, snapshot(model))
 
 
 # ---- names with a layer's number
@@ -254,6 +322,24 @@ def test_each_tuner_is_right_after_a_reload_or_refused(name: str, base: Path, tm
     found = logits(peft.PeftModel.from_pretrained(again, tmp_path / "adapter"))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert found.shape[-1] == VOCABULARY
+
+
+# ---- the class that AutoPeftModel builds
+
+
+@pytest.mark.parametrize("unit", ["block", "sublayer"])
+def test_without_a_task_type_autopeft_builds_the_base_that_was_adapted(unit: str, base: Path, tmp_path: Path) -> None:
+    model = full(base)
+    drop_layers(model, [3], unit=unit)
+    model.save_pretrained(tmp_path / "trimmed")
+    torch.manual_seed(0)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "trimmed")
+    adapted = peft.get_peft_model(loaded, lora())
+    adapted.save_pretrained(tmp_path / "adapter")
+    mapping = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["auto_mapping"]
+    assert mapping == {"base_model_class": "LlamaForCausalLM", "parent_library": LlamaForCausalLM.__module__}
+    again = peft.AutoPeftModel.from_pretrained(str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(again), logits(adapted), rtol=0, atol=0)
 
 
 # ---- the weights that an adapter belongs to

@@ -117,6 +117,84 @@ def test_trl_callbacks_that_follow_a_model_are_refused(tmp_path: Path) -> None:
         train(tmp_path, trl.BEMACallback(update_freq=1, update_after=0))
 
 
+# ---- engines that generate
+
+
+class Engine:
+    """As TRL's `VLLMGeneration`: it has the policy at hand, and takes its weights by name to a model of its own."""
+
+    def __init__(self, model: Any, copied: Any) -> None:
+        self.model, self.llm = model, copied
+
+    def sync_weights(self) -> None:
+        own = dict(self.llm.named_parameters())
+        for name, parameter in self.model.named_parameters():
+            own[name].data.copy_(parameter)
+
+
+class Server:
+    """One that streams to another process: it holds no copy."""
+
+    def __init__(self, model: Any) -> None:
+        self.policy = model
+
+    def update_named_params(self) -> None: ...
+
+
+class Worker:
+    """One that is given the weights: it holds the copy alone, out of sight of the policy."""
+
+    def __init__(self, copied: Any) -> None:
+        self.runner = {"model": copied}
+
+    def update_weights_from_tensor(self, tensors: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda model: Engine(model, copy.deepcopy(model)), "weights Engine.sync_weights takes to an engine"),
+        (lambda model: Server(model), "weights Server.update_named_params takes to an engine"),
+        (lambda model: [Server(model.model)], "weights Server.update_named_params takes to an engine"),
+        (lambda model: Worker(copy.deepcopy(model)), "another model with as many layers"),
+    ],
+    ids=["colocated", "a server", "in a list", "a copy alone"],
+)
+def test_an_engine_that_is_sent_the_weights_is_refused(make: Any, said: str, tmp_path: Path) -> None:
+    class Generating(Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.generation = make(self.model)
+
+    with pytest.raises(ValueError, match=rf"got Generating\.generation, which holds .*{said}"):
+        train(tmp_path, kind=Generating)
+
+
+def test_the_argument_that_starts_one_is_refused(tmp_path: Path) -> None:
+    class Generating(Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.args.use_vllm = True
+
+    with pytest.raises(ValueError, match="use_vllm=False"):
+        train(tmp_path, kind=Generating)
+
+
+def test_what_sends_something_else_is_left_alone(tmp_path: Path) -> None:
+    class Logger:
+        def __init__(self) -> None:
+            self.weights = {"loss": torch.ones(2)}
+
+        def update_weights(self) -> None: ...
+
+    class Logging(Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.balance = Logger()
+
+    assert train(tmp_path, kind=Logging).model.config.num_hidden_layers == 4
+
+
 # ---- records
 
 

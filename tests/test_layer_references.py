@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,25 @@ def test_an_early_exit_follows_its_layers_by_files(tmp_path: Path) -> None:
         type(model).from_pretrained(tmp_path / "trimmed"),
     ):
         assert trimmed.generation_config.assistant_early_exit == 3
+
+
+@pytest.mark.parametrize("auto_class", [transformers.AutoModel, transformers.AutoModelForSequenceClassification])
+def test_an_early_exit_follows_where_the_class_cannot_generate(auto_class: Any, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.generation_config.assistant_early_exit = 4
+    model.save_pretrained(tmp_path / "base")
+    write_kept_layers(tmp_path / "base", [0, 2, 3, 4], tmp_path / "trimmed", auto_class=auto_class)
+    assert json.loads((tmp_path / "trimmed" / "generation_config.json").read_text())["assistant_early_exit"] == 3
+
+
+def test_an_early_exit_of_which_no_layer_would_stay_is_refused_by_files(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.generation_config.assistant_early_exit = 2
+    model.save_pretrained(tmp_path / "base")
+    for load in (load_kept_layers, lambda *given: write_kept_layers(*given, tmp_path / "trimmed")):
+        with pytest.raises(ValueError, match="layers before assistant_early_exit=2"):
+            load(tmp_path / "base", [2, 3, 4, 5])
+    assert not (tmp_path / "trimmed").exists()
 
 
 def with_layer_behind() -> PreTrainedModel:

@@ -138,6 +138,16 @@ def test_too_few_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
         trained(tmp_path, config(repair="required", repair_tokens=1))
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+def test_fewer_rows_than_calibration_examples_do_not_end_a_run(rows: int, tmp_path: Path) -> None:
+    trim = config(importance="last", calibration_size=64)
+    trainer = Trainer(
+        tiny_model(), arguments(tmp_path), train_dataset=tiny_texts(rows), callbacks=[TrimCallback(trim)]
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.model.config.num_hidden_layers == 4
+
+
 def test_the_score_needs_no_examples_but_the_repair_does(tmp_path: Path) -> None:
     trainer, callback, _ = trained(tmp_path, config(importance="last"))
     assert callback.record.repairs[0]["applied"] in (True, False) and len(trainer.calibration_dataset) == 16

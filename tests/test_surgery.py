@@ -279,3 +279,13 @@ def test_a_shared_text_config_is_not_shared_any_more() -> None:
     drop_layers(model, [1, 2])
     assert other.config.num_hidden_layers == 6 and model.config.text_config.num_hidden_layers == 4
     assert model.model.language_model.config is model.config.text_config
+
+
+def test_pairs_of_numbers_in_a_config_are_no_description_of_layers() -> None:
+    model = tiny_model()
+    model.config.supported_aspect_ratios = [[1, 1], [2, 1]]
+    drop_layers(model, [1])
+    assert model.config.supported_aspect_ratios == [[1, 1], [2, 1]]
+    repeated = tiny_model()
+    repeated.config.attention_types = [[["global"], 10**12]]
+    drop_layers(repeated, [1])

@@ -1,13 +1,13 @@
-"""What `import trimllm_hf` tells transformers: how to load what it cannot express, and how to write a trimmed config.
+"""What `import trimllm_hf` tells transformers: how to load what it cannot express, and whatever else `patches` adds.
 
-It is made when transformers' Auto classes are imported, which takes seconds, and not before.
+It is told when the module in question is imported, which takes seconds for transformers' Auto classes, and not before.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from functools import wraps
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -15,19 +15,30 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+from .patches import follow_configs, follow_hotswap, follow_models, follow_peft_models
+
 AUTO = "transformers.models.auto.configuration_auto"
 
 
 def register_when_imported(kinds: Mapping[str, str]) -> None:
-    """Register with AutoConfig: now, if transformers' Auto classes are there, else as soon as they are.
+    """Register with AutoConfig and follow what is to be followed: now, where it is imported, else as soon as it is.
 
     Args:
         kinds: By model type, where the `CustomModel` of its models is: a module, a colon, and its name there.
     """
-    if AUTO in sys.modules:
-        register(kinds)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(kinds))
+    wanted: dict[str, Callable[[ModuleType], None]] = {
+        AUTO: lambda module: register(kinds),
+        "transformers.configuration_utils": follow_configs,
+        "transformers.modeling_utils": partial(follow_models, dict(kinds)),
+        "peft.peft_model": follow_peft_models,
+        "peft.utils.hotswap": follow_hotswap,
+    }
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    finder = _Finder(wanted)
+    sys.meta_path.insert(0, finder)
+    for name in [name for name in wanted if name in sys.modules]:
+        finder.told(sys.modules[name])
 
 
 def register(kinds: Mapping[str, str]) -> None:
@@ -36,7 +47,6 @@ def register(kinds: Mapping[str, str]) -> None:
 
     for model_type, place in kinds.items():
         AutoConfig.register(model_type, _reader(model_type, place), exist_ok=True)
-    write_older_spellings()
 
 
 def _reader(kind: str, place: str) -> type[Any]:
@@ -58,48 +68,30 @@ def _reader(kind: str, place: str) -> type[Any]:
     return CustomConfig
 
 
-def write_older_spellings() -> None:
-    """Make the configs of trimmed models write older spellings beside the new ones.
-
-    transformers has no seam where a config becomes a file, and an attribute of one config would not outlive a reload: so
-    the method that all of them share is followed. Configs of models that are not trimmed are written as ever.
-    """
-    from transformers import PreTrainedConfig
-
-    plainly = PreTrainedConfig.to_json_file
-    if getattr(plainly, "writes_older_spellings", False):
-        return
-
-    @wraps(plainly)
-    def to_json_file(self: Any, json_file_path: Any, use_diff: bool = True) -> None:
-        plainly(self, json_file_path, use_diff)
-        if getattr(self, "trim", None) is not None:
-            from ..surgery.older_spellings import add_to
-
-            add_to(json_file_path, self)
-
-    to_json_file.writes_older_spellings = True  # type: ignore[attr-defined]
-    PreTrainedConfig.to_json_file = to_json_file  # type: ignore[method-assign]
-
-
 class _Finder(MetaPathFinder):
-    """Finds nothing itself: it sees that the module is being imported, and lets `register` run behind it."""
+    """Finds nothing itself: it sees that a module is being imported, and lets what is wanted of it run behind it."""
 
-    def __init__(self, kinds: Mapping[str, str]) -> None:
-        self.kinds = kinds
+    def __init__(self, wanted: dict[str, Callable[[ModuleType], None]]) -> None:
+        self.wanted = wanted
+        self.looking: set[str] = set()  # for what others find
+
+    def told(self, module: ModuleType) -> None:
+        """Do what is wanted of a module, once."""
+        self.wanted.pop(module.__name__)(module)
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != AUTO:
+        if fullname not in self.wanted or fullname in self.looking:
             return None
-        sys.meta_path.remove(self)
+        self.looking.add(fullname)
         spec = find_spec(fullname)
+        self.looking.discard(fullname)
         if spec is None or spec.loader is None:
             return None
         run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            register(self.kinds)
+            self.told(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import is_compiled_module
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
 
-from ..layer_map import LayerMap
+from ..layer_map import ADAPTER_MAP, LayerMap
 from ..surgery.adapters import adapters_of, base_of
 from ..surgery.blocks import find_blocks
 
@@ -45,7 +48,8 @@ def _check(part: str | None, module: nn.Module, state_dict: dict[str, Any], pref
     found = [
         name.removeprefix(start).partition(".")
         for name, tensor in state_dict.items()
-        if name.startswith(start) and getattr(tensor, "shape", None) != (0,)  # the stop in an adapter's file
+        if name.startswith(start)
+        and (not isinstance(tensor, torch.Tensor) or tensor.numel())  # the stop in an adapter's file
     ]
     numbers = sorted({int(number) for number, _, _ in found})
     if not numbers:
@@ -77,6 +81,52 @@ def _check(part: str | None, module: nn.Module, state_dict: dict[str, Any], pref
 def _holds(module: nn.Module) -> bool:
     """Whether a module has something in a state dict."""
     return any(True for _ in module.parameters())
+
+
+def refuse_another_depth(config: PreTrainedConfig, as_written: Callable[[], PreTrainedConfig] | None = None) -> None:
+    """Refuse to load a trimmed model at another depth than its map's: a shorter one, or one with random layers.
+
+    Args:
+        config: The config to load it with.
+        as_written: Reads the config as it stands in the file. If that contradicts its map as well, it is damaged, which is
+            said where the model is used.
+
+    Raises:
+        ValueError: If the config's depth is not that of its map.
+    """
+    try:
+        LayerMap.from_dict(config.trim)
+        if as_written is not None:
+            LayerMap.from_config(as_written())
+    except ValueError:
+        return
+    try:
+        LayerMap.from_config(config)
+        return
+    except ValueError as error:
+        why = error
+    raise ValueError(
+        f"Expected to load a trimmed model at the depth that it has, got another one: {why} Load it as it is, then "
+        "drop_layers(model, […]) takes more layers out, and notes which. Nothing was loaded."
+    ) from None
+
+
+def refuse_adapter_of_other_layers(model: nn.Module, folder: str | Path) -> None:
+    """Refuse to put an adapter's weights onto a model that keeps other layers than the one that it was trained on.
+
+    Raises:
+        ValueError: If a local folder's map is not the model's.
+    """
+    of_adapter = LayerMap.from_checkpoint(folder) if (Path(folder) / ADAPTER_MAP).is_file() else None
+    if of_adapter is None:
+        return
+    of_model = LayerMap.from_config(base_of(model).config, of_adapter.part)
+    if _layers(of_model) != _layers(of_adapter):
+        raise ValueError(wrong_depth(of_model, of_adapter))
+
+
+def _layers(layer_map: LayerMap) -> tuple[Any, ...]:
+    return layer_map.kept_layers, layer_map.missing_sublayers
 
 
 def wrong_depth(of_model: Sequence[int] | LayerMap, of_checkpoint: Sequence[int] | LayerMap) -> str:

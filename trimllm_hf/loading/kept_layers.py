@@ -120,7 +120,7 @@ def plan_kept_layers(
     names = {file: renumbered(held.tensors, prefix, kept_layers) for file, held in weights.items()}
     per_layer: dict[str, int] = {}
     generation: dict[str, Any] = {}
-    if model.can_generate() and (file := files.find("generation_config.json")):
+    if file := files.find("generation_config.json"):  # which goes along with a class that cannot generate as well
         model.generation_config = transformers.GenerationConfig.from_pretrained(file.parent)
     dropped = [layer for layer in range(depth) if layer not in set(kept_layers)]
     if dropped:

@@ -11,20 +11,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..layer_map import ADAPTER_MAP, LayerMap
 from .adapters import adapters_of, base_of, names_layers
@@ -33,6 +28,7 @@ from .blocks import find_blocks
 _PREFIX = "base_model.model."  # PEFT's, before each name in an adapter's file
 _WEIGHTS = "adapter_model.safetensors"  # peft.utils.SAFETENSORS_WEIGHTS_NAME
 _PICKLED = "adapter_model.bin"  # peft.utils.WEIGHTS_NAME
+_STOP = torch.empty(0, 0, 0)  # of no weight's shape, and not to be copied into one
 
 
 def patch_adapter_save(base: nn.Module, stack: str, layer_map: LayerMap, adapters: Mapping[str, Any] | None = None) -> None:
@@ -48,6 +44,7 @@ def patch_adapter_save(base: nn.Module, stack: str, layer_map: LayerMap, adapter
     """
     if not layer_map.dropped_layers and layer_map.has_all_sublayers:
         return
+    library = getattr(type(base), "stock_class", type(base)).__module__
     layers = f"{_PREFIX}{stack}."
     blocks = list(base.get_submodule(stack).children())
     names = [{name for name, _ in block.named_parameters()} for block in blocks]
@@ -55,60 +52,45 @@ def patch_adapter_save(base: nn.Module, stack: str, layer_map: LayerMap, adapter
     for adapter, config in (adapters_of(base) if adapters is None else adapters).items():
         of_base = next((name for name in in_all if f".{adapter}." not in name), in_all[0])
         missing = next((_of_sublayer(number, blocks, names, adapter) for number, _ in layer_map.missing_sublayers), None)
-        config.save_pretrained = partial(_save_with_map, config, layers, of_base, missing, layer_map)
+        config.save_pretrained = partial(_save_with_map, config, library, layers, of_base, missing, layer_map)
 
 
-def patch_later_saves() -> None:
-    """Make every later save of an adapter of a trimmed model do so: also of one that is added after the drop."""
-    _follow(PreTrainedModel)  # which saves the adapters that it was given by add_adapter
-    if "peft.peft_model" in sys.modules:
-        _follow(sys.modules["peft.peft_model"].PeftModel)
-    elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _PeftFinder())
-
-
-def _follow(kind: Any) -> None:
-    save: Callable[..., Any] = kind.save_pretrained
-    if getattr(save, "saves_layer_map", False):
-        return
-
-    @wraps(save)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _patch_all(self)
-        return save(self, *args, **kwargs)
-
-    save_pretrained.saves_layer_map = True  # type: ignore[attr-defined]
-    kind.save_pretrained = save_pretrained
-
-
-def _patch_all(model: nn.Module) -> None:
+def patch_all(model: nn.Module) -> None:
+    """Make the adapters of a model save so, if it is trimmed: also those that were added after the drop."""
     peft = sys.modules.get("peft")
-    base = model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
-    adapters = getattr(model, "peft_config", None)
-    base = base_of(base)
-    if adapters and isinstance(adapters, dict) and getattr(getattr(base, "config", None), "trim", None) is not None:
+    base = base_of(model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model)
+    adapters: Any = getattr(model, "peft_config", None)
+    if getattr(getattr(base, "config", None), "trim", None) is not None:
         stack = find_blocks(base)
         patch_adapter_save(base, stack.name, LayerMap.from_config(base.config, stack.part), adapters)
+    elif hasattr(type(base), "stock_class"):
+        for config in adapters.values():
+            config.save_pretrained = partial(_save_with_stock_class, config, type(base).stock_class.__module__)
 
 
-class _PeftFinder(MetaPathFinder):
-    """Finds nothing itself: it sees that PEFT is being imported."""
+def without_stop(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An adapter's tensors without the stop for deeper bases, for a model of the right depth.
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != "peft.peft_model":
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return None
-        run = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            _follow(module.PeftModel)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+    Raises:
+        ValueError: If the model is deeper.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            kept[name] = tensor
+            continue
+        module, _, attribute = name.rpartition(".")
+        try:
+            found = hasattr(model.get_submodule(module), attribute)
+        except AttributeError:
+            found = False
+        if found:
+            raise ValueError(
+                f"Expected an adapter of a model with the layers of this one, got one that was trained without {name!r}: "
+                "its base was trimmed. Call trim_like(model, folder) on the full-depth base before it gets an adapter. "
+                "Nothing was changed."
+            )
+    return kept
 
 
 def _of_sublayer(number: int, blocks: Sequence[nn.Module], names: Sequence[set[str]], adapter: str) -> str | None:
@@ -119,8 +101,16 @@ def _of_sublayer(number: int, blocks: Sequence[nn.Module], names: Sequence[set[s
     return f"{number}.{(own or gone)[0]}" if gone else None
 
 
+def _save_with_stock_class(config: Any, library: str, save_directory: str, **kwargs: Any) -> None:
+    """Save a config; the class that it names is the architecture's own, which PEFT imports, and which builds ours."""
+    if mapping := kwargs.get("auto_mapping_dict"):
+        kwargs["auto_mapping_dict"] = {**mapping, "parent_library": library}
+    type(config).save_pretrained(config, save_directory, **kwargs)
+
+
 def _save_with_map(
     config: Any,
+    library: str,
     layers: str,
     of_base: str,
     missing: str | None,
@@ -128,7 +118,7 @@ def _save_with_map(
     save_directory: str,
     **kwargs: Any,
 ) -> None:
-    type(config).save_pretrained(config, save_directory, **kwargs)
+    _save_with_stock_class(config, library, save_directory, **kwargs)
     folder = Path(save_directory)
     (folder / ADAPTER_MAP).write_text(json.dumps(layer_map.to_dict(), indent=2) + "\n", encoding="utf-8")
     weights = folder / _WEIGHTS
@@ -152,4 +142,6 @@ def _add_stop(
     of_layers = [name.removeprefix(layers).partition(".")[2] for name in sorted(tensors) if name.startswith(layers)]
     # where every layer has the same, the name of an adapter's own tensor will do, which other readers expect
     rest = of_layers[0] if of_layers and not names_layers(config) else of_base
-    tensors[f"{layers}{missing or f'{layer_map.num_layers}.{rest}'}"] = torch.empty(0)
+    tensors[f"{layers}{missing or f'{layer_map.num_layers}.{rest}'}"] = torch.empty(
+        0, 0, 0
+    )  # of no weight's shape, nor one to copy into

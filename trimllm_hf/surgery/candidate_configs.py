@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..layer_map.depth import LAYERS_BEHIND
+from ..utils import is_count
 
 MAX_CANDIDATES = 80  # each costs one build on the meta device
 
@@ -118,13 +119,17 @@ def _list_options(name: str, value: list[Any] | tuple[Any, ...], depth: int, kep
         name
     ):
         return [form(new + 1 for new, old in enumerate(kept) if old + 1 in value)]
-    if all(isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[1], int) for item in value):
-        spread = [kind for kinds, times in value for _ in range(times) for kind in kinds]  # GPT-Neo's attention_types
-        if len(spread) == depth:
-            return [[[[spread[position]], 1] for position in kept]]
+    if all(_are_kinds_and_times(item) for item in value) and sum(len(kinds) * times for kinds, times in value) == depth:
+        spread = [kind for kinds, times in value for _ in range(times) for kind in kinds]
+        return [[[[spread[position]], 1] for position in kept]]
     if all(isinstance(item, str) for item in value) and len(value) < depth and ("type" in name or "pattern" in name):
         return [form(value[position % len(value)] for position in kept), value]  # repeated to the depth
     return []
+
+
+def _are_kinds_and_times(item: Any) -> bool:
+    """Whether an item is as in GPT-Neo's attention_types: kinds of layers, and how often they are repeated."""
+    return isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], list | tuple) and is_count(item[1])
 
 
 def _ascending_indices(value: Sequence[Any], depth: int) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..layer_map import SUBLAYER_KINDS, LayerMap, part_config
-from .adapter_files import patch_adapter_save, patch_later_saves
+from .adapter_files import patch_adapter_save
 from .adapters import candidate_adapter_configs, renumber_statistics
 from .blocks import BlockStack
 from .candidate_configs import candidate_configs
@@ -127,7 +127,6 @@ class PlannedDrop:
         for name, adapter in adapters.items():
             vars(adapter).update(vars(self.adapters[name]))
         patch_adapter_save(self.model, stack.name, self.layer_map)
-        patch_later_saves()
         update_classes(self.model, custom_of(self.layer_map))
         return self.layer_map
 

@@ -14,6 +14,7 @@ from ..layer_map import LayerMap
 from .adapters import adapters_of, base_of
 from .blocks import BlockStack, find_blocks
 from .from_config import build_from_config
+from .sublayers import PassThrough
 
 
 @dataclass(frozen=True)
@@ -57,4 +58,11 @@ def resolve_model(model: nn.Module, part: str | None = None) -> TrimmableModel:
     """
     base: PreTrainedModel = base_of(model)
     stack = find_blocks(base, part)
-    return TrimmableModel(base, stack, LayerMap.from_config(base.config, part), adapters_of(base), model)
+    layer_map = LayerMap.from_config(base.config, part)
+    if not layer_map.has_all_sublayers and not any(isinstance(each, PassThrough) for each in stack.blocks.modules()):
+        raise ValueError(
+            f"Expected a {type(base).__name__} that lacks what its config.trim says, got one with all sublayers: "
+            "it was built from the config of another model that was trimmed. Give it a config of its own, or build it by an "
+            "Auto class. Nothing was changed."
+        )
+    return TrimmableModel(base, stack, layer_map, adapters_of(base), model)

@@ -6,6 +6,7 @@ go on with the layers of other numbers. It is found by what it holds, and refuse
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from ..surgery.blocks import BlockStack, find_blocks
 MENDED = {"model", "model_wrapped", "optimizer", "lr_scheduler", "accelerator", "callback_handler", "teacher"}
 PACKAGE = __name__.partition(".")[0]
 MOST_DEPTH = 4  # attributes, and items of what they hold
+# A method that only what keeps weights elsewhere has: TRL's vLLM and SGLang engines, Ray's workers.
+_SENDS = re.compile(r"(sync|update|push|send|broadcast)_(\w+_)?(weights|params|parameters)(_\w+)?")
 
 
 def refuse_followers(trainer: Trainer, model: nn.Module, part: str | None) -> None:
@@ -94,8 +97,11 @@ def _held(value: Any, stack: BlockStack, copies_follow: bool, depth: int, seen: 
         for each in value:
             yield from _held(each, stack, copies_follow, depth - 1, seen)
     elif hasattr(value, "__dict__") and not isinstance(value, Trainer | Accelerator | TrainingArguments):
+        sender = next((name for name in dir(type(value)) if _SENDS.fullmatch(name)), None)
         for each in vars(value).values():
-            yield from _held(each, stack, copies_follow, depth - 1, seen)
+            if sender and isinstance(each, nn.Module) and any(module is blocks for module in each.modules()):
+                yield f"the model, whose weights {type(value).__name__}.{sender} takes to an engine by their names"
+            yield from _held(each, stack, copies_follow or sender is not None, depth - 1, seen)
 
 
 def _in_module(module: nn.Module, blocks: nn.ModuleList, copies_follow: bool) -> Iterator[str]:

@@ -99,6 +99,10 @@ class Repairer:
                 refuse_adapters(model)
             return self._none("the model has adapters, whose checkpoints do not hold their base")
         with all_or_none(self.process_group):
+            self._to_fit = self._to_fit or self._enough(model)
+            if not sum(self.process_group.gather(len(self._to_fit))) and self.config.repair != "required":
+                logger.warning("No repair, the plain drop stays (no training examples are left beside the calibration set).")
+                return None, None
             (repair,) = self.fit(model, [drop.dropped(self.config.unit)])
             if self.config.repair == "required":
                 refuse_without_refits(repair)
@@ -139,6 +143,7 @@ def _examples(config: TrimConfig, training: Any, calibration: Any) -> tuple[list
     """The calibration examples, and training examples that are none of them, one after the other."""
     size, seed = config.calibration_size, config.calibration_seed
     if hasattr(training, "__len__"):
+        size = min(size, len(training) // 2)  # some have to be left to fit on
         order = iter(draw(len(training), len(training), seed))
         drawn = [] if calibration is not None else [training[i] for i in islice(order, size)]
         rest: Iterable[Any] = (training[i] for i in order)

@@ -1,0 +1,38 @@
+"""What a table of a peer's tests counts, by logs written by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import run_peft
+
+
+def write(work: Path, mode: str, **outcomes: str) -> None:
+    lines = [
+        {"id": f"tests/test_a.py::{name}", "outcome": outcome, "trimmed": name != "without_model", "said": f"of {mode}"}
+        for name, outcome in outcomes.items()
+    ]
+    run_peft.log_of(work, mode).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_what_fails_on_trimmed_models_only_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_peft, "assumptions", lambda peer: {"tests/test_a.py::counts": "it counts the layers"})
+    write(
+        tmp_path, "in_memory", both="passed", late="passed", lost="failed", counts="failed", broken="failed",
+        left_out="skipped", without_model="failed",
+    )  # fmt: skip
+    write(tmp_path, "reloaded", both="passed", late="failed")
+    write(tmp_path, "untrimmed", late="passed", lost="passed", counts="passed", broken="failed")
+    rows, only = run_peft.table(tmp_path)
+    assert rows[-1] == "| all | 5 | 2 | 1 | 1 | 1 | 1 | 2 |"
+    assert only == ["tests/test_a.py::late: of reloaded", "tests/test_a.py::lost: of in_memory"]
+
+
+def test_the_assumptions_have_a_reason() -> None:
+    for peer in ("peft", "trl"):
+        assert all(len(reason) > 10 for reason in run_peft.assumptions(peer).values())
