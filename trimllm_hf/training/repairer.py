@@ -143,7 +143,7 @@ def _examples(config: TrimConfig, training: Any, calibration: Any) -> tuple[list
     """The calibration examples, and training examples that are none of them, one after the other."""
     size, seed = config.calibration_size, config.calibration_seed
     if hasattr(training, "__len__"):
-        size = min(size, len(training) // 2)  # some have to be left to fit on
+        size = min(size, max(1, len(training) // 2))  # some have to be left to fit on
         order = iter(draw(len(training), len(training), seed))
         drawn = [] if calibration is not None else [training[i] for i in islice(order, size)]
         rest: Iterable[Any] = (training[i] for i in order)
