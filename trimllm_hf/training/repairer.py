@@ -101,8 +101,7 @@ class Repairer:
         with all_or_none(self.process_group):
             self._to_fit = self._to_fit or self._enough(model)
             if not sum(self.process_group.gather(len(self._to_fit))) and self.config.repair != "required":
-                logger.warning("No repair, the plain drop stays (no training examples are left beside the calibration set).")
-                return None, None
+                return self._none("no training examples are left beside the calibration set")
             (repair,) = self.fit(model, [drop.dropped(self.config.unit)])
             if self.config.repair == "required":
                 refuse_without_refits(repair)
