@@ -24,6 +24,7 @@ FLOORS = {
     "importance": 4,
     "latency": 4,
     "loading": 4,
+    "exports": 5,
     "publish": 5,
     "slicing": 5,
     "training": 6,

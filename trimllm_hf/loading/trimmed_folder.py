@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from ..utils import format_bytes
 from .base_files import CODE_ARGUMENTS, FILE_ARGUMENTS, HUB_ARGUMENTS, BaseFiles
 from .beside_weights import copy_beside_weights
 from .kept_layers import KeptLayers, plan_kept_layers, renumbered
+from .new_folder import new_folder
 
 logger = logging.get_logger("transformers.trimllm_hf")
-
-_UNFINISHED = ".trimllm_unfinished"  # in the folder, until all is written
 
 
 def write_kept_layers(
@@ -62,7 +60,7 @@ def write_kept_layers(
     files.refuse_arguments()
     if unknown := sorted(hub_kwargs.keys() - set(known)):
         raise ValueError(f"Expected arguments that say which files to read ({', '.join(known)}), got {', '.join(unknown)}.")
-    with _new_folder(Path(folder)) as unfinished:
+    with new_folder(Path(folder)) as unfinished:
         plan = plan_kept_layers(files, kept_layers, auto_class, part, portable)
         size = sum(file.nbytes(plan.names[name]) for name, file in plan.files.items())
         if (room := shutil.disk_usage(unfinished).free) < size:
@@ -125,32 +123,3 @@ def _renumbered_json(value: Any, plan: KeptLayers) -> Any:
         names = renumbered(value, plan.prefix, plan.kept_layers)
         return {names[name]: _renumbered_json(item, plan) for name, item in value.items() if name in names}
     return value
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A place in a new or empty folder to write to; what is in it at the end moves up, config.json last.
-
-    On an error the folder is as it was.
-
-    Raises:
-        ValueError: If the folder holds something.
-        OSError: If it cannot be made or written.
-    """
-    unfinished = folder / _UNFINISHED
-    if folder.exists() and (not folder.is_dir() or any(path.name != _UNFINISHED for path in folder.iterdir())):
-        raise ValueError(f"Expected a new or empty folder to write to, got {str(folder)!r}. Name another, or empty it.")
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
-            path.rename(folder / path.name)
-        unfinished.rmdir()
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        raise

@@ -1,0 +1,46 @@
+"""MLX: `mlx_lm.convert` converts, `mlx_lm` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# From the ids of a prompt and a number: so many tokens, greedily, and the logits that each is chosen from.
+Answer = Callable[[Sequence[int], int], tuple[list[int], list[Any]]]
+
+
+def convert(folder: Path, out: Path, dtype: str | None = None, quantize: str | None = None) -> None:
+    """Write a folder that `mlx_lm.load` takes; quantized in groups of 64 to the bits that are named."""
+    from mlx_lm import convert as mlx_convert
+
+    bits = None if quantize is None else int(quantize.removeprefix("int"))
+    settings = {} if bits is None else {"quantize": True, "q_bits": bits, "q_group_size": 64}
+    mlx_convert(str(folder), mlx_path=str(out / "model"), dtype=dtype, **settings)
+    for file in (out / "model").iterdir():  # it refuses a folder that is there
+        file.rename(out / file.name)
+    (out / "model").rmdir()
+
+
+def load(out: Path, threads: int = 1) -> Answer:
+    """What answers prompts, greedily, with a cache. MLX takes its number of threads from the machine."""
+    import mlx.core as mx
+    import numpy as np
+    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(out)
+
+    def answer(prompt: Sequence[int], new_tokens: int) -> tuple[list[int], list[Any]]:
+        cache = make_prompt_cache(model)
+        tokens: list[int] = []
+        logits: list[Any] = []
+        last = list(prompt)
+        while len(tokens) < new_tokens:
+            row = np.array(model(mx.array([last]), cache=cache)[0, -1].astype(mx.float32))
+            logits.append(row)
+            tokens.append(int(row.argmax()))
+            last = tokens[-1:]
+        return tokens, logits
+
+    return answer
