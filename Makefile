@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 PYTEST := $(BIN)/python -m pytest --must-run
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-deepspeed readers demo test test-all test-peers lint format docs dist smoke
+.PHONY: help venv venv-deepspeed readers runtimes demo test test-all test-peers lint format docs dist smoke
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -19,6 +19,14 @@ venv-deepspeed: .venv/.deepspeed  ## add DeepSpeed to .venv
 
 readers: .venv-readers/.installed venv  ## compare what other readers make of trimmed models: transformers 4, mlx-lm, CTranslate2
 	$(PYTEST) -m slow tests/readers
+
+runtimes: .venv-runtimes/.installed venv  ## export tiny trimmed models to llama.cpp, ONNX, OpenVINO, MLX, CTranslate2, and compare
+	$(PYTEST) -m slow tests/runtimes
+
+.venv-runtimes/.installed: setup.cfg
+	$(PYTHON) -m venv .venv-runtimes
+	.venv-runtimes/bin/pip install -q torch==2.13.0 '.[runtimes]'
+	touch $@
 
 .venv-readers/.installed: Makefile
 	for reader in transformers mlx ctranslate2; do $(PYTHON) -m venv .venv-readers/$$reader || exit 1; done

@@ -85,7 +85,9 @@ def in_turn(job: dict[str, Any]) -> list[dict[str, Any]]:
         if model["tool"] is None:
             answers.append(in_torch(Path(model["folder"]), job["runtime"]))
         else:
-            answers.append(importlib.import_module(model["tool"]).load(Path(model["folder"]), **model["settings"]))
+            answers.append(
+                importlib.import_module(model["tool"]).load(Path(model["folder"]), ignore_end=True, **model["settings"])
+            )
     prompt, tokens = job["prompt"], job["new_tokens"]
     found: list[dict[str, Any]] = [{"prefill": [], "decode": [], "prefill_wall": [], "decode_wall": []} for _ in answers]
     for number in range(-1, job["rounds"]):  # the first warms up, and compiles

@@ -86,7 +86,10 @@ class Reference:
 
 
 def compare(
-    reference: Reference, prompts: Sequence[Sequence[int]], answers: Sequence[tuple[Sequence[int], NDArray[np.float32]]]
+    reference: Reference,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[tuple[Sequence[int], NDArray[np.float32]]],
+    log_probabilities: bool = False,
 ) -> Comparison:
     """Ask transformers for the logits along another runtime's own tokens.
 
@@ -94,19 +97,29 @@ def compare(
         reference: The model in transformers.
         prompts: Token ids of each prompt.
         answers: For each, the tokens that the other runtime chose and the logits that it chose them from, shape
-            (tokens, vocabulary).
+            (tokens, vocabulary). NaN is what a runtime does not say.
+        log_probabilities: Whether it says these instead: logits but for one number a row.
 
     Raises:
-        ValueError: If a logit is not finite, or there are none.
+        ValueError: If a logit is infinite, or a row has none.
     """
     difference, low, high, equal, count = 0.0, float("inf"), float("-inf"), 0, 0
     for prompt, (tokens, theirs) in zip(prompts, answers, strict=True):
         ours = reference.logits(prompt, tokens)
         width = min(ours.shape[1], theirs.shape[1])  # some runtimes leave rows out that stand for no token
-        if len(ours) != len(theirs) or not np.isfinite(theirs[:, :width]).all():
-            raise ValueError(f"Expected {len(ours)} rows of finite logits, got {theirs.shape}, not all of them finite.")
-        difference = max(difference, float(np.abs(ours[:, :width] - theirs[:, :width]).max()))
+        known = ~np.isnan(theirs[:, :width])
+        if len(ours) != len(theirs) or not known.any(axis=1).all() or not np.isfinite(theirs[:, :width][known]).all():
+            raise ValueError(f"Expected {len(ours)} rows of logits, got {theirs.shape}, and not in every row numbers.")
+        apart = ours[:, :width] - theirs[:, :width]
+        if log_probabilities:
+            apart = apart - _log_sum(ours)[:, None]
+        difference = max(difference, float(np.abs(apart[known]).max()))
         low, high = min(low, float(ours.min())), max(high, float(ours.max()))
         equal += int((ours.argmax(axis=1) == np.asarray(tokens)).sum())
         count += len(tokens)
     return Comparison(difference, high - low, equal, count)
+
+
+def _log_sum(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = torch.from_numpy(logits).logsumexp(dim=1).numpy()
+    return found

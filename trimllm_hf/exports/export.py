@@ -111,16 +111,17 @@ def export_model(
     with new_folder(Path(out)) as unfinished:
         reference, prompts = Reference(source), prompts_for(source, config)
         tool = _Tool(made, python, settings, unfinished)
-        compared = compare(reference, prompts, tool.answers(tool.convert(source, "plain", dtype, None), prompts))
-        if compared.share > TOLERANCES[dtype]:
+        compared = tool.compared(tool.convert(source, "plain", dtype, None), reference, prompts)
+        tolerance = max(TOLERANCES[dtype], TOLERANCES[made.computes_in])
+        if compared.share > tolerance:
             raise ValueError(
-                f"Expected {made.runtime} to compute what transformers computes, to {TOLERANCES[dtype]:.1%} of the logits' "
+                f"Expected {made.runtime} to compute what transformers computes, to {tolerance:.1%} of the logits' "
                 f"range in {dtype}; but {compared}. Nothing was written."
             )
         kept, quantized = "plain", None
         if quantize is not None:
             kept = "quantized"
-            quantized = compare(reference, prompts, tool.answers(tool.convert(source, kept, dtype, quantize), prompts))
+            quantized = tool.compared(tool.convert(source, kept, dtype, quantize), reference, prompts)
         for path in (unfinished / kept).iterdir():
             path.rename(unfinished / path.name)
         for name in {"plain", kept}:
@@ -190,8 +191,8 @@ class _Tool:
         self._run(f"convert to {quantize or dtype}", "convert", str(source), str(out), json.dumps(settings))
         return out
 
-    def answers(self, out: Path, prompts: list[list[int]]) -> list[tuple[list[int], Any]]:
-        """For each prompt, the tokens that the runtime goes on with, and their logits.
+    def compared(self, out: Path, reference: Reference, prompts: list[list[int]]) -> Comparison:
+        """What the runtime answers, beside transformers.
 
         Raises:
             ValueError: If the runtime fails.
@@ -204,7 +205,7 @@ class _Tool:
             answers = [(found[f"tokens{n}"].tolist(), found[f"logits{n}"]) for n in range(len(prompts))]
         asked.unlink()
         result.unlink()
-        return answers
+        return compare(reference, prompts, answers, self.made.log_probabilities)
 
     def _run(self, what: str, *arguments: str) -> None:
         logger.info(f"{self.made.runtime}: {what}.")

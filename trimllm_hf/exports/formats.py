@@ -21,6 +21,8 @@ class Format:
         packages: Its modules, and the packages that have them.
         for_quantizing: The same, besides, where it is quantized.
         dtype: The numbers that are written, if none are named.
+        computes_in: The coarsest numbers that the runtime itself uses, whatever is written.
+        log_probabilities: Whether its tool reads these in place of logits.
         quantized: What it can be quantized to.
         settings: What the tool has to be told.
     """
@@ -30,6 +32,8 @@ class Format:
     reader: str | None
     packages: dict[str, str]
     dtype: str = "float32"
+    computes_in: str = "float32"
+    log_probabilities: bool = False
     quantized: tuple[str, ...] = ("int8",)
     for_quantizing: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -41,8 +45,10 @@ FORMATS = MappingProxyType({
         tool="with_llama_cpp",
         runtime="llama.cpp",
         reader="llama.cpp",
-        packages={"llama_cpp_py_sync": "llama-cpp-py-sync", "sentencepiece": "sentencepiece"},
+        packages={"xllamacpp": "xllamacpp", "sentencepiece": "sentencepiece", "transformers": "transformers"},
         dtype="float16",
+        computes_in="float16",
+        log_probabilities=True,
         quantized=("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"),
     ),
     "onnx": Format(

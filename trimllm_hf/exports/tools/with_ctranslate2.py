@@ -17,7 +17,7 @@ def convert(folder: Path, out: Path, dtype: str = "float32", quantize: str | Non
     TransformersConverter(str(folder)).convert(str(out), quantization=quantize or dtype, force=True)
 
 
-def load(out: Path, threads: int = 1) -> Answer:
+def load(out: Path, threads: int = 1, ignore_end: bool = False) -> Answer:
     """What answers prompts, greedily, with a cache; tokens go in by their names, as CTranslate2 takes them."""
     import ctranslate2
     import numpy as np
@@ -27,10 +27,11 @@ def load(out: Path, threads: int = 1) -> Answer:
 
     def answer(prompt: Sequence[int], new_tokens: int) -> tuple[list[int], list[Any]]:
         (found,) = generator.generate_batch(
-            [[names[token] for token in prompt]], max_length=new_tokens, min_length=new_tokens, sampling_topk=1,
-            include_prompt_in_result=False, return_logits_vocab=True,
+            [[names[token] for token in prompt]], max_length=new_tokens, sampling_topk=1, include_prompt_in_result=False,
+            return_logits_vocab=not ignore_end, **({"end_token": [len(names) - 1]} if ignore_end else {}),
         )  # fmt: skip
-        return list(found.sequences_ids[0]), [np.array(row, dtype=np.float32).reshape(-1) for row in found.logits[0]]
+        rows = found.logits[0] if found.logits else []
+        return list(found.sequences_ids[0]), [np.array(row, dtype=np.float32).reshape(-1) for row in rows]
 
     return answer
 

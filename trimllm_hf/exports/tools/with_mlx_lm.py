@@ -22,8 +22,11 @@ def convert(folder: Path, out: Path, dtype: str | None = None, quantize: str | N
     (out / "model").rmdir()
 
 
-def load(out: Path, threads: int = 1) -> Answer:
-    """What answers prompts, greedily, with a cache. MLX takes its number of threads from the machine."""
+def load(out: Path, threads: int = 1, ignore_end: bool = False) -> Answer:
+    """What answers prompts, greedily, with a cache, beyond an end of text as well.
+
+    MLX takes its number of threads from the machine.
+    """
     import mlx.core as mx
     import numpy as np
     from mlx_lm.models.cache import make_prompt_cache

@@ -43,8 +43,8 @@ def _quantizer(exporters: Any, to: str) -> Any:
     return exporters.NNCFOpenVINOQuantizer(exporters.NNCFWeightCompressionConfig())  # int8, weights alone
 
 
-def load(out: Path, to: str, threads: int = 1) -> Answer:
-    """What answers prompts, greedily, with a cache."""
+def load(out: Path, to: str, threads: int = 1, ignore_end: bool = False) -> Answer:
+    """What answers prompts, greedily, with a cache, beyond an end of text as well."""
     return _onnx(out, threads) if to == "onnx" else _openvino(out, threads)
 
 
@@ -90,13 +90,8 @@ def _onnx(out: Path, threads: int) -> Answer:
     wanted = [given.name for given in session.get_outputs()]
     # An input of the cache is called as the output that follows it, but for the beginning.
     following = {name: name.replace("input.", "output.", 1) for name in names if "cache" in name}
-    empty = {
-        given.name: np.zeros(
-            [size if isinstance(size, int) else int(axis == 0) for axis, size in enumerate(given.shape)], kinds[given.type]
-        )
-        for given in session.get_inputs()
-        if given.name in following
-    }
+    caches = [given for given in session.get_inputs() if given.name in following]
+    empty = {given.name: np.zeros(_sizes(given.shape), kinds[given.type]) for given in caches}
 
     def answer(prompt: Sequence[int], new_tokens: int) -> tuple[list[int], list[Any]]:
         cache = {name: value(zeros) for name, zeros in empty.items()}
@@ -110,6 +105,11 @@ def _onnx(out: Path, threads: int) -> Answer:
         return _greedy(step, prompt, new_tokens)
 
     return answer
+
+
+def _sizes(shape: Sequence[int | str]) -> list[int]:
+    """Of an empty cache for one sequence: its batch is 1, what else is free is 0."""
+    return [int(size) if str(size).isdecimal() else int(axis == 0) for axis, size in enumerate(shape)]
 
 
 def _openvino(out: Path, threads: int) -> Answer:
