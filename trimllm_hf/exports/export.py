@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from ..loading.new_folder import new_folder
 from ..loading.readers import UNTRIED, WRONG, readers_of
-from .comparison import NEW_TOKENS, Comparison, Reference, compare, prompts_for
+from .comparison import Comparison, Reference, prompts_for
 from .formats import FORMATS, TOLERANCES, Format
+from .tool import Tool, versions_of
 
 logger = logging.get_logger("transformers.trimllm_hf")
-
-_RUN = Path(__file__).parent / "tools" / "run.py"
-_ASK = """
-import importlib.metadata as m, importlib.util as u, json, sys
-def found(name):
-    try: return u.find_spec(name) is not None
-    except ModuleNotFoundError: return False
-def version(name):
-    try: return m.version(name)
-    except m.PackageNotFoundError: return None
-modules, packages = json.loads(sys.argv[1])
-print(json.dumps([[name for name in modules if not found(name)], {name: version(name) for name in packages}]))
-"""
 
 
 @dataclass(frozen=True)
@@ -106,14 +89,13 @@ def export_model(
         raise ValueError(f"Expected a folder with a checkpoint, got {source}, which has no config.json.")
     config = AutoConfig.from_pretrained(source)
     _refuse_unreadable(source, config, made)
-    versions = _versions(made, quantize, python, to)
-    settings = {**made.settings, **({"llama_cpp": str(llama_cpp)} if llama_cpp and to == "gguf" else {})}
+    versions = versions_of(made, quantize, python, to)
+    tool = Tool(made, python, {"llama_cpp": str(llama_cpp)} if llama_cpp and to == "gguf" else {})
     with new_folder(Path(out)) as unfinished:
         reference, prompts = Reference(source), prompts_for(source, config)
-        tool = _Tool(made, python, settings, unfinished)
-        compared = tool.compared(tool.convert(source, "plain", dtype, None), reference, prompts)
-        tolerance = max(TOLERANCES[dtype], TOLERANCES[made.computes_in])
-        if compared.share > tolerance:
+        plain = tool.convert(source, unfinished / "plain", dtype)
+        compared = tool.compared(plain, reference, prompts)
+        if compared.share > (tolerance := max(TOLERANCES[dtype], TOLERANCES[made.computes_in])):
             raise ValueError(
                 f"Expected {made.runtime} to compute what transformers computes, to {tolerance:.1%} of the logits' "
                 f"range in {dtype}; but {compared}. Nothing was written."
@@ -121,7 +103,7 @@ def export_model(
         kept, quantized = "plain", None
         if quantize is not None:
             kept = "quantized"
-            quantized = tool.compared(tool.convert(source, kept, dtype, quantize), reference, prompts)
+            quantized = tool.compared(tool.quantize(source, plain, unfinished / kept, quantize), reference, prompts)
         for path in (unfinished / kept).iterdir():
             path.rename(unfinished / path.name)
         for name in {"plain", kept}:
@@ -146,81 +128,3 @@ def _refuse_unreadable(folder: Path, config: PreTrainedConfig, made: Format) -> 
             )
         if verdict.verdict == UNTRIED:
             logger.warning(f"{verdict.reader}: {verdict.reason}. The comparison with transformers decides.")
-
-
-def _versions(made: Format, quantize: str | None, python: str, to: str) -> dict[str, str]:
-    """The versions of what a format needs, in an interpreter.
-
-    Raises:
-        ValueError: If it lacks some, or there is no such interpreter.
-    """
-    needed = {**made.packages, **(made.for_quantizing if quantize else {})}
-    names = {module: package.split("[")[0].split(">")[0] for module, package in needed.items()}
-    asked = json.dumps([list(needed), sorted({*names.values(), "torch"})])
-    try:
-        done = subprocess.run([python, "-c", _ASK, asked], capture_output=True, text=True, env=_environment(python))
-    except OSError as error:
-        raise ValueError(f"Expected a Python interpreter, got {python} ({error.strerror}).") from None
-    if done.returncode != 0:
-        raise ValueError(f"Expected a Python interpreter, got {python}: {_last(done.stderr)}")
-    missing, versions = json.loads(done.stdout.splitlines()[-1])
-    if missing:
-        packages = ", ".join(sorted({needed[name] for name in missing}))
-        raise ValueError(
-            f"Expected {packages} in {python} to export to {to}, got none. Install it there (pip install "
-            "'trimllm_hf[runtimes]' has all of them), or name an interpreter that has it by --python."
-        )
-    return {name: version for name, version in versions.items() if version}
-
-
-class _Tool:
-    """A tool in its interpreter, and the folder that it works in."""
-
-    def __init__(self, made: Format, python: str, settings: dict[str, Any], folder: Path) -> None:
-        self.made, self.python, self.settings, self.folder = made, python, settings, folder
-
-    def convert(self, source: Path, name: str, dtype: str, quantize: str | None) -> Path:
-        """Convert into a folder of this name.
-
-        Raises:
-            ValueError: If the converter fails.
-        """
-        out = self.folder / name
-        out.mkdir()
-        settings = {**self.settings, "dtype": dtype, "quantize": quantize}
-        self._run(f"convert to {quantize or dtype}", "convert", str(source), str(out), json.dumps(settings))
-        return out
-
-    def compared(self, out: Path, reference: Reference, prompts: list[list[int]]) -> Comparison:
-        """What the runtime answers, beside transformers.
-
-        Raises:
-            ValueError: If the runtime fails.
-        """
-        asked, result = self.folder / "prompts.json", self.folder / "answers.npz"
-        asked.write_text(json.dumps({"prompts": prompts, "new_tokens": NEW_TOKENS}), encoding="utf-8")
-        settings = {name: value for name, value in self.settings.items() if name == "to"}
-        self._run("read what was converted", "read", str(out), str(asked), str(result), json.dumps(settings))
-        with np.load(result) as found:
-            answers = [(found[f"tokens{n}"].tolist(), found[f"logits{n}"]) for n in range(len(prompts))]
-        asked.unlink()
-        result.unlink()
-        return compare(reference, prompts, answers, self.made.log_probabilities)
-
-    def _run(self, what: str, *arguments: str) -> None:
-        logger.info(f"{self.made.runtime}: {what}.")
-        command = [self.python, str(_RUN), self.made.tool, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=_environment(self.python), errors="replace")
-        if done.returncode != 0:
-            raise ValueError(f"Expected {self.made.runtime} to {what}, got: {_last(done.stderr or done.stdout)}")
-
-
-def _environment(python: str) -> dict[str, str]:
-    """This process's environment; another interpreter does not get the modules of this one."""
-    ours = python == sys.executable
-    return {name: value for name, value in os.environ.items() if ours or name not in ("PYTHONPATH", "PYTHONHOME")}
-
-
-def _last(text: str, lines: int = 3) -> str:
-    said = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    return " ".join(said[-lines:]) or "no word"

@@ -1,4 +1,4 @@
-"""Converts a folder by a tool, or answers prompts by its runtime: see the room's `__init__`."""
+"""Converts or quantizes a folder by a tool, or answers prompts by its runtime: see the room's `__init__`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import Any
 
 
 def main(tool: str, what: str, source: str, *rest: str) -> None:
-    """Do one of the two, and leave the answers of the second in a file."""
+    """Do one of the three, and leave the answers of the last in a file."""
     module = importlib.import_module(tool)
     if what == "convert":
         out, settings = rest
         module.convert(Path(source), Path(out), **json.loads(settings))
+        return
+    if what == "quantize":
+        plain, out, settings = rest
+        module.quantize(Path(source), Path(plain), Path(out), **json.loads(settings))
         return
     prompts, result, settings = rest
     import numpy as np

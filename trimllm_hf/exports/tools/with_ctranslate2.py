@@ -10,11 +10,16 @@ from typing import Any
 Answer = Callable[[Sequence[int], int], tuple[list[int], list[Any]]]
 
 
-def convert(folder: Path, out: Path, dtype: str = "float32", quantize: str | None = None) -> None:
+def convert(folder: Path, out: Path, dtype: str = "float32") -> None:
     """Write a folder that `ctranslate2.Generator` takes."""
     from ctranslate2.converters import TransformersConverter
 
-    TransformersConverter(str(folder)).convert(str(out), quantization=quantize or dtype, force=True)
+    TransformersConverter(str(folder)).convert(str(out), quantization=dtype, force=True)
+
+
+def quantize(folder: Path, converted: Path, out: Path, kind: str) -> None:
+    """The same, with weights in `kind`."""
+    convert(folder, out, kind)
 
 
 def load(out: Path, threads: int = 1, ignore_end: bool = False) -> Answer:

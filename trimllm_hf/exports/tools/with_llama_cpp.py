@@ -22,17 +22,22 @@ BY_SCRIPT = ("Q8_0",)
 SHOWN = 2000  # of a row of logits, the highest: a server says them in JSON
 
 
-def convert(folder: Path, out: Path, dtype: str, quantize: str | None = None, llama_cpp: str | None = None) -> None:
-    """Write `model.gguf`; what the script cannot write, the program makes of a file that it can."""
-    script = _script(llama_cpp)
-    by_script = quantize is None or quantize in BY_SCRIPT
-    program = None if by_script else _program(llama_cpp, str(quantize))
-    made = out / (FILE if by_script else "unquantized.gguf")
-    outtype = quantize.lower() if quantize and by_script else OUTTYPES[dtype]
-    subprocess.run([sys.executable, str(script), str(folder), "--outfile", str(made), "--outtype", outtype], check=True)
-    if program is not None:
-        subprocess.run([program, str(made), str(out / FILE), str(quantize)], check=True)
-        made.unlink()
+def convert(folder: Path, out: Path, dtype: str, llama_cpp: str | None = None) -> None:
+    """Write `model.gguf`."""
+    _by_script(folder, out, OUTTYPES[dtype], llama_cpp)
+
+
+def quantize(folder: Path, converted: Path, out: Path, kind: str, llama_cpp: str | None = None) -> None:
+    """Write `model.gguf`, by the script where it can, else by the program."""
+    if kind in BY_SCRIPT:
+        _by_script(folder, out, kind.lower(), llama_cpp)
+        return
+    subprocess.run([_program(llama_cpp, kind), str(converted / FILE), str(out / FILE), kind], check=True)
+
+
+def _by_script(folder: Path, out: Path, outtype: str, llama_cpp: str | None) -> None:
+    script, outfile = str(_script(llama_cpp)), str(out / FILE)
+    subprocess.run([sys.executable, script, str(folder), "--outfile", outfile, "--outtype", outtype], check=True)
 
 
 def _script(llama_cpp: str | None) -> Path:
@@ -50,13 +55,13 @@ def _script(llama_cpp: str | None) -> Path:
     )
 
 
-def _program(llama_cpp: str | None, quantize: str) -> str:
+def _program(llama_cpp: str | None, kind: str) -> str:
     name = "llama-quantize"
     places = [] if llama_cpp is None else [str(Path(llama_cpp) / each) for each in ("build/bin", ".")]
     found = next((found for place in places if (found := shutil.which(name, path=place))), None) or shutil.which(name)
     if found is None:
         raise SystemExit(
-            f"no program {name}, which makes {quantize}. Build llama.cpp and name its folder with --llama-cpp, or put the "
+            f"no program {name}, which makes {kind}. Build llama.cpp and name its folder with --llama-cpp, or put the "
             f"program on the PATH; {', '.join(BY_SCRIPT)} needs none."
         )
     return found

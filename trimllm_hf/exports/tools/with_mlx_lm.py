@@ -10,16 +10,19 @@ from typing import Any
 Answer = Callable[[Sequence[int], int], tuple[list[int], list[Any]]]
 
 
-def convert(folder: Path, out: Path, dtype: str | None = None, quantize: str | None = None) -> None:
-    """Write a folder that `mlx_lm.load` takes; quantized in groups of 64 to the bits that are named."""
+def convert(folder: Path, out: Path, dtype: str | None = None, **quantized: Any) -> None:
+    """Write a folder that `mlx_lm.load` takes."""
     from mlx_lm import convert as mlx_convert
 
-    bits = None if quantize is None else int(quantize.removeprefix("int"))
-    settings = {} if bits is None else {"quantize": True, "q_bits": bits, "q_group_size": 64}
-    mlx_convert(str(folder), mlx_path=str(out / "model"), dtype=dtype, **settings)
+    mlx_convert(str(folder), mlx_path=str(out / "model"), dtype=dtype, **quantized)
     for file in (out / "model").iterdir():  # it refuses a folder that is there
         file.rename(out / file.name)
     (out / "model").rmdir()
+
+
+def quantize(folder: Path, converted: Path, out: Path, kind: str) -> None:
+    """The same, in groups of 64 weights of so many bits."""
+    convert(folder, out, quantize=True, q_bits=int(kind.removeprefix("int")), q_group_size=64)
 
 
 def load(out: Path, threads: int = 1, ignore_end: bool = False) -> Answer:

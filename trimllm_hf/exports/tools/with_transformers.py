@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,36 +12,40 @@ from typing import Any
 Answer = Callable[[Sequence[int], int], tuple[list[int], list[Any]]]
 
 
-def convert(folder: Path, out: Path, to: str, dtype: str = "float32", quantize: str | None = None) -> None:
+def convert(folder: Path, out: Path, to: str, dtype: str = "float32") -> None:
     """Write one graph that takes tokens and a cache, and what transformers needs to load it again."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.exporters.utils import decompose_for_generation
 
+    exporters: Any = importlib.import_module("transformers.exporters")  # experimental, and without types
+    named = ("OnnxExporter", "OnnxConfig") if to == "onnx" else ("OpenVINOExporter", "OpenVINOConfig")
+    exporter, config = (getattr(exporters, name) for name in named)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     tokens = torch.arange(2 * 8).reshape(2, 8) % model.config.get_text_config().vocab_size
     sample = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    exporters = _exporters()
-    made = ("OnnxExporter", "OnnxConfig") if to == "onnx" else ("OpenVINOExporter", "OpenVINOConfig")
-    exporter, config = (getattr(exporters, name) for name in made)
-    settings = config(dynamic=True, quantizer=None if quantize is None else _quantizer(exporters, to))
     with torch.no_grad():
         # The pass of many tokens after a cache; the cache may be empty, so that it is the prompt's pass as well.
         _, step = decompose_for_generation(model, sample, multi_token_decode=True)["decode"]
-        exporter().export(model, step, settings).save_pretrained(out)
+        exporter().export(model, step, config(dynamic=True)).save_pretrained(out)
     model.generation_config.save_pretrained(out)
     if any(folder.glob("tokenizer*")):
         AutoTokenizer.from_pretrained(folder).save_pretrained(out)
 
 
-def _exporters() -> Any:
-    return importlib.import_module("transformers.exporters")  # experimental, and without types
-
-
-def _quantizer(exporters: Any, to: str) -> Any:
+def quantize(folder: Path, converted: Path, out: Path, kind: str, to: str) -> None:
+    """Weights in int8: by ONNX Runtime, which then quantizes activations as it goes, or by NNCF, weights alone."""
+    shutil.copytree(converted, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.onnx*", "*.xml", "*.bin"))
     if to == "onnx":
-        return exporters.OnnxRuntimeQuantizer(exporters.OnnxRuntimeDynamicConfig(per_channel=True))
-    return exporters.NNCFOpenVINOQuantizer(exporters.NNCFWeightCompressionConfig())  # int8, weights alone
+        from onnxruntime.quantization import quantize_dynamic
+
+        quantize_dynamic(converted / "model.onnx", out / "model.onnx", per_channel=True, use_external_data_format=True)
+        return
+    import nncf
+    import openvino
+
+    model = openvino.Core().read_model(str(converted / "openvino_model.xml"))
+    openvino.save_model(nncf.compress_weights(model), str(out / "openvino_model.xml"), compress_to_fp16=False)
 
 
 def load(out: Path, to: str, threads: int = 1, ignore_end: bool = False) -> Answer:
