@@ -43,9 +43,16 @@ def write(folder: Path, model: torch.nn.Module, kind: Kind) -> None:
     model.save_pretrained(folder)
     words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<one>"]})
     tokenizer.save_pretrained(folder)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))  # as older readers know it
+    if not hasattr(model.config, "trim"):  # as its authors published it
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "unk_token": "<unk>",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     inputs = kind.inputs(model)
     with torch.no_grad():
         logits = model(**inputs).logits

@@ -28,6 +28,7 @@ def by_transformers(folder: Path, inputs: dict[str, Any]) -> Any:
     model, info = model_class.from_pretrained(folder, output_loading_info=True, torch_dtype=torch.float32)
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         raise ValueError(f"keys: {[sorted(map(str, found))[:2] for found in info.values() if found]}")
+    transformers.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         return model.eval()(**{name: torch.tensor(value) for name, value in inputs.items()}).logits.float().numpy()
 

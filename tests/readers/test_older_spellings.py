@@ -14,12 +14,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import COMMON, tiny_model, tiny_texts, tokens
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
@@ -319,3 +323,24 @@ def test_a_base_that_is_gone_costs_nothing_but_its_own_words(tmp_path: Path) -> 
     save_file({"x": torch.zeros(1)}, base / "model.safetensors")
     model.save_pretrained(tmp_path / "out")
     assert file_of(tmp_path / "out")["rope_theta"] == 500000.0
+
+
+@pytest.mark.parametrize("first", ["model", "tokenizer"])
+def test_a_tokenizer_is_saved_in_words_of_transformers_4(first: str, tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<one>", "<two>"]})
+    tokenizer.save_pretrained(tmp_path / "alone")
+    model = tiny_model()
+    drop_layers(model, [1])
+    for each in sorted([model, tokenizer], key=lambda each: (each is tokenizer) == (first == "model")):
+        each.save_pretrained(tmp_path / "both")
+    plain = json.loads((tmp_path / "both" / "tokenizer_config.json").read_text())
+    assert plain["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in plain
+    assert plain["additional_special_tokens"] == ["<one>", "<two>"]
+    alone = json.loads((tmp_path / "alone" / "tokenizer_config.json").read_text())
+    assert alone["tokenizer_class"] == "TokenizersBackend"  # of no trimmed model: as transformers writes it
+    found = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("alone", "both")]
+    assert found[0].get_vocab() == found[1].get_vocab()
+    assert found[0].all_special_tokens == found[1].all_special_tokens
+    assert found[0]("a b <two>")["input_ids"] == found[1]("a b <two>")["input_ids"]

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from .patches import follow_configs, follow_hotswap, follow_models, follow_peft_models
+from .patches import follow_configs, follow_hotswap, follow_models, follow_peft_models, follow_tokenizers
 
 AUTO = "transformers.models.auto.configuration_auto"
 
@@ -30,6 +30,7 @@ def register_when_imported(kinds: Mapping[str, str]) -> None:
         AUTO: lambda module: register(kinds),
         "transformers.configuration_utils": follow_configs,
         "transformers.modeling_utils": partial(follow_models, dict(kinds)),
+        "transformers.tokenization_utils_base": follow_tokenizers,
         "peft.peft_model": follow_peft_models,
         "peft.utils.hotswap": follow_hotswap,
     }

@@ -11,8 +11,11 @@ import copy
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from .tokenizer_words import use_older_words
 
 
 def follow_configs(module: ModuleType) -> None:
@@ -27,6 +30,7 @@ def follow_configs(module: ModuleType) -> None:
             from ..surgery.older_spellings import add_to
 
             add_to(json_file_path, self)
+            use_older_words(Path(json_file_path).parent)
 
     @wraps(read)
     def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -41,6 +45,19 @@ def follow_configs(module: ModuleType) -> None:
 
     followed: Any = from_dict
     kind.to_json_file, kind.from_dict = to_json_file, classmethod(followed)
+
+
+def follow_tokenizers(module: ModuleType) -> None:
+    """Save a tokenizer into a trimmed model's folder in words that transformers 4 knows, whichever of them comes first."""
+    save: Callable[..., Any] = module.PreTrainedTokenizerBase.save_pretrained
+
+    @wraps(save)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        found = save(self, save_directory, *args, **kwargs)
+        use_older_words(Path(save_directory))
+        return found
+
+    module.PreTrainedTokenizerBase.save_pretrained = save_pretrained
 
 
 def follow_models(kinds: dict[str, str], module: ModuleType) -> None:

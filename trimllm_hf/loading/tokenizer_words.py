@@ -1,0 +1,30 @@
+"""A tokenizer beside a trimmed model, in words that transformers 4 and what is built on it (CTranslate2) know as well."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+CONFIG = "tokenizer_config.json"
+
+
+def use_older_words(folder: Path) -> None:
+    """Let a tokenizer's config in a trimmed model's folder say its class and its special tokens as published ones do.
+
+    transformers 5 writes the class `TokenizersBackend` and a list of `extra_special_tokens`, on which transformers 4 fails;
+    it reads the older words alike. A folder of no trimmed model is left alone.
+    """
+    described, model = folder / CONFIG, folder / "config.json"
+    try:
+        if "trim" not in json.loads(model.read_text(encoding="utf-8")):
+            return
+        plain = json.loads(described.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return  # not both are there, or not readable
+    older = dict(plain)
+    if plain.get("tokenizer_class") == "TokenizersBackend":
+        older["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(plain.get("extra_special_tokens"), list):
+        older["additional_special_tokens"] = older.pop("extra_special_tokens")
+    if older != plain:
+        described.write_text(json.dumps(older, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
