@@ -5,6 +5,7 @@ A plugin beside it counts in `models` what a test had of trimmed models.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -20,15 +21,17 @@ import torch
 MODE = os.environ["PEERS_MODE"]
 LOG = Path(os.environ["PEERS_LOG"])
 ONLY = set(Path(os.environ["PEERS_ONLY"]).read_text().split("\n")) if "PEERS_ONLY" in os.environ else None
+SHARE = float(os.environ.get("PEERS_SHARE", "1"))
 DEADLINE = float(os.environ.get("PEERS_DEADLINE", "inf"))
 models: Counter[str] = Counter()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     done = {json.loads(line)["id"] for line in LOG.read_text().splitlines()} if LOG.is_file() else set()
-    rest = [item for item in items if item.nodeid not in done and (ONLY is None or item.nodeid in ONLY)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in rest])
-    items[:] = rest
+    wanted = {item.nodeid for item in items if ONLY is None or item.nodeid in ONLY} - done
+    wanted = {name for name in wanted if int(hashlib.sha1(name.encode()).hexdigest()[:8], 16) < SHARE * 16**8}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in wanted])
+    items[:] = [item for item in items if item.nodeid in wanted]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

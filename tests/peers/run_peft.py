@@ -1,6 +1,7 @@
 """PEFT's own tests on trimmed models: which of them pass, and which fail on trimmed models only.
 
     make test-peers                                                  # everything: hours
+    .venv/bin/python tests/peers/run_peft.py --share 0.1             # a tenth of it
     .venv/bin/python tests/peers/run_peft.py --minutes 30            # goes on where it stopped
     .venv/bin/python tests/peers/run_peft.py --files test_auto.py    # some files
 
@@ -38,7 +39,7 @@ FILES = """
 """.split()
 
 
-def prepare(work: Path) -> Path:
+def prepare(work: Path) -> None:
     """PEFT's tests in a folder, and the caches of models beside it; made when they are not there."""
     release = version("peft")
     source = work / f"peft-{release}"
@@ -49,24 +50,28 @@ def prepare(work: Path) -> Path:
         with tarfile.open(work / f"peft-{release}.tar.gz") as archive:
             archive.extractall(work, filter="data")
     (source / "tests" / "__init__.py").touch()
+    if not (work / "site").is_dir():  # what its tests import and need not have: they are not run with it
+        target = ["--quiet", "--no-deps", "--target", str(work / "site"), "diffusers", "parameterized"]
+        subprocess.run([sys.executable, "-m", "pip", "install", *target], check=True)
     if not (work / "cache" / "made").is_file():
         subprocess.run([sys.executable, "-W", "ignore", str(HERE / "peft_models.py"), str(work / "cache")], check=True)
         (work / "cache" / "made").touch()
-    return source
 
 
-def run(work: Path, source: Path, mode: str, files: list[str], deadline: float, only: set[str] | None = None) -> None:
+def run(work: Path, mode: str, files: list[str], deadline: float, only: set[str] | None = None, share: float = 1.0) -> None:
     """Run tests in one mode, without those that its log has already."""
+    source = work / f"peft-{version('peft')}"
     environment = {
         **os.environ,
         "PEERS_MODE": mode,
         "PEERS_LOG": str(log_of(work, mode)),
         "PEERS_DEADLINE": str(deadline),
+        "PEERS_SHARE": str(share),
         "HF_HUB_CACHE": str(work / "cache" / mode),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), str(source)]),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), str(source), str(work / "site")]),
     }
     if only is not None:
         (work / "only").write_text("\n".join(sorted(only)))
@@ -134,24 +139,21 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "peers", help="a folder for sources, models and logs")
     parser.add_argument("--files", nargs="*", default=FILES, help="files of PEFT's tests")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many; the next run goes on")
+    parser.add_argument("--share", type=float, default=1.0, help="of the tests that are left, so many, always the same")
     parser.add_argument("--table", action="store_true", help="run nothing: print what has been found so far")
     arguments = parser.parse_args()
+    work, begin = arguments.work.resolve(), time.time()
+    first, second, third = (begin + share * 60 * arguments.minutes for share in (0.55, 0.9, 1.0))
     if not arguments.table:
-        work = arguments.work.resolve()
-        source, deadline = prepare(work), time.time() + 60 * arguments.minutes
-        for name in arguments.files:
-            run(work, source, "in_memory", [name], deadline)
-            mine = {each: line for each, line in results(work, "in_memory").items() if each.startswith(f"tests/{name}")}
-            passed = {each for each, line in mine.items() if line["trimmed"] and line["outcome"] == "passed"}
-            if passed:
-                run(work, source, "reloaded", [name], deadline, passed)
-            lost = {each for each, line in mine.items() if line["trimmed"] and line["outcome"] == "failed"}
-            lost |= {
-                each for each, line in results(work, "reloaded").items() if each in passed and line["outcome"] == "failed"
-            }
-            if lost:
-                run(work, source, "untrimmed", [name], deadline, lost)
-    rows, only_trimmed = table(arguments.work)
+        prepare(work)
+        run(work, "in_memory", arguments.files, first, share=arguments.share)
+        found = {name: line for name, line in results(work, "in_memory").items() if line["trimmed"]}
+        passed = {name for name, line in found.items() if line["outcome"] == "passed"}
+        run(work, "reloaded", arguments.files, second, passed)
+        lost = {name for name, line in found.items() if line["outcome"] == "failed"}
+        lost |= {name for name, line in results(work, "reloaded").items() if line["outcome"] == "failed"}
+        run(work, "untrimmed", arguments.files, third, lost)
+    rows, only_trimmed = table(work)
     print("\n".join(rows))
     print(*(f"only trimmed: {each}" for each in only_trimmed), sep="\n")
     return bool(only_trimmed)
