@@ -50,7 +50,7 @@ def test_who_works_kinds_out_from_a_number_is_right_where_the_pattern_is_left(
     kept: list[int] | None, llama_cpp: str, mlx: str
 ) -> None:
     found = verdicts(gemma(kept))
-    assert (found["llama.cpp"], found["mlx-lm 0.32"]) == (llama_cpp, mlx)
+    assert (found["llama.cpp b11549"], found["mlx-lm 0.32"]) == (llama_cpp, mlx)
     assert found["transformers 5"] == found["transformers 4.57"] == found["CTranslate2 4.8"] == RIGHT
 
 
@@ -58,7 +58,7 @@ def test_a_model_without_kinds_is_right_where_it_was_tried() -> None:
     model = tiny_model()
     drop_layers(model, [1, 4])
     assert set(verdicts(model.config).values()) == {RIGHT}
-    assert verdicts(tiny_model("opt").config)["llama.cpp"] == UNTRIED
+    assert verdicts(tiny_model("opt").config)["llama.cpp b11549"] == UNTRIED
 
 
 def test_who_scales_attention_by_the_width_of_a_head_is_right_where_the_config_says_so() -> None:
@@ -69,7 +69,7 @@ def test_other_heads_are_not_tried_where_only_language_models_were() -> None:
     config = tiny_model().config
     config.architectures = ["LlamaForSequenceClassification"]
     found = verdicts(config)
-    assert found["mlx-lm 0.32"] == found["llama.cpp"] == found["CTranslate2 4.8"] == UNTRIED
+    assert found["mlx-lm 0.32"] == found["llama.cpp b11549"] == found["CTranslate2 4.8"] == UNTRIED
     assert found["transformers 4.57"] == RIGHT
 
 
@@ -99,10 +99,10 @@ def test_the_card_and_inspect_say_it(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     write_card(tmp_path, measured=False)
     card = (tmp_path / "README.md").read_text()
-    assert "| llama.cpp | not right: it works out what each layer is from a layer's number" in card
+    assert "| llama.cpp b11549 | not right: it works out what each layer is from a layer's number" in card
     assert "| CTranslate2 4.8 | right: " in card
     said = CliRunner().invoke(app, ["inspect", str(tmp_path)]).output
-    assert "llama.cpp: not right" in said and "transformers 5: right" in said
+    assert "llama.cpp b11549: not right" in said and "transformers 5: right" in said
     plain = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path), "--json"]).output)
     assert {each["reader"] for each in plain["readers"]} == {"transformers 5", *(reader.name for reader in READERS)}
 
@@ -116,7 +116,7 @@ def test_a_run_drops_so_that_it_stays_portable(tmp_path: Path) -> None:
     trim = TrimConfig(target_layers=6, importance="block_influence", calibration_size=2, portable=True)
     TrimTrainer(model, arguments, train_dataset=tiny_texts(16), trim=trim).train()
     assert model.config.num_hidden_layers == 6 and not unlike_default(model.config)
-    assert verdicts(model.config)["llama.cpp"] == RIGHT
+    assert verdicts(model.config)["llama.cpp b11549"] == RIGHT
     with pytest.raises(ValueError, match=r"can be trimmed to, got 3 layers.*It can be trimmed to 6"):
         trim = TrimConfig(target_layers=3, importance="block_influence", calibration_size=2, portable=True)
         TrimTrainer(

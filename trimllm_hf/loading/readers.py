@@ -8,7 +8,7 @@ types below are those whose bases and trimmed models were read by that reader wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedConfig
 
@@ -46,6 +46,8 @@ class Reader:
         whole_period: Whether it needs as many layers as a period has.
         heads: Whether it has models with other heads than a language model's.
         by_head_width: Types whose attention it scales by the width of a head, whatever the config says.
+        by_depth: Of these, the depth at which it takes the model for a size whose attention is scaled by the width of the
+            model over its heads.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Reader:
     whole_period: bool = False
     heads: bool = False
     by_head_width: frozenset[str] = frozenset()
+    by_depth: dict[str, int] = field(default_factory=dict)
 
 
 TRANSFORMERS_5 = "transformers 5"
@@ -80,7 +83,13 @@ _MLX = """
 """
 READERS = (
     Reader("transformers 4.57", by_list=frozenset(_TRANSFORMERS_4.split()), by_period=frozenset({"modernbert"}), heads=True),
-    Reader("llama.cpp", by_list=frozenset({"llama"}), by_number=frozenset({"gemma3_text"})),
+    Reader(
+        "llama.cpp b11549",
+        by_list=frozenset({"llama", "mistral", "qwen2", "qwen3"}),
+        by_number=frozenset({"gemma2", "gemma3_text"}),
+        by_head_width=frozenset({"gemma2", "gemma3_text"}),
+        by_depth={"gemma2": 46, "gemma3_text": 62},
+    ),
     Reader(
         "mlx-lm 0.32",
         by_list=frozenset(_MLX.split()),
@@ -118,9 +127,8 @@ def _verdict(reader: Reader, config: PreTrainedConfig, holder: PreTrainedConfig)
     named = (config.architectures or [""])[0]
     if not reader.heads and named and not named.endswith(_LANGUAGE_MODELS):
         return Verdict(reader.name, UNTRIED, f"not tried with {named}")
-    scale = getattr(holder, "query_pre_attn_scalar", None)
-    if model_type in reader.by_head_width and scale not in (None, getattr(holder, "head_dim", None)):
-        return Verdict(reader.name, WRONG, "it scales attention by the width of a head, trimmed or not")
+    if model_type in reader.by_head_width and (wrong := _other_scale(reader, holder)):
+        return Verdict(reader.name, WRONG, wrong)
     if model_type in reader.by_list:
         return Verdict(reader.name, RIGHT, "it reads from the config what each layer is")
     if model_type in reader.by_period:
@@ -132,6 +140,17 @@ def _verdict(reader: Reader, config: PreTrainedConfig, holder: PreTrainedConfig)
     if wrong:
         return Verdict(reader.name, WRONG, f"it works out what each layer is from {said}, which does not give {wrong[0]}")
     return Verdict(reader.name, RIGHT, f"it works out what each layer is from {said}, which gives what the config lists")
+
+
+def _other_scale(reader: Reader, config: PreTrainedConfig) -> str:
+    """By what a reader scales attention, where that is not what the config says; else nothing."""
+    depth = reader.by_depth.get(config.model_type)
+    by_heads = depth is not None and config.num_hidden_layers == depth
+    width = config.hidden_size // config.num_attention_heads if by_heads else getattr(config, "head_dim", None)
+    if getattr(config, "query_pre_attn_scalar", None) in (None, width):
+        return ""
+    otherwise = "trimmed or not" if depth is None else f"and only at {depth} layers by that of the model over its heads"
+    return f"it scales attention by the width of a head, {otherwise}"
 
 
 def _without_period(config: PreTrainedConfig, whole: bool) -> list[str]:
