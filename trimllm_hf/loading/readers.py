@@ -127,8 +127,8 @@ def _verdict(reader: Reader, config: PreTrainedConfig, holder: PreTrainedConfig)
     named = (config.architectures or [""])[0]
     if not reader.heads and named and not named.endswith(_LANGUAGE_MODELS):
         return Verdict(reader.name, UNTRIED, f"not tried with {named}")
-    if model_type in reader.by_head_width and (wrong := _other_scale(reader, holder)):
-        return Verdict(reader.name, WRONG, wrong)
+    if model_type in reader.by_head_width and (scaled := _other_scale(reader, holder)):
+        return Verdict(reader.name, WRONG, scaled)
     if model_type in reader.by_list:
         return Verdict(reader.name, RIGHT, "it reads from the config what each layer is")
     if model_type in reader.by_period:
