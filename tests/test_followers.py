@@ -14,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import Trainer, TrainerCallback
 
 from trimllm_hf import TrimCallback
+from trimllm_hf.training.followers import refuse_followers
+from trimllm_hf.training.trainer_batches import without_trace
 
 
 def train(folder: Path, *callbacks: TrainerCallback, kind: type[Trainer] = Trainer, **changes: Any) -> Trainer:
@@ -233,3 +235,21 @@ def test_drops_before_the_first_step_join_its_record(tmp_path: Path) -> None:
     first, *others = trainer.state.log_history
     assert first["step"] == 1 and first["trim/num_layers"] == 4 and "loss" in first
     assert not any("trim/num_layers" in entry for entry in others)
+
+
+class Example(dict):
+    """One of many that a list holds: whoever goes through them all, does so for minutes."""
+
+    def copy(self) -> Any:
+        raise AssertionError("An example was copied.")
+
+    items = values = copy
+
+
+def test_nobody_goes_through_examples_in_a_list(tmp_path: Path) -> None:
+    data = [Example(text) for text in tiny_texts(4)]
+    trainer = Trainer(tiny_model(), arguments(tmp_path), train_dataset=data, eval_dataset={"one": data})
+    refuse_followers(trainer, trainer.model, None)
+    with without_trace(trainer):
+        pass
+    assert trainer.train_dataset is data and len(data) == 4

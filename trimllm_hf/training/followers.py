@@ -52,7 +52,11 @@ def refuse_followers(trainer: Trainer, model: nn.Module, part: str | None) -> No
     holders.append(
         (
             type(trainer).__name__,
-            {k: v for k, v in vars(trainer).items() if k not in MENDED and v is not trainer.model_wrapped},
+            {
+                name: value
+                for name, value in vars(trainer).items()
+                if name not in MENDED and value is not trainer.model_wrapped and not name.endswith("dataset")
+            },  # examples in a list are many, and hold no layers
             False,
         )
     )

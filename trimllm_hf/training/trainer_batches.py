@@ -219,7 +219,9 @@ def without_trace(trainer: Trainer) -> Iterator[None]:
     """What a Trainer notes of a loss (metrics, counters, its log) is afterwards as before."""
     attributes = vars(trainer)
     had = dict(attributes)
-    copies = {name: _copied(value) for name, value in had.items() if type(value) in CONTAINERS}
+    copies = {
+        name: _copied(value) for name, value in had.items() if type(value) in CONTAINERS and not name.endswith("dataset")
+    }  # examples in a list are read, not noted
     trainer.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     try:
         yield
