@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -188,16 +188,22 @@ def test_inspect_shows_the_layers_that_an_adapter_belongs_to(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
-def test_an_answer_is_not_lost_to_the_encoding_of_a_terminal(trimmed: tuple[Path, PreTrainedModel], encoding: str) -> None:
+def test_an_answer_is_not_lost_to_the_encoding_of_a_terminal(
+    trimmed: tuple[Path, PreTrainedModel], encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = trimmed
-    code = "import sys; sys.argv = ['trimllm', *sys.argv[1:]]; from trimllm_hf.cli import app; app()"
+    monkeypatch.setenv("COLUMNS", "120")
     for more in ([], ["--json"], ["--help"]):
-        command = [sys.executable, "-c", code, "inspect", str(folder), *more]
-        environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "120"}
-        done = subprocess.run(command, capture_output=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        shown = done.stdout.decode(encoding)
+        terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)  # strict, as Python opens stdout
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "stdout", terminal)
+            app(["inspect", str(folder), *more], prog_name="trimllm")
+        assert not end.value.code
+        terminal.flush()
+        shown = terminal.buffer.getvalue().decode(encoding)
         if more == ["--json"]:
             assert json.loads(shown)["strip"] == "█░██░█"
         elif not more:
             assert ("█░██░█" if encoding == "utf-8" else "#.##.#") in shown
+        else:
+            assert "--what-if" in shown

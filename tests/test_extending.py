@@ -97,6 +97,27 @@ def names_of_units(file: Path) -> Iterator[int]:
                 yield node.lineno
 
 
+def test_a_new_unit_is_known_to_the_map_and_the_surgery_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is like "sublayer" but for its name: a run by it scores, drops, repairs and logs the same."""
+    monkeypatch.setitem(UNITS, "half", UNITS["sublayer"])
+    settings: dict[str, Any] = {"target_layers": 9, "importance": "block_influence", "repair": "auto"}
+    trainers = []
+    for unit in ("sublayer", "half"):
+        torch.manual_seed(0)
+        trainers.append(train(tmp_path / unit, unit=unit, **settings))
+    known, new = trainers
+    assert LayerMap.from_config(new.model.config) == LayerMap.from_config(known.model.config)
+    assert LayerMap.from_config(new.model.config).num_units("half") == 9
+    for name, parameter in new.model.named_parameters():
+        assert torch.equal(parameter, known.model.get_parameter(name)), name
+    logged = [[{k: v for k, v in row.items() if k.startswith("trim/")} for row in t.state.log_history] for t in trainers]
+    assert logged[0] == logged[1] and any(logged[0])
+    scores = [
+        score_layers(new.model, [{"input_ids": torch.arange(3, 9)[None]}], "last", unit) for unit in ("sublayer", "half")
+    ]
+    assert torch.equal(*scores)
+
+
 def test_only_the_map_and_the_surgery_know_a_unit_by_name() -> None:
     """All else takes the units of a model from `list_units`, and their number from the map."""
     outside = [

@@ -238,7 +238,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "broken metadata": (change_card("tags: [pruned]", "tags: [pru"), "Expected YAML metadata"),
     "an object in the metadata": (change_card("[pruned]", "!!python/object/apply:os.getcwd []"), "Expected YAML metadata"),
     "no library": (change_card("library_name: transformers\n", ""), "got no library_name"),
-    "a local base": (change_card("org/base", "/home/me/base"), "base_model '/home/me/base', which is no model id"),
+    "a local base": (change_card("org/base", "/home/me/base"), "base_model '/home/me/base', which is not a model id"),
     "a base that is a list": (change_card("org/base", "[org/base, ../mine]"), r"base_model '\.\./mine'"),
     "a relation": (change_card("tags:", "base_model_relation: pruned\ntags:"), "base_model_relation 'pruned'"),
     "tags as a text": (change_card("[pruned]", "pruned"), "tags 'pruned'"),

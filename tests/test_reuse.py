@@ -204,4 +204,4 @@ def test_a_card_says_what_was_asked_for(tmp_path: Path) -> None:
     trainer.save_model()
     card = (tmp_path / "README.md").read_text()
     assert "5 of its 6 layers kept; 3 training steps" in card
-    assert "dropping ended early, at 4 layers it would have been done" in card
+    assert "dropping stopped before the target of 4 layers" in card

@@ -21,6 +21,11 @@ def is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def is_list_of(value: Any, test: Callable[[Any], Any]) -> TypeGuard[list[Any]]:
     """Whether a value is a list whose items all pass a test."""
     return isinstance(value, list | tuple) and all(test(item) for item in value)
@@ -37,6 +42,47 @@ def shown(value: Any) -> str:
         return "a number of more than 100 digits"  # Python refuses to print one of 5,000
     text = repr(list(value) if isinstance(value, Iterable) and not isinstance(value, str | dict) else value)
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def fields_of(plain: Any, what: str, version: int) -> dict[str, Any]:
+    """The fields of a versioned dict from an untrusted file, without its version.
+
+    Args:
+        plain: What stands in the file.
+        what: What it should be, for the error.
+        version: The version that can be read.
+
+    Raises:
+        ValueError: If it is no dict, or of another version.
+    """
+    if not isinstance(plain, dict):
+        raise ValueError(f"Expected {what} (a dict), got {shown(plain)}.")
+    fields = dict(plain)
+    found = fields.pop("version", None)
+    if found != version or isinstance(found, bool):
+        raise ValueError(f"Expected {what} of version {version}, got {shown(found)}. Install a newer trimllm_hf.")
+    return fields
+
+
+def refuse_other_keys(fields: dict[str, Any], known: set[str], needed: str) -> None:
+    """Refuse fields of other names, or without the one that is needed.
+
+    Raises:
+        ValueError: Naming those that are known.
+    """
+    if not set(fields) <= known or needed not in fields:
+        raise ValueError(f"Expected the keys {sorted(known)}, got {shown(sorted(map(str, fields)))}.")
+
+
+def refuse_not_text(**fields: Any) -> None:
+    """Refuse values that are neither text nor None.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    for name, value in fields.items():
+        if not isinstance(value, str | None):
+            raise ValueError(f"Expected {name} to be text or null, got {shown(value)}.")
 
 
 def json_at(file: Path, *path: str) -> Any:

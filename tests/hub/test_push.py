@@ -213,12 +213,12 @@ def test_a_path_of_this_machine_is_not_published(place: Place, folder: Path) -> 
     config = json.loads((folder / "config.json").read_text())
     config["trim"]["base_model"] = "/home/someone/base"
     (folder / "config.json").write_text(json.dumps(config))
-    assert "The base '/home/someone/base' is a path of this machine" in place.client.push(folder, "alice/local").log
+    assert "The base '/home/someone/base' is a local path" in place.client.push(folder, "alice/local").log
     assert b"/home/someone" not in b"".join(place.hub.files("alice/local").values())
     assert json.loads(place.hub.files("alice/local")["config.json"])["trim"]["base_model"] is None
     config["trim"]["base_model"] = "org/base"
     (folder / "config.json").write_text(json.dumps(config))
-    assert "a path of this machine" not in place.client.push(folder, "alice/local").log
+    assert "is a local path" not in place.client.push(folder, "alice/local").log
 
 
 def test_the_environment_of_tests_reaches_no_other_hub(place: Place, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_the_answer_is_lost(places, folder: Path, way: str, call: str) -> None:
     if call in ("create", "tag"):  # the second time it is there already
         assert place.hub.calls(CALLS[call])[-1] == 409
     if call == "commit":
-        assert f"The commit landed, as {done.oid}, though its answer was lost" in done.log
+        assert f"The commit landed, as {done.oid}, although the response was lost" in done.log
         assert len(place.hub.calls(CALLS["commit"])) == 1
 
 
@@ -136,7 +136,7 @@ def test_the_answer_to_a_pull_request_is_lost(place: Place, folder: Path) -> Non
     place.client.call("create_repo", repo_id="alice/pulled")
     place.hub.fail(CALLS["commit"], lose_reply=True)
     done = place.client.push(folder, "alice/pulled", token=BOB, create_pr=True)
-    assert done.pr == "refs/pr/1" and "answer was lost" in done.log
+    assert done.pr == "refs/pr/1" and "response was lost" in done.log
     assert [ref for ref in place.hub.refs("alice/pulled") if "/pr/" in ref] == ["refs/pr/1"]
 
 

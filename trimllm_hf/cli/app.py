@@ -1,4 +1,4 @@
-"""The app, what every command answers with, and how it ends: 0 done, 1 refused or failed, 2 called wrongly.
+"""The app, and what its commands share: output and exit status (0 done, 1 refused or failed, 2 wrong usage).
 
 A command imports what is slow to import (torch, most of transformers) inside its function: `--help` answers at once.
 """
@@ -20,13 +20,13 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 _REFUSALS = (ValueError, OSError, HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError)
 
 
-# What a terminal without Unicode shows instead: every other character that it lacks becomes a question mark.
+# What a terminal without Unicode shows instead; other characters that it lacks become question marks.
 _PLAIN = str.maketrans({"█": "#", "▀": "^", "▄": "_", "░": ".", "…": "...", "→": "->"})
 
 
@@ -41,12 +41,12 @@ codecs.register_error("trimllm_plain", _replaced)
 
 
 class Refusing(TyperGroup):
-    """Ends a command that is refused, or that fails, with what was said and exit status 1 in place of a traceback."""
+    """Ends a command that fails with the error's message and exit status 1, without a traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="trimllm_plain")  # an answer must not be lost to a terminal's encoding
+                stream.reconfigure(errors="trimllm_plain")  # output must not fail because of the terminal's encoding
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
@@ -62,17 +62,17 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
-    help="Drop the least important layers of a Hugging Face model; look at, measure and publish what is left.",
+    help="Drop the least important layers of a Hugging Face model; inspect, measure and publish the result.",
 )
 
 
 @app.callback()
 def main() -> None:
-    """Keep `trimllm` a group of commands, however few there are."""
+    """Make `trimllm` a group of commands."""
 
 
 def answer(plain: Any, as_json: bool, render: Callable[[], RenderableType | list[RenderableType]]) -> None:
-    """Print a command's answer on stdout: as JSON, or as `render` shows it to a person."""
+    """Print a command's result on stdout: as JSON, or as `render` formats it."""
     if as_json:
         unicode = (sys.stdout.encoding or "").lower().startswith("utf")
         typer.echo(json.dumps(plain, indent=2, ensure_ascii=not unicode))
@@ -80,11 +80,11 @@ def answer(plain: Any, as_json: bool, render: Callable[[], RenderableType | list
     shown = render()
     console = Console(highlight=False, markup=False)  # a name may have brackets
     for part in shown if isinstance(shown, list) else [shown]:
-        console.print(part, soft_wrap=isinstance(part, str))  # an address stays in one piece
+        console.print(part, soft_wrap=isinstance(part, str))  # a URL must not be wrapped
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Refuse a folder that cannot be written to, or made, before any work is done; nothing is left there.
+    """Refuse a folder that cannot be written to or created, before any work is done; no file is left there.
 
     Raises:
         ValueError: If it cannot be written to.
@@ -94,7 +94,9 @@ def refuse_unwritable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise ValueError(f"Expected a folder to write to, got {folder} ({error.strerror}). Name another by --out.") from None
+        raise ValueError(
+            f"Expected a folder to write to, got {folder} ({error.strerror}). Give another with --out."
+        ) from None
 
 
 def table(title: str | None, *columns: str, rows: list[tuple[Any, ...]]) -> Table:

@@ -1,4 +1,4 @@
-"""`trimllm bench`: how fast a model is beside its base, and how close that is to the limit."""
+"""`trimllm bench`: the speed of a model, compared with its base and with the bound set by weight bytes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .app import Json, answer, app, refuse_unwritable, table
 def bench(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model; only its config is read.")],
     base: Annotated[str | None, typer.Option(help="Its base; by default the one that its map names.")] = None,
-    alone: Annotated[bool, typer.Option("--alone", help="Measure the model alone.")] = False,
-    batch_size: Annotated[list[int] | None, typer.Option(help="Sequences at a time; can be repeated. Default: 1.")] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Measure the model without its base.")] = False,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Batch size; can be repeated. Default: 1.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Timed rounds; from 6 on the interval covers 95%.")] = 10,
-    warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Timed rounds; with 6 or more the interval covers 95%.")] = 10,
+    warmup: Annotated[int, typer.Option(help="Untimed rounds before them.")] = 2,
     cache: Annotated[str, typer.Option(help="dynamic or static.")] = "dynamic",
     compile: Annotated[bool, typer.Option("--compile", help="Compile decoding; needs --cache static and a GPU.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the accelerator by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float32, …; the config's by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the report to this JSON file as well.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the report to this JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure latency and memory of a model and its base, in turn; with random weights, as only shapes matter.
+    """Measure latency and memory of a model and its base, alternately; with random weights, since only shapes matter.
 
     **Example:** `trimllm bench runs/medical --batch-size 1 --batch-size 8`
     """

@@ -1,4 +1,4 @@
-"""`trimllm card`: the model card of a trimmed model's folder."""
+"""`trimllm card`: writes the model card of a trimmed model's folder."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def card(
     folder: Annotated[Path, typer.Argument(help="Folder of a trimmed model.")],
     base: Annotated[str | None, typer.Option(help="Its base, if its map does not name it or it has moved.")] = None,
     domain: Annotated[str | None, typer.Option(help="What it was fine-tuned for: 'medical questions'.")] = None,
-    name: Annotated[str | None, typer.Option(help="What to call the model.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
     license: Annotated[str | None, typer.Option(help="Its licence; by default the base's.")] = None,
     language: Annotated[list[str] | None, typer.Option(help="A language, like en; can be repeated.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What the usage example asks.")] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure latency and run the example.")] = True,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that lies beside the weights.")
+        bool, typer.Option("--trust-remote-code", help="Run code stored beside the weights.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write README.md, its pictures and trim_report.json; measure what was not measured yet.
+    """Write README.md, its pictures and trim_report.json; measure what has not been measured yet.
 
-    What you wrote into the card by hand stays: only the sections between `<!-- trimllm_hf: … -->` marks are written anew.
+    Edits by hand are kept: only the sections between `<!-- trimllm_hf: … -->` markers are rewritten.
 
     **Example:** `trimllm card runs/medical --domain 'medical questions' --prompt 'What causes gout?'`
     """

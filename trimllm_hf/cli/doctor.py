@@ -1,4 +1,4 @@
-"""`trimllm doctor`: before a long run, whether a model, an engine and this environment can be trimmed, and what it costs."""
+"""`trimllm doctor`: checks before a long run whether a model can be trimmed, under which engine, and what a scan costs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from .app import Json, answer, app, table
 @app.command()
 def doctor(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model; only its config is read.")],
-    engine: Annotated[
-        str, typer.Option(help="How the run will be launched: none, ddp, fsdp2, zero1, zero2, zero3.")
-    ] = "none",
+    engine: Annotated[str, typer.Option(help="Engine of the planned run: none, ddp, fsdp2, zero1, zero2, zero3.")] = "none",
     part: Annotated[str | None, typer.Option(help="Of an encoder-decoder: decoder (the default) or encoder.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that lies beside the weights.")
+        bool, typer.Option("--trust-remote-code", help="Run code stored beside the weights.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Say whether a model can be trimmed: which layers can be dropped, how far, under which engine, and what a scan costs.
 
-    Exit status 1 if it cannot be trimmed here; the reason is printed. Nothing is loaded but config.json.
+    Exit status 1 if it cannot be trimmed here; the reason is printed. Only config.json is loaded.
 
     **Example:** `trimllm doctor org/base --engine zero3`
     """

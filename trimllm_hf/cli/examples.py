@@ -17,14 +17,15 @@ Example = tuple[str, str]  # what the model is given, and what it is scored on
 def read_examples(path: Path, limit: int) -> list[Example]:
     """The first examples of a file.
 
-    A line of `.jsonl`, an item of a list in `.json`, or a row of `.csv` or `.tsv` (with a head) has `text`, or `prompt` and
-    `completion`, or `question` and `answer`. Of plain text (`.txt`, `.md`, or no ending) a blank line ends an example.
+    A line of `.jsonl`, an item of a list in `.json`, or a row of `.csv` or `.tsv` (with a header row) has `text`, or
+    `prompt` and `completion`, or `question` and `answer`. In plain text (`.txt`, `.md`, or no extension) a blank line ends
+    an example.
 
     Raises:
-        ValueError: If the file holds none, a row is something else, or it is of another kind or no UTF-8.
+        ValueError: If the file holds none, a row has other fields, or the file has another extension or is not UTF-8.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of byte order
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected a text file in UTF-8, got {path} ({error.reason} at byte {error.start}).") from None
     ending = path.suffix.lower()
@@ -47,7 +48,7 @@ def read_examples(path: Path, limit: int) -> list[Example]:
 
 
 def _json_rows(text: str) -> list[tuple[str, Any]]:
-    """The lines of JSON Lines, or the items of one list; what cannot be read stays text."""
+    """The lines of JSON Lines, or the items of one list; a line that is not JSON stays text."""
     try:
         if isinstance(whole := json.loads(text), list):
             return [(f"item {number}", row) for number, row in enumerate(whole)]
@@ -76,7 +77,7 @@ def _example(row: Any, where: str) -> Example:
 
 
 def make_batches(tokenizer: Any, examples: list[Example], max_length: int, batch_size: int) -> list[dict[str, Any]]:
-    """Padded batches with labels on what is scored. A text that is too long loses its end, a prompt its beginning.
+    """Padded batches with labels on what is scored. Long texts are cut at the end, long prompts at the beginning.
 
     Raises:
         ValueError: If no example leaves a token to score.

@@ -1,4 +1,4 @@
-"""`trimllm inspect`: what a model is, by its config and the headers of its weight files; no weights are loaded."""
+"""`trimllm inspect`: describes a model by its config and the headers of its weight files; no weights are loaded."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .app import Json, answer, app, table
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    what_if: Annotated[bool, typer.Option("--what-if", help="Print what the model would weigh at every depth.")] = False,
+    what_if: Annotated[bool, typer.Option("--what-if", help="Print the size of the model at every depth.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print which layers of its base a model keeps, when the others went, and what it weighs.
+    """Print which layers of its base a model keeps, when the others were dropped, and its size.
 
-    Only config.json and the headers of the weight files are read; of a Hub model that is a few kilobytes. With --what-if
-    config.json alone: for every depth parameters, bytes, cache per token, and the ratio of the weight bytes that are read
-    for each token. Of an adapter (PEFT) the layers of the base that it belongs to are printed.
+    Only config.json and the headers of the weight files are read: a few kilobytes for a model on the Hub. With --what-if
+    only config.json is read, and for every depth the parameters, bytes, cache per token and the ratio of the weight bytes
+    read per token are printed. For an adapter (PEFT), the layers of the base that it belongs to are printed.
 
     **Examples:** `trimllm inspect runs/medical`, `trimllm inspect org/base --what-if`
     """
@@ -80,10 +80,10 @@ def _widths(slices: Any) -> list[RenderableType]:
 
 
 def _adapter(model: str, revision: str | None) -> tuple[str, Any, dict[str, Any]] | None:
-    """The kind of an adapter, the map of the base that it belongs to, and what its file weighs; None for a model.
+    """The kind of an adapter, the map of the base that it belongs to, and the size of its file; None for a model.
 
     Raises:
-        ValueError: If the adapter does not say to which layers it belongs, or what it says is damaged.
+        ValueError: If the adapter has no kept-layer map, or a damaged one.
     """
     from transformers.utils import cached_file  # type: ignore[attr-defined]  # re-exported there
 

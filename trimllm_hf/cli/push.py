@@ -1,4 +1,4 @@
-"""`trimllm push`: a trimmed model's folder to the Hub."""
+"""`trimllm push`: publishes a trimmed model's folder on the Hub."""
 
 from __future__ import annotations
 
@@ -18,23 +18,27 @@ LANDED_IN_PART, UNKNOWN = 3, 4
 @app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a trimmed model, with its card.")],
-    repo_id: Annotated[str, typer.Argument(help="user/model, or model under your own name; made if it does not exist.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private; refuse a public one.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if it does not exist.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request, also in someone else's.")] = False,
-    token: Annotated[str | None, typer.Option(help="Better in HF_TOKEN: a command line is seen by others.")] = None,
+    repo_id: Annotated[str, typer.Argument(help="user/model, or model under your own name; created if it does not exist.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Create a new repository as private; refuse a public one.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; created if it does not exist.")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request; also in someone else's repository.")
+    ] = False,
+    token: Annotated[str | None, typer.Option(help="Prefer HF_TOKEN: others can see a command line.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message; by default the number of layers.")] = None,
     tag: Annotated[str | None, typer.Option(help="Another tag than trim-16of32.")] = None,
     no_tag: Annotated[bool, typer.Option("--no-tag", help="Set no tag.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a trimmed model's folder and publish it as one commit, or say what is wrong with it.
+    """Check a trimmed model's folder, then publish it as one commit.
 
-    A folder that the repository already holds makes no commit. Pickles, optimizer states and what else does not belong to a
-    model stay behind.
+    If the repository already holds the folder, no commit is made. Pickles, optimizer states and other files that are not
+    part of a model are not uploaded.
 
-    Exit status: 0 the repository holds the folder; 1 it stands as it was; 2 called wrongly; 3 the commit is there, the tag
-    is not; 4 the Hub could not be asked. After 1, 3 and 4 the same command again is safe.
+    Exit status: 0 the repository holds the folder; 1 it is as it was; 2 wrong usage; 3 the commit was made, the tag was not;
+    4 unknown, the Hub did not answer. After 1, 3 and 4 it is safe to repeat the command.
 
     **Example:** `trimllm push runs/medical user/llama-16of32-medical --private`
     """

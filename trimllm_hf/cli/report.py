@@ -1,4 +1,4 @@
-"""`trimllm report`: one HTML page of a run."""
+"""`trimllm report`: one HTML page about a run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .app import Json, answer, app, refuse_unwritable
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run: a Trainer's output_dir.")],
-    out: Annotated[Path | None, typer.Option(help="The page; by default trim_run.html in that folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; by default trim_run.html in that folder.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a page of a run: loss and depth over the steps, which layers went, scores, size, speed and quality.
+    """Write a page about a run: loss and depth over the steps, dropped layers, scores, size, speed and quality.
 
-    It is one file that needs no network, for a browser in light or dark. Nothing is measured: what is shown stands in
-    trainer_state.json and, where a card was written, in trim_report.json.
+    The page is one file that needs no network and follows the browser's light or dark mode. Nothing is measured: it shows
+    what trainer_state.json and, if a card was written, trim_report.json contain.
 
     **Example:** `trimllm report runs/medical`
     """

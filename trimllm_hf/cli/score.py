@@ -19,26 +19,26 @@ def score(
     importance: Annotated[
         list[str] | None, typer.Option(help="A score; can be repeated. Default: sensitivity, block_influence.")
     ] = None,
-    unit: Annotated[str, typer.Option(help="block, or sublayer: attentions and MLPs apart.")] = "block",
-    size: Annotated[int, typer.Option(help="Examples to score by; the first ones of the file.")] = 64,
-    max_length: Annotated[int, typer.Option(help="Tokens of an example at most.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 4,
+    unit: Annotated[str, typer.Option(help="block, or sublayer (attention and MLP separately).")] = "block",
+    size: Annotated[int, typer.Option(help="Number of examples, from the start of the file.")] = 64,
+    max_length: Annotated[int, typer.Option(help="Maximum tokens of an example.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 4,
     per_ms: Annotated[
-        bool, typer.Option("--per-ms", help="Divide what the model loses by the ms that a layer takes.")
+        bool, typer.Option("--per-ms", help="Divide the rise of the loss by the ms that the layer takes.")
     ] = False,
-    prompt_tokens: Annotated[int, typer.Option(help="With --per-ms: tokens before those that are timed.")] = 128,
-    memory_gb: Annotated[float | None, typer.Option(help="Memory of a scan beside a forward pass.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="With --per-ms: tokens before the timed ones.")] = 128,
+    memory_gb: Annotated[float | None, typer.Option(help="Memory for a scan, in GB, on top of a forward pass.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the accelerator by default.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32, …; auto: the files'.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32, …; auto: as in the files.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for scores.json and, with matplotlib, scores.png.")] = Path("runs/score"),
     as_json: Json = False,
 ) -> None:
     """Print how important each layer is on your data, the least important first, and draw it.
 
     Higher = more important. `sensitivity` is the loss per token without the layer. Nothing is trained or dropped. With
-    `--per-ms` it is how much the loss rises, for each ms of a generated token that goes with the layer, measured on this
-    machine; of blocks that are all alike the order stays what it is.
+    `--per-ms` it is the rise of the loss for each millisecond per generated token that the layer takes, measured on this
+    machine; if all blocks are alike, the order does not change.
 
     **Example:** `trimllm score org/base --data train.jsonl --importance sensitivity`
     """
@@ -108,7 +108,7 @@ def _names(model: Any, unit: str) -> list[str]:
 
 
 def _margin(values: list[float]) -> float | None:
-    """By how much the second least important layer's score is higher than that of the least."""
+    """The difference between the two lowest scores."""
     lowest = sorted(values)
     return lowest[1] - lowest[0] if len(lowest) > 1 else None
 
@@ -131,7 +131,7 @@ def _shown(plain: dict[str, Any], out: Path, drawn: bool) -> list[Any]:
 
 
 def draw(plain: dict[str, Any], path: Path) -> None:
-    """A bar a layer, a panel a score; the least important one is marked."""
+    """One bar per layer, one panel per score; the least important layer is marked."""
     from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
 
     from ..publish.plots import DROPPED, KEPT

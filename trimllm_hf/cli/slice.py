@@ -1,4 +1,4 @@
-"""`trimllm slice`: a checkpoint whose layers are narrower, each by its redundancy, from a base and calibration text."""
+"""`trimllm slice`: writes a checkpoint with narrower layers, from a base and calibration text."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ def slice(
     ratio: Annotated[float, typer.Option(help="Mean share of the width to cut.")] = 0.25,
     allocation: Annotated[str, typer.Option(help="redundancy, or uniform: all layers alike.")] = "redundancy",
     spread: Annotated[float, typer.Option(help="How far widths follow redundancy, from 0 to 1.")] = 0.5,
-    mean: Annotated[str, typer.Option(help="Of what the ratio is: layers, or parameters of the blocks.")] = "layers",
+    mean: Annotated[
+        str, typer.Option(help="What the ratio is a mean over: layers, or parameters of the blocks.")
+    ] = "layers",
     what: Annotated[str, typer.Option(help="hidden: the hidden states. mlp: the MLPs' channels alone.")] = "hidden",
-    multiple: Annotated[int, typer.Option(help="What widths are multiples of: 8, or 64.")] = 8,
-    size: Annotated[int, typer.Option(help="Examples to calibrate by; the first ones of the file.")] = 128,
-    max_length: Annotated[int, typer.Option(help="Tokens of an example at most.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 4,
+    multiple: Annotated[int, typer.Option(help="Widths are multiples of this: 8, or 64.")] = 8,
+    size: Annotated[int, typer.Option(help="Number of examples, from the start of the file.")] = 128,
+    max_length: Annotated[int, typer.Option(help="Maximum tokens of an example.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 4,
     remote_code: Annotated[
-        bool, typer.Option("--remote-code", help="Also write code by which trust_remote_code=True loads the model.")
+        bool, typer.Option("--remote-code", help="Also write the code with which trust_remote_code=True loads the model.")
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the accelerator by default.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32, …; auto: the files'.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32, …; auto: as in the files.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint whose layers are narrower: SliceGPT with a width for each layer, by its redundancy on your text.
 
-    It loads with the Auto classes after `import trimllm_hf`, to be fine-tuned with any Trainer. Quality suffers until then.
+    It loads with the Auto classes after `import trimllm_hf`. Fine-tune it with any Trainer: until then its quality is lower.
 
     **Example:** `trimllm slice org/base runs/sliced --ratio 0.25 --data train.jsonl`
     """

@@ -1,4 +1,4 @@
-"""`trimllm trim`: a checkpoint that keeps some layers of a base, written from its files without training."""
+"""`trimllm trim`: writes a checkpoint that keeps some layers of a base, without training."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ def trim(
     base: Annotated[str, typer.Argument(help="Hub id or folder of the base model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
     kept: Annotated[str | None, typer.Option(help="Layers to keep, by the base's numbering from 0: 0-11,20-31.")] = None,
-    drop: Annotated[str | None, typer.Option(help="Or the layers to drop.")] = None,
+    drop: Annotated[str | None, typer.Option(help="Layers to drop, instead of --kept.")] = None,
     part: Annotated[str | None, typer.Option(help="Of an encoder-decoder: decoder (the default) or encoder.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")] = None,
     portable: Annotated[
-        bool, typer.Option("--portable", help="Refuse layers whose kinds some runtimes would work out wrongly.")
+        bool, typer.Option("--portable", help="Refuse drops after which some runtimes infer wrong layer types.")
     ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code beside the base's weights, where it has some.")
+        bool, typer.Option("--trust-remote-code", help="Run code stored beside the base's weights.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint with only some layers of a base; of its files nothing else is read.
+    """Write a checkpoint that keeps some layers of a base; only their tensors are read from its files.
 
-    To see which layers matter on your data, `trimllm score`. Quality is likely to suffer until the model is fine-tuned.
+    `trimllm score` shows which layers matter on your data. Quality is likely to be lower until the model is fine-tuned.
 
     **Example:** `trimllm trim --kept 0-11,20-31 org/base runs/trimmed`
     """
@@ -57,10 +57,10 @@ def trim(
 
 
 def layers(text: str, option: str) -> list[int]:
-    """The layers that `0-11,20` names.
+    """The layers named by a text like `0-11,20`.
 
     Raises:
-        typer.BadParameter: If it names none, or is no list of numbers and ranges.
+        typer.BadParameter: If it names none, or is not a list of numbers and ranges.
     """
     found: list[int] = []
     for part in text.split(","):

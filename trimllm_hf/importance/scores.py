@@ -32,18 +32,6 @@ from .statistics import activation_norm, angular, block_influence, layer_redunda
 
 Importance = Callable[..., tuple[torch.Tensor, float]]  # of a model, batches and a unit; of a part, where it takes one
 
-__all__ = [
-    "Importance",
-    "goes_by_loss",
-    "is_joint",
-    "known",
-    "needs_data",
-    "per_ms",
-    "refuse_not_per_ms",
-    "register_importance",
-    "score_layers",
-]
-
 _SCANS: dict[str, Callable[[Metric], Metric]] = {"sensitivity": sensitivity, "perplexity": perplexity}
 _GRADIENTS = {"taylor": taylor}
 _FROM_ZERO = {*_SCANS, *_GRADIENTS, "block_influence", "relative_magnitude"}  # 0, or the model as it is: free to drop

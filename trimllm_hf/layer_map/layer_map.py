@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..utils import is_count, json_at, shown
+from ..utils import fields_of, is_count, json_at, refuse_not_text, refuse_other_keys, shown
 from .base_check import refuse_other_base
 from .depth import PARTS, base_name, depth_name, is_of_absent_part, num_hidden_layers, part_config, resolve_part
 from .record import DropRecord, check_layers, check_positions, check_sublayers
@@ -74,9 +74,7 @@ class LayerMap:
             raise ValueError("Expected kept_attention and kept_mlp in a map of unit 'sublayer' only, got unit 'block'.")
         if self.part is not None and self.part not in PARTS:
             raise ValueError(f"Expected part 'decoder', 'encoder' or null, got {shown(self.part)}.")
-        for name in ("base_model", "base_revision"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"Expected {name} to be text or null, got {shown(getattr(self, name))}.")
+        refuse_not_text(base_model=self.base_model, base_revision=self.base_revision)
 
     def __str__(self) -> str:
         """The kept layers, and what they lack: `[0, 2, 3], without the mlp of 2`."""
@@ -151,16 +149,16 @@ class LayerMap:
         check_positions(layers, self.num_units(unit))
         order = sorted(range(len(layers)), key=lambda i: layers[i])
         positions = [layers[i] for i in order]
-        if unit == "sublayer":
-            lost = [self.sublayers[position] for position in positions]
-        else:
+        if unit == "block":
             lost = [(self.kept_layers[position], kind) for position in positions for kind in SUBLAYER_KINDS]
+        else:
+            lost = [self.sublayers[position] for position in positions]
         record = DropRecord(
-            dropped=tuple(layer for layer, kind in lost if unit == "sublayer" or kind == SUBLAYER_KINDS[0]),
+            dropped=tuple(layer for layer, kind in lost if unit != "block" or kind == SUBLAYER_KINDS[0]),
             step=step,
             importance=importance,
             scores=None if scores is None else tuple(float(scores[i]) for i in order),
-            sublayers=tuple(kind for _, kind in lost) if unit == "sublayer" else None,
+            sublayers=None if unit == "block" else tuple(kind for _, kind in lost),
         )
         history = (*self.history, record)
         if unit == self.unit == "block":
@@ -220,18 +218,9 @@ class LayerMap:
         Raises:
             ValueError: If it is damaged, contradicts itself, or was written by a newer version.
         """
-        if not isinstance(plain, dict):
-            raise ValueError(f"Expected a kept-layer map (a dict), got {shown(plain)}.")
-        fields = dict(plain)
-        version = fields.pop("version", None)
-        if version != VERSION or isinstance(version, bool):
-            raise ValueError(
-                f"Expected a kept-layer map of version {VERSION}, got {shown(version)}. Install a newer trimllm_hf."
-            )
+        fields = fields_of(plain, "a kept-layer map", VERSION)
         history = fields.pop("history", [])
-        known = {field.name for field in dataclass_fields(cls)} - {"history"}
-        if not set(fields) <= known or "base_num_layers" not in fields:
-            raise ValueError(f"Expected the keys {sorted(known)}, got {shown(sorted(map(str, fields)))}.")
+        refuse_other_keys(fields, {field.name for field in dataclass_fields(cls)} - {"history"}, "base_num_layers")
         for name in ("kept_layers", "kept_attention", "kept_mlp"):
             layers = fields.get(name)
             if isinstance(layers, list | tuple):

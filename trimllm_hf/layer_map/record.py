@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ..utils import is_count, is_list_of, shown
+from ..utils import is_count, is_list_of, is_number, shown
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DropRecord:
         dropped, step, scores, sublayers = (plain.get(key) for key in ("dropped", "step", "scores", "sublayers"))
         if not is_list_of(dropped, is_count) or not (step is None or is_count(step)):
             raise ValueError(f"Expected whole numbers in a history entry, got {shown(plain)}.")
-        if not (scores is None or is_list_of(scores, _is_number)):
+        if not (scores is None or is_list_of(scores, is_number)):
             raise ValueError(f"Expected numbers as a history entry's scores, got {shown(plain)}.")
         if not isinstance(plain.get("importance"), str | None):
             raise ValueError(f"Expected text as a history entry's importance, got {shown(plain)}.")
@@ -107,7 +107,3 @@ def check_sublayers(kept: tuple[int, ...], attention: Any, mlp: Any, base_num_la
             "Expected kept_layers to be the layers in kept_attention or kept_mlp, got "
             f"{shown(kept)}, {shown(attention)} and {shown(mlp)}."
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

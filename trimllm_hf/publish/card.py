@@ -1,4 +1,4 @@
-"""The model card: written from measurements, re-rendered from `trim_report.json` alone, hand-written parts kept."""
+"""The model card: written from measurements, rendered again from `trim_report.json` alone; edits by hand are kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CARD = "README.md"
 NOT_OURS = "not run: the code beside the weights is not trimllm_hf's, and trust_remote_code was not given"
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
 SECTION = re.compile(r"<!-- trimllm_hf: (?P<name>[\w-]+) -->\n.*?<!-- /trimllm_hf: (?P=name) -->", re.DOTALL)
-# Metadata that say what is measured or known; the rest is the user's to change by hand.
+# Metadata that are always written from the data; the user may change the others by hand.
 OURS = ("library_name", "model-index")
 
 
@@ -45,17 +45,17 @@ def write_card(
 ) -> Path:
     """Write a folder's card with its pictures and `trim_report.json`.
 
-    What an earlier report in the folder says is kept where `data` says nothing, unless the weights have changed since:
-    then only what was given by the user is. A card edited by hand is kept: only the sections between our marks are written
-    anew, and those whose marks were taken out stay out.
+    Fields that `data` leaves out are taken from an earlier report in the folder; if the weights have changed since, only
+    those that the user gave. Edits by hand are kept: only the sections between the `trimllm_hf` markers are rewritten, and
+    sections whose markers were removed are not added again.
 
     Args:
         folder: A trimmed model's folder, as `save_model` leaves it.
-        data: What is known besides; see `TrimCardData`.
+        data: What the files do not say; see `TrimCardData`.
         base: The base's Hub id or folder, if the model's map does not name it or names a folder that has moved.
         measured: Measure latency beside the base, and run the usage example, where the report does not hold it yet.
-        trust_remote_code: Run the code that lies beside the weights. Without it only code that `write_remote_code` wrote is
-            run, after a comparison to the letter.
+        trust_remote_code: Run the code beside the weights. Without it only code that `write_remote_code` wrote is run, after
+            an exact comparison.
         progress: Whether to show a bar while latency is measured.
         **settings: For `measure_latency`: `batch_sizes`, `prompt_tokens`, `new_tokens`, `repeats`, …
 
@@ -100,7 +100,7 @@ def write_card(
 
 
 def _joined(given: TrimCardData, earlier: TrimCardData | None, trimmed: dict[str, Any]) -> TrimCardData:
-    """What is given, with what an earlier report says besides; of other weights, only what the user had said."""
+    """The given data, completed by an earlier report; if that is of other weights, only by what the user gave."""
     data = copy.copy(given)
     data.trimmed = trimmed
     if earlier is None:
@@ -181,12 +181,12 @@ def read_report(folder: Path) -> TrimCardData | None:
 
 
 def merged(existing: str | None, new: str, generated_before: str | None) -> str:
-    """The new card with what a hand has changed in the existing one.
+    """The new card, with the edits by hand of the existing one.
 
     Args:
         existing: The card in the folder.
         new: The card as it is rendered now.
-        generated_before: The existing card as it was rendered, to tell a hand's changes of the metadata from ours.
+        generated_before: The existing card as it was rendered, to tell edits of the metadata by hand from ours.
     """
     if existing is None or existing == generated_before:
         return new

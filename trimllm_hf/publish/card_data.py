@@ -1,4 +1,4 @@
-"""`TrimCardData`: what stands on the card of a trimmed model, by who knows it; and its metadata for the Hub."""
+"""`TrimCardData`: the contents of a trimmed model's card, by where they come from; and its metadata for the Hub."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Score:
     """A measured figure and, where one was computed, an interval around it.
 
     Raises:
-        ValueError: If it is no finite number: there is then nothing to report.
+        ValueError: If a value is not finite.
     """
 
     value: float
@@ -76,7 +76,7 @@ class Quality:
         full: Of the base, fine-tuned in the same way at full depth.
         interval: What kind of interval the scores have, e.g. "95%, Wilson".
         dataset_id: The data set's id on the Hub, if it is there; and its revision.
-        note: What a reader has to know besides, e.g. how the answer is chosen.
+        note: Further information, e.g. how the answer is chosen.
     """
 
     metric: str
@@ -100,7 +100,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class DataUse:
-    """A part of the data and what it was used for.
+    """A data set, or a split of one, and what it was used for.
 
     Attributes:
         use: "training", "calibration" or "test".
@@ -121,7 +121,7 @@ class DataUse:
 
 
 def tag_name(layer_map: LayerMap) -> str | None:
-    """A depth in a word: trim-16of32; trim-decoder-6of12 of a part; trim-27of32-sublayers where sublayers are gone.
+    """The depth as a tag: trim-16of32; trim-decoder-6of12 for a part; trim-27of32-sublayers where sublayers are gone.
 
     None for a model that keeps all its layers.
     """
@@ -134,7 +134,7 @@ def tag_name(layer_map: LayerMap) -> str | None:
 
 
 class TrimCardData(ModelCardData):
-    """What a card says. Each field is filled by one party; what nobody measured stays None and is called so on the card.
+    """The contents of a card. Each field has one source; what was not measured stays None, and the card says so.
 
     Args:
         repo_id: Given by the user: the model's id on the Hub, for the usage example.
@@ -142,7 +142,7 @@ class TrimCardData(ModelCardData):
         quality: Given: quality in the domain.
         outside: Given: quality outside the domain, which trimming may have cost.
         data: Given: the data sets, more than a Trainer can know of them.
-        not_for: Given: what the model should not be used for, a sentence each.
+        not_for: Given: what the model should not be used for, one sentence per entry.
         usage_prompt: Given: what the usage example asks (text, or chat messages).
         training: Filled by TrimTrainer: steps, settings, sizes of the data, the log.
         trimmed: Filled from the folder: map, parameters, bytes, checksums.
@@ -154,7 +154,7 @@ class TrimCardData(ModelCardData):
             not given; `library_name` and the model index follow from the other fields.
 
     Raises:
-        ValueError: If a given `base_model` is no id of the Hub.
+        ValueError: If a given `base_model` is not an id of the Hub.
     """
 
     GIVEN = ("repo_id", "domain", "quality", "outside", "data", "not_for", "usage_prompt")
@@ -200,7 +200,7 @@ class TrimCardData(ModelCardData):
 
     @property
     def name(self) -> str:
-        """What to call the model: as the user does, else by its base and depth."""
+        """The name of the model: the user's, or else one made of the base and the depth."""
         if self.model_name:
             return str(self.model_name)
         kept = (self.trimmed or {}).get("map")

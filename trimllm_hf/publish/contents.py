@@ -1,4 +1,4 @@
-"""What of a finished folder is published: an allow-list; everything else stays behind and is named."""
+"""Which files of a folder are published: those on an allow-list; the others are listed as left out."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Contents:
 
     Attributes:
         folder: The folder.
-        sizes: Bytes of each file that goes, by its path in the folder (and in the repository).
-        left_out: Names of the files and folders that stay behind, folders with a slash at the end.
+        sizes: Bytes of each file that is published, by its path in the folder (and in the repository).
+        left_out: Names of the files and folders that are not published; folders end with a slash.
     """
 
     folder: Path
@@ -48,14 +48,14 @@ class Contents:
 
 
 def contents_of(folder: str | Path, known_secrets: Mapping[str, str] | None = None) -> Contents:
-    """Choose the files to publish and check that each is whole and free of credentials.
+    """Choose the files to publish, and check that each is complete and contains no credential.
 
     Args:
         folder: A model's folder, as `save_pretrained` or a Trainer leaves it.
-        known_secrets: Texts that must not stand in any file, by what they are called.
+        known_secrets: Secrets that no file may contain, by the name that the error uses.
 
     Raises:
-        ValueError: If the folder is not a model's, a file is half written, or one holds a credential.
+        ValueError: If the folder does not hold a model, a file is incomplete, or one contains a credential.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -128,7 +128,7 @@ def shown_pictures(folder: Path) -> tuple[str, ...]:
     """The pictures in the folder that its card shows, as paths in the folder.
 
     Raises:
-        ValueError: If the card shows one that is not there.
+        ValueError: If the card shows one that does not exist.
     """
     if not (folder / CARD).is_file():
         return ()
@@ -136,7 +136,7 @@ def shown_pictures(folder: Path) -> tuple[str, ...]:
     found = re.findall(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)", text) + re.findall(r"<img[^>]+src=[\"']([^\"']+)", text)
     pictures = []
     for target in dict.fromkeys(found):
-        if re.match(r"[a-z][a-z0-9+.-]*:|//|/", target):  # an address elsewhere
+        if re.match(r"[a-z][a-z0-9+.-]*:|//|/", target):  # a URL
             continue
         path = folder / target
         if not path.is_file() or path.suffix.lower() not in PICTURES or ".." in Path(target).parts:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-# The makers' documented prefixes and lengths, so that a vocabulary or a checksum is not taken for one.
+# The vendors' documented prefixes and lengths, so that vocabularies and checksums do not match.
 PATTERNS = {
     "a Hugging Face token": rb"(?<![A-Za-z0-9_])(?:hf|api_org)_[A-Za-z0-9]{30,}(?![A-Za-z0-9_])",
     "a GitHub token": rb"(?<![A-Za-z0-9_])(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})",
@@ -20,12 +20,12 @@ PATTERNS = {
 }
 _ANY = re.compile(b"|".join(b"(%s)" % pattern for pattern in PATTERNS.values()))
 _SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
-SHORTEST = 16  # a shorter text may stand in a file by chance
+SHORTEST = 16  # a shorter string may occur in a file by chance
 LONGEST_HEADER = 100_000_000  # safetensors' own limit
 
 
 def secrets_of_environment() -> dict[str, str]:
-    """The environment's variables that hold secrets, by their names: W&B's key looks like any checksum."""
+    """The environment variables that hold secrets, by their names: some, like W&B's key, have no pattern of their own."""
     return {
         f"the value of {name}": value
         for name, value in os.environ.items()
@@ -34,10 +34,10 @@ def secrets_of_environment() -> dict[str, str]:
 
 
 def refuse_credentials(folder: Path, files: Iterable[str], known: Mapping[str, str]) -> None:
-    """Check that no file holds a credential; of weights, only the header is read.
+    """Check that no file contains a credential; of weight files only the header is read.
 
     Raises:
-        ValueError: If one does. The message says where and of which kind, and does not repeat it.
+        ValueError: If one does. The message says where and of which kind, without repeating it.
     """
     found = [f"{kind} in {name}, line {line}" for name in files for kind, line in _found_in(folder / name, known)]
     if found:

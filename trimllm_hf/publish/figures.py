@@ -16,7 +16,7 @@ NOT_MEASURED = "not measured"
 
 
 def summary(data: TrimCardData) -> str:
-    """One sentence: which base, how many of its layers, for what, healed for how long."""
+    """One sentence: the base, how many of its layers are kept, the domain, and the steps after the last drop."""
     layer_map = map_of(data)
     layers = (
         f"{layer_map.num_layers} of its {layer_map.base_num_layers} {f'{layer_map.part} ' if layer_map.part else ''}layers"
@@ -43,7 +43,7 @@ def summary(data: TrimCardData) -> str:
         if run["healed_steps"] is not None:
             said += f", the last {run['healed_steps']:,} of them after the last layer had gone"
         if run.get("asked_num_layers") is not None:
-            said += f"; dropping ended early, at {run['asked_num_layers']} layers it would have been done"
+            said += f"; dropping stopped before the target of {run['asked_num_layers']} layers"
     return said + "."
 
 
@@ -56,14 +56,14 @@ def text_strip(layer_map: LayerMap) -> str:
 
 
 def dropped(layer_map: LayerMap) -> str:
-    """What of the base is gone, in words."""
+    """The dropped layers and sublayers, in words."""
     gone = [str(layer) for layer in layer_map.dropped_layers]
     gone += [f"the {kind} of {layer_map.kept_layers[position]}" for position, kind in layer_map.missing_sublayers]
     return ", ".join(gone) or "none"
 
 
 def history_rows(layer_map: LayerMap) -> Rows:
-    """Step | dropped | by | score, a row a drop."""
+    """Step | dropped | by | score, one row per drop."""
     return [
         (
             "-" if record.step is None else str(record.step),
@@ -79,7 +79,7 @@ def history_rows(layer_map: LayerMap) -> Rows:
 
 
 def repair_rows(run: Mapping[str, Any] | None) -> Rows:
-    """Step | weights that were fitted anew | held-out loss of the plain drop | of the repaired one; a row a drop."""
+    """Step | weights that were refitted | held-out loss of the plain drop | of the repaired one; one row per drop."""
     rows = []
     for repair in (run or {}).get("repairs", ()):
         weights = "; ".join(

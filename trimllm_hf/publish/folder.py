@@ -1,4 +1,4 @@
-"""What a model's files tell: its map, sizes and checksums; its base's licence and sizes. No weights are loaded."""
+"""What the files of a model say: its map, sizes and checksums; its base's licence and sizes. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .remote import brief, transient
 logger = logging.get_logger("transformers.trimllm_hf")
 
 REPORT = "trim_report.json"
-# What from_pretrained reads; not our own files, which tell of these.
+# Files that from_pretrained reads; without the card and its report, which describe them.
 LOADED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*processor_config.json"),
     *("tokenizer*", "*.jinja", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
@@ -52,9 +52,9 @@ def describe_weights(model: str | Path, revision: str | None = None) -> dict[str
 
 
 def describe_adapter(file: Path) -> dict[str, Any]:
-    """The same of an adapter's file."""
+    """Files, parameters and bytes of an adapter's file."""
     with safe_open(file, framework="pt") as tensors:
-        shapes = {name: tensors.get_slice(name) for name in tensors.keys()}  # it is no dict
+        shapes = {name: tensors.get_slice(name) for name in tensors.keys()}  # not a dict: only its keys can be listed
         counts = [(each.get_dtype(), math.prod(each.get_shape())) for each in shapes.values()]
     by_dtype = {kind: sum(count for other, count in counts if other == kind) for kind, _ in counts}
     return {
@@ -66,7 +66,7 @@ def describe_adapter(file: Path) -> dict[str, Any]:
 
 
 def describe_trimmed(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """What stands on the card of the model in a folder.
+    """What the card says of the model in a folder.
 
     Args:
         folder: The model's folder.
@@ -79,7 +79,7 @@ def describe_trimmed(folder: Path, trust_remote_code: bool = False) -> dict[str,
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     slicing = getattr(config, "slicing", None)
     if getattr(config, "trim", None) is None and slicing is None:
-        raise ValueError(f"Expected a trimmed model in {folder}, got one that says of no layer that it was dropped.")
+        raise ValueError(f"Expected a trimmed model in {folder}, got one whose config records no dropped layers.")
     layer_map = LayerMap.from_config(config).to_dict()
     layer_map.pop("base_model"), layer_map.pop("base_revision")  # the card's `base` says it, without local paths
     try:
@@ -105,9 +105,9 @@ def describe_trimmed(folder: Path, trust_remote_code: bool = False) -> dict[str,
 
 
 def describe_base(base: str | None, revision: str | None) -> dict[str, Any] | None:
-    """What stands on a card of its base: a Hub id with its revision, or that it is a local model; licence and sizes.
+    """What a card says of the base: its Hub id and revision, or that it is a local model; its licence and sizes.
 
-    What cannot be looked up (no network, no card, no licence) is left out, named in `not_found` and said in the log.
+    What cannot be looked up (no network, no card, no licence) is left out, listed in `not_found` and logged.
     """
     if not base:
         return None
@@ -137,7 +137,7 @@ def describe_base(base: str | None, revision: str | None) -> dict[str, Any] | No
 
 
 def raise_unless_lookup(error: Exception) -> None:
-    """Raise an error again that is neither a missing or damaged file nor a failure of the network.
+    """Re-raise an error, unless it is a missing or damaged file or a failure of the network.
 
     Raises:
         Exception: The error.
@@ -148,9 +148,9 @@ def raise_unless_lookup(error: Exception) -> None:
 
 
 def hide_local_base(folder: Path) -> None:
-    """Take a base that is named by a path of this machine out of a folder's map, before others can see it.
+    """Remove a base that is named by a local path from a folder's map, before the folder is published.
 
-    The path stays out of the card too, which tells of a local model; its report is brought in line with the new file.
+    The card does not name the path either: it says that the base is a local model. Its report gets the new checksum.
     """
     config, report = folder / "config.json", folder / REPORT
     plain = json_at(config)
@@ -160,7 +160,7 @@ def hide_local_base(folder: Path) -> None:
         return
     for found in local:
         base = found["base_model"]
-        logger.warning(f"The base {base!r} is a path of this machine: the map in {config} names no base from now on.")
+        logger.warning(f"The base {base!r} is a local path: it was removed from the map in {config}.")
         found |= {"base_model": None, "base_revision": None}
     config.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     digests = json_at(report, "trimmed", "sha256")
@@ -176,7 +176,7 @@ def _names_a_path(base: Any) -> bool:
 
 
 def is_local(base: str) -> bool:
-    """Whether a base is named by a path of this machine; a folder comes before a Hub id, as in `from_pretrained`."""
+    """Whether a base is named by a local path. A folder that exists is preferred to a Hub id, as in `from_pretrained`."""
     return Path(base).is_dir() or not is_repo_id(base)
 
 

@@ -1,4 +1,4 @@
-"""`push_to_hub`: a checked folder becomes one commit on the Hub, or the repository stays as it was, and one knows which."""
+"""`push_to_hub`: checks a folder and publishes it as one commit; on an error it says what the repository holds."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ MAIN = "main"
 
 @dataclass(frozen=True)
 class Push:
-    """What a push did.
+    """The result of a push.
 
     Attributes:
         repo_id: The repository, with its namespace.
         commit: The commit that holds the folder.
-        new: Whether this push made it; False where the repository held the folder already.
-        tag: The tag that stands at it, if any.
+        new: Whether this push made it; False if the repository already held the folder.
+        tag: The tag that points to it, if any.
         contents: The files.
         layer_map: The model's map.
     """
@@ -62,31 +62,32 @@ def push_to_hub(
 ) -> CommitInfo:
     """Publish a trimmed model's folder as one commit, after checking it.
 
-    Nothing is sent before these hold: config, weights and map describe one model; no file is half written or holds a
-    credential; the card is there and the Hub takes its metadata; the token may write. Pickles, optimizer states and
-    whatever else does not belong to a model stay behind and are named in the log. Old weights in the repository are
-    deleted in the same commit. A folder that the repository already holds makes no commit.
+    Nothing is sent until these checks pass: config, weights and map describe the same model; no file is incomplete or
+    contains a credential; there is a card whose metadata the Hub accepts; the token has write access. Pickles, optimizer
+    states and other files that are not part of a model are not uploaded, and are listed in the log. Old weights in the
+    repository are deleted in the same commit. If the repository already holds the folder, no commit is made.
 
-    Calls that fail in passing are tried again for half a minute. After any error the repository is compared with the folder
-    before the push is called failed.
+    Calls that fail temporarily are retried for half a minute. After any error the repository is compared with the folder
+    before the push is reported as failed.
 
     Args:
         folder: What `save_pretrained` or the Trainer wrote, with its README.md.
-        repo_id: "user/model", or "model" under the token's own name. Made if it does not exist.
-        private: Make a new repository private. With True, an existing public one is refused.
-        revision: Branch to commit to, made from main if it does not exist; with `create_pr`, the branch to open the pull
+        repo_id: "user/model", or "model" under the token's own name. Created if it does not exist.
+        private: Create a new repository as private. With True, an existing public repository is refused.
+        revision: Branch to commit to, created from main if it does not exist; with `create_pr`, the branch to open the pull
             request against. By default main. refs/pr/N adds to a pull request.
         create_pr: Open a pull request instead, also in a repository of someone else.
         token: By default that of `hf auth login` or HF_TOKEN.
         commit_message: By default the number of layers.
-        tag: Set the tag trim-16of32 (16 of 32 layers kept) at the commit, last; moved if it stands elsewhere. A text names
-            another tag, False sets none. A pull request is not tagged, nor is a model that keeps all its layers.
+        tag: Set the tag trim-16of32 (16 of 32 layers kept) on the commit, as the last step; an existing tag of that name is
+            moved. A string names another tag, False sets none. Pull requests are not tagged, nor are models that keep all
+            their layers.
 
     Returns:
         The commit, with `oid`, `commit_url` and, for a pull request, `pr_url`.
 
     Raises:
-        ValueError: If the folder, the card, the name or the token is not right. Nothing was sent.
+        ValueError: If the folder, the card, the name or the token is invalid. Nothing was sent.
         PushError: If the Hub failed or refused; its message and `landed` say what the repository holds now.
     """
     return push(
@@ -106,14 +107,14 @@ def push(
     commit_message: str | None = None,
     tag: bool | str = True,
 ) -> Push:
-    """As `push_to_hub`, and tells more."""
+    """As `push_to_hub`, but returns more than the commit."""
     validate_repo_id(repo_id)  # raises a ValueError
     if is_offline_mode():
         raise ValueError("Expected a network for a push, got offline mode. Unset HF_HUB_OFFLINE.")
     to_pull = (revision or MAIN).startswith("refs/pr/")
     if create_pr and to_pull:
         raise ValueError(
-            f"Expected a branch to open a pull request against, got {revision}. Leave create_pr out to add to it."
+            f"Expected a branch to open a pull request against, got {revision}. Omit create_pr to add commits to it."
         )
     token = token or get_token()
     if not token:
@@ -137,7 +138,7 @@ def push(
         message = commit_message or _depth(layer_map)
         found = target.commit(contents, operations, parent, message)
     else:
-        logger.warning(f"{repo_id} holds this folder already, at {found.oid}: no commit was made.")
+        logger.warning(f"{repo_id} already holds this folder, at {found.oid}: no commit was made.")
     name = None if create_pr or to_pull or not tag else tag if isinstance(tag, str) else tag_name(layer_map)
     if name is not None:
         _set_tag(api, repo_id, name, found.oid)
@@ -183,16 +184,16 @@ def _may_write(api: HfApi, repo_id: str, by_pull: bool) -> tuple[str, str, bool]
 
 
 def _validate(api: HfApi, card: ModelCard) -> None:
-    """Let the Hub judge the card's metadata, which it would do after the upload otherwise.
+    """Have the Hub validate the card's metadata, which it would otherwise do only after the upload.
 
-    As `card.validate` does, which in huggingface_hub 1.33 asks huggingface.co whatever the endpoint is.
+    Like `card.validate`, which in huggingface_hub 1.33 asks huggingface.co whatever the endpoint is.
     """
 
     def ask() -> None:
         body = {"repoType": "model", "content": str(card)}
         response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body, headers={"Accept": "text/plain"})
         if response.status_code == 400:
-            raise ValueError(f"Expected a card that the Hub takes, got: {response.text}. Mend README.md. Nothing was sent.")
+            raise ValueError(f"Expected a card that the Hub accepts, got: {response.text}. Fix README.md. Nothing was sent.")
         hf_raise_for_status(response)
 
     retried(ask, "Validating the card")
@@ -213,17 +214,17 @@ def _set_tag(api: HfApi, repo_id: str, name: str, oid: str) -> None:
 def _ignoring_absence(call: Callable[[], None]) -> None:
     try:
         call()
-    except RevisionNotFoundError:  # deleted by an attempt whose answer was lost
+    except RevisionNotFoundError:  # deleted by an earlier attempt whose response was lost
         pass
 
 
 @contextmanager
 def _nothing_sent(repo_id: str, made: list[str]) -> Iterator[None]:
-    """Errors before the commit say that nothing was sent, and what was made for the push before that."""
+    """Make errors before the commit say that nothing was sent, and what this push has created."""
     try:
         yield
     except Exception as error:
         if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError | json.JSONDecodeError):
             raise
-        now = f"in which this push made {' and '.join(made)} before" if made else "which is as it was"
+        now = f"in which this push has created {' and '.join(made)}" if made else "which is as it was"
         raise PushError(f"Nothing was sent to {repo_id}, {now}. {brief(error)}", landed=False) from error

@@ -1,4 +1,4 @@
-"""Whether a folder's config, weights and kept-layer map describe one model, by its files' headers alone."""
+"""Checks that a folder's config, weights and kept-layer map describe the same model, by the headers of its files alone."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ SAVE_AGAIN = "Save the model again, into an empty folder."
 
 
 def check_model(contents: Contents) -> LayerMap:
-    """Check that what is published loads as exactly the model that its map describes.
+    """Check that the published files load as exactly the model that their map describes.
 
-    The model is built from the config on the meta device and given the tensors that the files' headers tell of, by
+    The model is built from the config on the meta device and given the tensors that the files' headers declare, by
     transformers' own loading: no weight is read.
 
     Returns:
         The map; one that keeps all layers for a model that was not trimmed.
 
     Raises:
-        ValueError: If the files are half written, or contradict each other.
+        ValueError: If the files are incomplete, or contradict each other.
     """
     folder = contents.folder
     if re.fullmatch(r"checkpoint-\d+", folder.name) and (reason := unfinished(folder)) is not None:
@@ -51,7 +51,7 @@ def check_model(contents: Contents) -> LayerMap:
         layer_map = LayerMap.from_config(config)
         LayerMap.from_checkpoint(folder)  # raises if trainer_state.json says something else
     except ValueError as error:
-        raise ValueError(f"The kept-layer map in {folder} is not right. {error}") from None
+        raise ValueError(f"The kept-layer map in {folder} is invalid. {error}") from None
     if model_class is None:
         _check_depth(folder, tensors, layer_map.num_layers)
         return layer_map
@@ -82,7 +82,7 @@ def check_model(contents: Contents) -> LayerMap:
 
 
 def _loading_info(model_class: Any, config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What transformers says of a load from these tensors: missing, unexpected and mismatched keys."""
+    """What transformers reports of a load from these tensors: missing, unexpected and mismatched keys."""
     _, told = model_class.from_pretrained(
         None, config=config, state_dict=dict(tensors), device_map="meta", output_loading_info=True,
         ignore_mismatched_sizes=True,
@@ -91,7 +91,7 @@ def _loading_info(model_class: Any, config: PreTrainedConfig, tensors: dict[str,
 
 
 def read_headers(contents: Contents) -> dict[str, torch.Tensor]:
-    """The tensors that the weight files tell of, on the meta device.
+    """The tensors that the weight files declare, on the meta device.
 
     Raises:
         ValueError: If a file is cut short, or the index and the files disagree.
@@ -152,7 +152,7 @@ def _registered(name: str, config: PreTrainedConfig) -> type[PreTrainedModel] | 
 
 
 def _check_depth(folder: Path, tensors: Sequence[str] | dict[str, torch.Tensor], depth: int) -> None:
-    """Some list of tensors must be numbered from 0 to depth - 1."""
+    """Refuse weights in which no list of modules is numbered from 0 to depth - 1."""
     numbers: dict[str, set[int]] = {}
     for name in tensors:
         for match in re.finditer(r"(?:^|\.)(\d+)\.", name):
@@ -167,7 +167,7 @@ def _check_depth(folder: Path, tensors: Sequence[str] | dict[str, torch.Tensor],
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own report on the keys, which the error repeats, and its bar."""
+    """Suppress transformers' report on the keys, which the error repeats, and its progress bar."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(SILENT)
     logging.disable_progress_bar()

@@ -38,7 +38,7 @@ class Curve:
 
 
 def draw(data: TrimCardData, folder: Path) -> list[str]:
-    """Draw the pictures that the data allow into a folder, in PNG; their names. None without matplotlib, which is logged."""
+    """Draw the pictures that the data allow into a folder, as PNG; returns their names. Without matplotlib: none."""
     if data.trimmed is None:
         return []
     if find_spec("matplotlib") is None:
@@ -56,7 +56,7 @@ def draw(data: TrimCardData, folder: Path) -> list[str]:
 
 
 def _widths(widths: Widths) -> Any:
-    """A bar a layer: what it keeps of its width."""
+    """One bar per layer: the width that is left."""
     from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
 
     figure = Figure(figsize=(max(4.0, 0.25 * len(widths.kept)), 2.2), layout="constrained")
@@ -73,8 +73,8 @@ def _widths(widths: Widths) -> Any:
 def curve_of(data: TrimCardData) -> Curve | None:
     """The metric against depth, from the Trainer's log: evaluations if there are some at several depths.
 
-    Else the scores of the dropped layers, where such a score is the calibration loss of the model without the layer. None
-    where the log says neither.
+    Else the scores of the dropped layers, where such a score is the calibration loss of the model without the layer. None if
+    the log has neither.
     """
     if data.training is None or data.trimmed is None:
         return None
@@ -96,13 +96,13 @@ def curve_of(data: TrimCardData) -> Curve | None:
 
 
 def score_in_words(layer_map: LayerMap) -> str | None:
-    """What the scores in a map's history are, where that has a name and is one thing."""
+    """What the scores in a map's history measure, if all are of one importance that has a description."""
     names = {record.importance for record in layer_map.history}
     return SCORES.get(names.pop() or "") if len(names) == 1 else None
 
 
 def _strip(layer_map: LayerMap) -> Any:
-    """A cell a layer of the base, its upper half the attention: blue if kept; below, the step at which it went."""
+    """One cell per layer of the base, its upper half the attention: blue if kept; below, the step of its drop."""
     from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
     from matplotlib.patches import Rectangle
 

@@ -1,4 +1,4 @@
-"""A repository on the Hub as a push meets it: calls that are tried again, and what the repository holds."""
+"""Access to a repository on the Hub: calls that are retried, and the files that it holds."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from ..utils import checksum
 logger = logging.get_logger("transformers.trimllm_hf")
 
 T = TypeVar("T")
-# Seconds between attempts: half a minute in all, after which a person should look.
+# Seconds between attempts, half a minute in total.
 WAITS: tuple[float, ...] = (1, 2, 4, 8, 16)
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
-# Old weights, which from_pretrained could take for this model's, and what the Trainer pickles beside them.
+# Old weights, which from_pretrained could load in place of this model's, and what the Trainer pickles.
 STALE = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 STALE_TOO = ("adapter_config.json", "training_args.bin")
 
 
 def transient(error: Exception) -> bool:
-    """Whether the same call may succeed later: no refusal, but the wire or a busy server.
+    """Whether the same call may succeed later: the network failed or the server is busy, rather than a refusal.
 
-    The client's calls fail as OSError, RuntimeError (Xet), httpx's errors, and json's where a proxy answers in HTML.
+    The client raises OSError, RuntimeError (Xet), httpx's errors, and json's where a proxy answers in HTML.
     """
     if isinstance(error, HfHubHTTPError):
         return error.response is not None and error.response.status_code in TRANSIENT
@@ -43,7 +43,7 @@ def transient(error: Exception) -> bool:
 
 
 def retried(call: Callable[[], T], what: str) -> T:
-    """Call, and call again where the error may pass; huggingface_hub does so only for some of its calls.
+    """Call a function, and retry after transient errors; huggingface_hub does so only for some of its calls.
 
     Raises:
         Exception: The last attempt's error.
@@ -60,7 +60,7 @@ def retried(call: Callable[[], T], what: str) -> T:
 
 
 def brief(error: Exception) -> str:
-    """An error's first words, with the reason that the Hub gives."""
+    """The first lines of an error, with the reason that the Hub gives."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {' '.join(lines[:2]) or 'no message'}"
     if isinstance(error, HfHubHTTPError) and error.server_message and error.server_message not in text:

@@ -31,7 +31,7 @@ class RunRecord:
 
     Attributes:
         name: The folder's name.
-        layer_map: Which layers are kept, and when the others went.
+        layer_map: Which layers are kept, and when the others were dropped.
         log: The Trainer's log, oldest first.
         scans: The scores of all layers at each scoring: step, importance, and a score by layer name.
         report: The card's report, where a card was written.
@@ -48,7 +48,7 @@ def read_run(folder: str | Path) -> RunRecord:
     """What a run has left in a folder: trainer_state.json, there or in its newest checkpoint, and the card's report.
 
     Raises:
-        ValueError: If the folder is no run's, its files are damaged, or the run dropped no layer.
+        ValueError: If the folder is not that of a run, its files are damaged, or the run dropped no layer.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -106,7 +106,7 @@ def render_run(record: RunRecord) -> str:
 
 
 def points(log: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a metric in the log; what is no finite number is left out."""
+    """Steps and values of a metric in the log; values that are not finite are left out."""
     found = [(entry["step"], entry[name]) for entry in log if name in entry and "step" in entry]
     kept = [(float(x), float(y)) for x, y in found if isinstance(y, int | float) and math.isfinite(y)]
     return [x for x, _ in kept], [y for _, y in kept]
@@ -152,7 +152,7 @@ def _course(record: RunRecord) -> Any:
 
 
 def _scans(record: RunRecord) -> Any:
-    """A row a scoring, a cell a layer: the rank of its score, the least important one marked."""
+    """One row per scoring, one cell per layer: the rank of its score, with the least important one marked."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for scan in record.scans for name in scan["scores"]))

@@ -20,11 +20,11 @@ Operation = CommitOperationAdd | CommitOperationDelete
 
 
 class PushError(RuntimeError):
-    """A push that did not come to its end.
+    """A push that did not complete.
 
     Attributes:
-        landed: True: the commit is on the Hub, only what follows it failed. False: the repository is as it was. None: the
-            Hub could not be asked; pushing again finds out, and makes no second commit.
+        landed: True: the commit is on the Hub, and a later step failed. False: the repository is as it was. None: unknown,
+            since the Hub did not answer; pushing again finds out, and makes no second commit.
     """
 
     def __init__(self, message: str, landed: bool | None) -> None:
@@ -37,8 +37,8 @@ class Target:
     """A branch of a repository, or (with an author) a pull request against it.
 
     Attributes:
-        own: Whether the repository may be made.
-        made: What `open` has made, for errors to tell: "the repository", or a branch.
+        own: Whether the repository may be created.
+        made: What `open` has created, for error messages: "the repository", or a branch.
     """
 
     api: HfApi
@@ -49,7 +49,7 @@ class Target:
     made: list[str] = field(default_factory=list)
 
     def open(self, private: bool | None) -> str:
-        """Make sure that repository and branch exist; the commit that the branch stands at."""
+        """Create the repository and the branch if they do not exist; returns the commit at the head of the branch."""
         what = f"Opening {self.repo_id}"
         try:
             info = retried(lambda: self.api.repo_info(self.repo_id), what)
@@ -70,14 +70,16 @@ class Target:
             return head_of(self.api, self.repo_id, self.branch)
         except RevisionNotFoundError:
             if self.author is not None or self.branch.startswith("refs/"):
-                raise ValueError(f"Expected a branch of {self.repo_id}, got {self.branch!r}, which it has not.") from None
+                raise ValueError(
+                    f"Expected a branch of {self.repo_id}, got {self.branch!r}, which does not exist."
+                ) from None
             branch = self.branch
             retried(lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True), f"Making {branch}")
             self.made.append(f"the branch {branch}")
             return head_of(self.api, self.repo_id, branch)
 
     def holding(self, contents: Contents) -> CommitInfo | None:
-        """The commit that holds just this folder: the branch's head or, of a pull request, an open one's."""
+        """The commit that holds exactly this folder: the head of the branch or, for a pull request, of an open one."""
         places = [(self.branch, None), *(self._pull_requests() if self.author is not None else ())]
         for revision, url in places:
             oid = head_of(self.api, self.repo_id, revision)
@@ -98,7 +100,7 @@ class Target:
         return retried(listed, f"Listing the pull requests of {self.repo_id}")
 
     def operations(self, contents: Contents, parent: str) -> list[Operation]:
-        """What makes the repository at `parent` hold the folder: files to add, old weights to delete."""
+        """The operations after which the repository holds the folder: files to add to `parent`, old weights to delete."""
         apart = difference(contents.folder, contents.sizes, files_at(self.api, self.repo_id, parent))
         return [
             *(CommitOperationDelete(name, is_folder=False) for name in apart.stale),
@@ -106,14 +108,14 @@ class Target:
         ]
 
     def commit(self, contents: Contents, operations: list[Operation], parent: str, message: str) -> CommitInfo:
-        """Upload, then make one commit. After an error the repository is asked first whether it has it.
+        """Upload, then make one commit. After an error, look first whether the repository has it.
 
         Raises:
-            PushError: If it has not, or cannot be asked.
+            PushError: If the commit is not there, or the Hub does not answer.
         """
         pull = self.author is not None
         additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
-        try:  # the client tries uploads again by itself
+        try:  # the client retries uploads itself
             self.api.preupload_lfs_files(
                 self.repo_id, additions, revision=self.branch, create_pr=pull, free_memory=False
             )  # fmt: skip
@@ -130,7 +132,7 @@ class Target:
                     return landed
                 if wait is None or not transient(error):
                     raise self._as_it_was(parent, error) from error
-                logger.warning(f"Nothing has landed yet: {brief(error)} Trying again in {wait:g} s.")
+                logger.warning(f"There is no commit yet: {brief(error)} Retrying in {wait:g} s.")
                 time.sleep(wait)
             else:
                 self._look_at(contents, made)
@@ -138,7 +140,7 @@ class Target:
         raise AssertionError  # the last wait is None
 
     def _landed_after(self, error: Exception, contents: Contents, parent: str) -> CommitInfo | None:
-        """The commit if it landed in spite of an error, None if the repository stands as it was."""
+        """The commit if it was made despite the error; None if the repository is as it was."""
         try:
             found = self.holding(contents)
             head = head_of(self.api, self.repo_id, self.branch)
@@ -149,7 +151,7 @@ class Target:
                 landed=None,
             ) from error
         if found is not None:
-            logger.warning(f"The commit landed, as {found.oid}, though its answer was lost: {brief(error)}")
+            logger.warning(f"The commit landed, as {found.oid}, although the response was lost: {brief(error)}")
         elif head != parent and self.author is None:
             raise PushError(
                 f"Nothing was committed to {self.repo_id}: someone else committed {head} meanwhile, which is not this "
@@ -161,12 +163,12 @@ class Target:
     def _as_it_was(self, parent: str, error: Exception) -> PushError:
         return PushError(
             f"Nothing was committed to {self.repo_id}, which stands {self._as_found()}, at {parent}. {brief(error)} "
-            "Push again when that is mended; what was uploaded is not sent twice.",
+            "Push again when that is fixed; what was uploaded is not sent again.",
             landed=False,
         )
 
     def _as_found(self) -> str:
-        return f"as it was but for {' and '.join(self.made)}, made by this push" if self.made else "as it was"
+        return f"as it was but for {' and '.join(self.made)}, created by this push" if self.made else "as it was"
 
     def _look_at(self, contents: Contents, made: CommitInfo) -> None:
         """A .gitignore in the repository lets the client leave files out without an error."""
@@ -183,7 +185,7 @@ class Target:
 
 @contextmanager
 def landed(repo_id: str, oid: str, but: str = "but the repository could not be looked at afterwards") -> Iterator[None]:
-    """Errors after the commit say that it is there."""
+    """Make errors after the commit say that it was made."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The usage example of a card: run as a reader would run it, in a process of its own, and its output kept."""
+"""The usage example of a card: run as a reader would run it, in a separate process; its output is kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-MODEL_ID = "MODEL_ID"  # stands in the code for the model's name, which is known when the card is rendered
+MODEL_ID = "MODEL_ID"  # placeholder for the model's name, which is known when the card is rendered
 PROMPT = "Hello"
 SEQ2SEQ = "an encoder-decoder"  # for which transformers has no pipeline
 SEQ2SEQ_EXAMPLE = f"""from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -20,7 +20,7 @@ written = model.generate(**tokenizer(ASKED, return_tensors="pt"), max_new_tokens
 print(tokenizer.decode(written[0], skip_special_tokens=True))
 """
 NEEDS_PACKAGE = "import trimllm_hf  # registers the model's type\n"
-# A reader's process: none of the launcher's variables, no package that the example does not import.
+# Variables that a launcher sets, which a reader's process does not have.
 LAUNCHER = (
     *("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_"),
     *("ACCELERATE_", "TORCHELASTIC_", "FSDP_"),
@@ -28,7 +28,7 @@ LAUNCHER = (
 
 
 def example(pipeline_tag: str | None, prompt: Any, stock: bool, remote_code: bool = False) -> str | None:
-    """The code of the example, with MODEL_ID where the model's name goes; None for a task that has none."""
+    """The code of the example, with MODEL_ID in place of the model's name; None for a task without an example."""
     asked = PROMPT if prompt is None else prompt
     head = "" if stock else NEEDS_PACKAGE
     if pipeline_tag == SEQ2SEQ:
@@ -56,10 +56,10 @@ def run_example(
 
     Args:
         folder: The model's folder.
-        pipeline_tag: Its task, as the Hub calls it; or SEQ2SEQ.
+        pipeline_tag: Its task, as the Hub names it; or SEQ2SEQ.
         prompt: What to ask; a neutral word by default.
         stock: Whether it must load without this package, which is then hidden from the process.
-        remote_code: Whether it loads by the code beside its weights.
+        remote_code: Whether it is loaded with the code beside its weights.
         timeout: Seconds.
 
     Returns:

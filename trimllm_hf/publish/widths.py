@@ -11,13 +11,13 @@ FIELDS = {"hidden_size": "hidden states", "intermediate_size": "MLP channels"}
 
 @dataclass(frozen=True)
 class Widths:
-    """What each layer is wide.
+    """The width of each layer.
 
     Attributes:
-        full: What every layer of the base is wide.
-        kept: What each layer is.
+        full: The width of every layer of the base.
+        kept: The width of each layer of the model.
         of: "hidden states", or "MLP channels".
-        by: How the shares were given.
+        by: How the shares were allocated.
     """
 
     full: int
@@ -31,7 +31,7 @@ class Widths:
         return 1 - sum(self.kept) / (len(self.kept) * self.full)
 
     def __str__(self) -> str:
-        """One sentence's worth: `6 layers with 19 to 32 of 32 hidden states (25.0% cut in the mean, by redundancy)`."""
+        """In words: `6 layers with 19 to 32 of 32 hidden states (25.0% cut in the mean, by redundancy)`."""
         low, high = min(self.kept), max(self.kept)
         sizes = str(high) if low == high else f"{low} to {high}"
         return (
@@ -40,7 +40,7 @@ class Widths:
 
 
 def widths_of(slicing: dict[str, Any] | None) -> Widths | None:
-    """The widths in `config.slicing`, as it stands in a config that was loaded; None of a model that is not sliced."""
+    """The widths in the `config.slicing` of a loaded config; None for a model that is not sliced."""
     if slicing is None:
         return None
     (field,) = (name for name in FIELDS if name in slicing)
@@ -51,5 +51,5 @@ def widths_of(slicing: dict[str, Any] | None) -> Widths | None:
 
 
 def text_widths(full: int, kept: Sequence[int]) -> str:
-    """The layers in a row, each as high as it is wide: █ all, ▁ an eighth."""
+    """One character per layer, its height being the width that is left: █ all of it, ▁ an eighth."""
     return "".join("▁▂▃▄▅▆▇█"[max(0, -(-8 * width // full) - 1)] for width in kept)

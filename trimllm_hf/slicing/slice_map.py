@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..layer_map import MOST_LAYERS, num_hidden_layers, part_config
-from ..utils import is_count, is_list_of, shown
+from ..utils import fields_of, is_count, is_list_of, is_number, refuse_not_text, refuse_other_keys, shown
 
 VERSION = 1
 KINDS = {"hidden": "hidden_size", "mlp": "intermediate_size"}  # what is cut -> its name in a config, where there is one
@@ -75,14 +75,12 @@ class SliceMap:
         if self.redundancy is not None and not (
             isinstance(self.redundancy, tuple)
             and len(self.redundancy) == len(self.widths)
-            and all(_is_number(value) for value in self.redundancy)
+            and all(map(is_number, self.redundancy))
         ):
             raise ValueError(f"Expected redundancy to be a number a layer, got {shown(self.redundancy)}.")
         if not (self.tokens is None or is_count(self.tokens)):
             raise ValueError(f"Expected tokens to be a whole number or null, got {shown(self.tokens)}.")
-        for name in ("base_model", "base_revision"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"Expected {name} to be text or null, got {shown(getattr(self, name))}.")
+        refuse_not_text(base_model=self.base_model, base_revision=self.base_revision)
 
     @property
     def num_layers(self) -> int:
@@ -124,22 +122,14 @@ class SliceMap:
         Raises:
             ValueError: If it is damaged, contradicts itself, or was written by a newer version.
         """
-        if not isinstance(plain, dict):
-            raise ValueError(f"Expected a map of widths (a dict), got {shown(plain)}.")
-        fields = dict(plain)
-        version = fields.pop("version", None)
-        if version != VERSION or isinstance(version, bool):
-            raise ValueError(
-                f"Expected a map of widths of version {VERSION}, got {shown(version)}. Install a newer trimllm_hf."
-            )
+        fields = fields_of(plain, "a map of widths", VERSION)
         what = fields.get("what")
         if not isinstance(what, str) or what not in KINDS:
             raise ValueError(f"Expected what to be one of {list(KINDS)}, got {shown(what)}. Install a newer trimllm_hf.")
         key = KINDS[what]
         layers = fields.pop("per_layer_config", None)
         known = {"what", key, "ratio", "allocation", "spread", "mean", "redundancy", "tokens", "base_model", "base_revision"}
-        if not set(fields) <= known or key not in fields:
-            raise ValueError(f"Expected the keys {sorted(known)}, got {shown(sorted(map(str, fields)))}.")
+        refuse_other_keys(fields, known, key)
         if not isinstance(layers, dict) or len(layers) > MOST_LAYERS:
             raise ValueError(f"Expected per_layer_config to hold an entry a layer, got {shown(layers)}.")
         entries: list[Any] = [layers.get(str(layer)) for layer in range(len(layers))]
@@ -147,7 +137,7 @@ class SliceMap:
             raise ValueError(f"Expected per_layer_config to hold the {key} of the layers 0, 1, …, got {shown(layers)}.")
         redundancy = fields.get("redundancy")
         if redundancy is not None:
-            if not is_list_of(redundancy, _is_number):
+            if not is_list_of(redundancy, is_number):
                 raise ValueError(f"Expected redundancy to be a number a layer, got {shown(redundancy)}.")
             fields["redundancy"] = tuple(float(value) for value in redundancy)
         return cls(width=fields.pop(key), widths=tuple(entry[key] for entry in entries), **fields)
@@ -183,9 +173,5 @@ def next_widths(widths: Sequence[int]) -> tuple[int, ...]:
     return (*widths[1:], widths[0])
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
 def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= 1
+    return is_number(value) and 0 <= value <= 1

@@ -25,7 +25,6 @@ _FIRST = re.compile(r"first_k_dense.*|num_dense_layers|n_dense_layers|max_window
 _FIRST_OR_EXCLUSIVE_END = re.compile(r".*layer.*_end")
 _INCLUSIVE_END = re.compile(r".*layer.*_end_index")
 _LAST = re.compile(r"num_kv_shared_layers|n_output_layers")
-_BETWEEN = re.compile(r"n_recurrent_layers")
 _PERIOD = re.compile(r".*(period|interval|_freq|frequency|_step|layer_group_size|pattern)|n_layers_per_.*")
 _OFFSET = re.compile(r".*offset")
 _OF_LAYERS = re.compile(r".*(layer|moe|attn|attention|expert|mlp|sparse|window|rope|mem_block).*")

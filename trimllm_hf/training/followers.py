@@ -1,7 +1,8 @@
-"""Who else holds a model's layers: averages of weights, models that are kept in step, inference engines.
+"""Finds what else holds a model's layers: weight averages, synchronized copies, inference engines.
 
-What follows a model by its parameters does not see that a layer goes: it would keep it, stop in the middle of an update, or
-go on with the layers of other numbers. It is found by what it holds, and refused before anything has changed.
+An object that follows a model by its parameters does not notice a drop: it would keep the layer, fail in the middle of an
+update, or continue with layers of other numbers. Such objects are found by what they hold, and refused before anything
+changes.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from transformers import Trainer, TrainingArguments
 from ..surgery.adapters import base_of
 from ..surgery.blocks import BlockStack, find_blocks
 
-# What a drop mends, or what holds nothing that has to follow.
+# Attributes that a drop updates, or that hold nothing that has to be updated.
 MENDED = {"model", "model_wrapped", "optimizer", "lr_scheduler", "accelerator", "callback_handler", "teacher"}
 PACKAGE = __name__.partition(".")[0]
-MOST_DEPTH = 4  # attributes, and items of what they hold
+MOST_DEPTH = 4  # levels of attributes and items that are searched
 # A method that only what keeps weights elsewhere has: TRL's vLLM and SGLang engines, Ray's workers.
 _SENDS = re.compile(r"(sync|update|push|send|broadcast)_(\w+_)?(weights|params|parameters)(_\w+)?")
 
 
 def refuse_followers(trainer: Trainer, model: nn.Module, part: str | None) -> None:
-    """Refuse what holds layers, or copies of them, beside the Trainer's model and optimizer.
+    """Refuse objects other than the Trainer's model and optimizer that hold layers or copies of them.
 
-    A model of its own that a Trainer holds, such as a frozen reference, may be as deep as it is; one that a callback holds
-    is there to follow the model.
+    Another model that the Trainer holds, such as a frozen reference, may have as many layers; one that a callback holds is
+    assumed to follow the model.
 
     Args:
         trainer: The Trainer.
@@ -77,7 +78,7 @@ def _is_ours(callback: Any) -> bool:
 
 
 def _held(value: Any, stack: BlockStack, copies_follow: bool, depth: int, seen: set[int]) -> Iterator[str]:
-    """What of the layers, or of a copy of them, a value holds, in words."""
+    """Descriptions of the layers, or copies of them, that a value holds."""
     if id(value) in seen or depth == 0 or isinstance(value, str | int | float | bool | type | None):
         return
     seen.add(id(value))
@@ -122,6 +123,6 @@ def _in_module(module: nn.Module, blocks: nn.ModuleList, copies_follow: bool) ->
 
 
 def _in_order(wanted: list[torch.Size], shapes: list[torch.Size]) -> bool:
-    """Whether all of `wanted` stand among `shapes`, in their order."""
+    """Whether `wanted` is a subsequence of `shapes`."""
     rest = iter(shapes)
     return all(any(shape == each for each in rest) for shape in wanted)

@@ -1,4 +1,4 @@
-"""A run's repairs: the training examples that they are fitted on, and whether a drop is the better for one."""
+"""The repairs of a run: chooses the examples to fit them on, and checks that each lowers the held-out loss."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Repairer:
         config: The settings.
         trainer: The Trainer.
         process_group: The processes of the run.
-        dataloader: The training run's: it tells how examples become batches.
+        dataloader: The training run's, which shows how examples become batches.
         dataset: The calibration examples; None: drawn from the training set, as they are to score layers by.
     """
 
@@ -84,7 +84,7 @@ class Repairer:
         )
 
     def repair_for(self, drop: PlannedDrop) -> tuple[Repair | None, dict[str, Any]]:
-        """The repair for a planned drop, if the model is the better for it; the same on every process, or an error on all.
+        """The repair for a planned drop, if it lowers the held-out loss; the same on every process, or an error on all.
 
         Returns:
             It, and what came of it in plain values: a `RepairReport` and `weights`, of which layers of the base which
@@ -120,7 +120,7 @@ class Repairer:
         return None, {"applied": False, "why": why}
 
     def _enough(self, model: nn.Module) -> list[Batch]:
-        """This process's share of as many training examples as have enough tokens together."""
+        """This process's share of so many training examples that they have enough tokens together."""
         part = self.config.part
         wanted = self.config.repair_tokens or TOKENS * _width(model, part)
         found: list[Batch] = []
@@ -139,7 +139,7 @@ class Repairer:
 
 
 def _examples(config: TrimConfig, training: Any, calibration: Any) -> tuple[list[Any], Iterable[Any]]:
-    """The calibration examples, and training examples that are none of them, one after the other."""
+    """The calibration examples, and an iterator over the other training examples."""
     size, seed = config.calibration_size, config.calibration_seed
     if hasattr(training, "__len__"):
         size = min(size, max(1, len(training) // 2))  # some have to be left to fit on
@@ -158,6 +158,6 @@ def _num_tokens(model: nn.Module, batch: Batch, part: str | None) -> int:
 
 
 def _width(model: nn.Module, part: str | None) -> int:
-    """Of the linear maps in a block, the most inputs that one has: the width of the MLP."""
+    """The largest number of inputs of a linear map in a block: the width of the MLP."""
     block = find_blocks(base_of(model), part).blocks[0]
     return max((shape_of(module)[0] for module in block.modules() if is_linear(module)), default=1)

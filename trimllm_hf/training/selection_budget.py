@@ -1,14 +1,14 @@
-"""How much of a run may be spent on choosing layers, and what can be had for it."""
+"""The share of a run that may be spent on choosing layers, and what that affords."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-SHARE = 0.05  # of a run that may be spent where no share is given
-STEP = 3  # forward passes that a training step is worth: its own, and twice that backwards
-LOOKS = 3  # models that a lazy scan measures for each layer after the first, about (benchmarks/README.md, scan)
-LEAST = 8  # calibration examples, below which a scan is not worth its passes
-# what is had for more: candidates that a lazy scan looks at (None: all of them), and the share of the examples
+SHARE = 0.05  # of a run that may be spent, by default
+STEP = 3  # cost of a training step in forward passes: one forward, and two for backward
+LOOKS = 3  # models that a lazy scan evaluates per layer after the first, roughly (benchmarks/README.md, scan)
+LEAST = 8  # calibration examples that a scan needs to be worth its passes
+# what a budget can buy, the best first: candidates of a lazy scan (None: all), and the share of the examples
 SCANS = ((None, 1.0), (8, 1.0), (4, 1.0), (4, 0.5), (2, 0.5), (2, 0.25))
 
 
@@ -18,10 +18,10 @@ class SelectionPlan:
 
     Attributes:
         examples: Calibration examples for a ranking by block influence.
-        scanned: Calibration examples for a lazy scan; 0: there is none.
-        width: Layers of the lowest block influence among which it looks; None: all.
-        passes: What that costs, in forward passes of the whole model over one example.
-        affordable: What may be spent, likewise.
+        scanned: Calibration examples for a lazy scan; 0: no scan.
+        width: How many layers of the lowest block influence it evaluates; None: all.
+        passes: The cost, in forward passes of the whole model over one example.
+        affordable: The budget, in the same unit.
     """
 
     examples: int
@@ -43,8 +43,8 @@ def plan_selection(share: float | None, run_examples: float, examples: int, dept
 
     Args:
         share: Share of the run that may be spent; None: `SHARE`, and a pass over all calibration examples in any case.
-        run_examples: Examples that the run trains on; for each time that layers are chosen in it.
-        examples: Calibration examples at hand.
+        run_examples: Examples that the run trains on, divided by the number of times that layers are chosen.
+        examples: Calibration examples available.
         depth: Layers that may go.
         drops: How many of them go at that time.
 
@@ -61,7 +61,7 @@ def plan_selection(share: float | None, run_examples: float, examples: int, dept
             "that takes no passes ('last')."
         )
     ranked = min(examples, int(affordable))
-    left = 1 - (drops - 1) / (2 * depth)  # of the model, on average, while layers leave it
+    left = 1 - (drops - 1) / (2 * depth)  # share of the layers that are left, on average over the drops
     for width, part in SCANS:
         scanned = int(examples * part)
         first = 1 + depth / 2 if width is None else min(width, depth)

@@ -1,4 +1,4 @@
-"""What is refused when a run begins, since it could only fail later, or do nothing."""
+"""Checks at the start of a run that refuse what would fail later or have no effect."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .selection import LayerSelector, takes_calibration_examples
 
 
 def check_scores(config: TrimConfig) -> None:
-    """Refuse names of scores that there are not, and scores that cannot be had per ms where that is asked for.
+    """Refuse unknown scores, and, if scores per ms are asked for, scores that have no meaning per ms.
 
     Raises:
-        ValueError: With those that there are.
+        ValueError: Listing those that exist.
     """
     chooses = {config.score, config.warm_up_importance} - {"none"}
     for name in chooses | {config.tie_breaker} - {None}:
@@ -29,7 +29,7 @@ def check_scores(config: TrimConfig) -> None:
 
 
 def refuse_reached_target(config: TrimConfig, base_num_layers: int, num_layers: int) -> None:
-    """Refuse a model that is at the target before its run begins. All are counted in the unit.
+    """Refuse a model that is at the target already. All counts are in the unit.
 
     Raises:
         ValueError: With the arithmetic.
@@ -48,7 +48,7 @@ def refuse_reached_target(config: TrimConfig, base_num_layers: int, num_layers: 
 
 
 def refuse_emptied_groups(engine: Engine, model: PreTrainedModel, config: TrimConfig, to_drop: int) -> None:
-    """Refuse an optimizer of which a drop may empty a parameter group, where the engine cannot hold an empty one.
+    """Refuse an optimizer with a parameter group that a drop may empty, if the engine does not allow empty groups.
 
     Raises:
         ValueError: Saying how many layers the group is made of.
@@ -81,10 +81,10 @@ def refuse_lost_calibration_set(config: TrimConfig, given_before: bool, calibrat
 
 
 def rehearse_scores(selector: LayerSelector, model: PreTrainedModel) -> None:
-    """Score the layers once by one batch, by each score that the run may choose by: what would fail later fails now.
+    """Score the layers on one batch by each score that the run may use, so that errors occur before the first step.
 
     Raises:
-        ValueError: If they cannot be scored so. Nothing has changed.
+        ValueError: If a score fails. Nothing has changed.
     """
     config = selector.config
     names = {config.score, config.tie_breaker or config.score}

@@ -74,7 +74,7 @@ def fit_repairs(
     behind = places(model, unit, part)
     wanted = [find_gaps(behind, layers, unit) for layers in candidates]
     gaps = list(dict.fromkeys(gap for gaps in wanted for gap in gaps))
-    ends = {place for gap in gaps for place in (gap.before, gap.last if unit == "sublayer" else None) if place is not None}
+    ends = {place for gap in gaps for place in (gap.before, None if unit == "block" else gap.last) if place is not None}
     forms, projections = probe(base, ends, batches[0][0], unit, part, process_group)
     tokens = sum(process_group.gather(sum(_num_tokens(*batch) for batch in batches)))
     unrepaired: dict[Gap, str] = {}
