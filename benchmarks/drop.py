@@ -6,8 +6,8 @@
 
 A hand-written Accelerate loop trains a random Llama on random tokens: a few steps to settle, timed steps, then a drop of
 one layer, timed on its own (guard included, scoring not), then steps again. Memory on the CPU is the resident set, read
-each millisecond by a thread; on a GPU the allocator's peak. Prints one line of a table and writes JSON to
-runs/benchmarks/. For engines on the CPU see tests/distributed/scripts/train.py: they take detours.
+each millisecond by a thread; on a GPU the allocator's peak. Prints one line of a table and writes JSON to --out. For
+engines on the CPU see tests/distributed/scripts/train.py: they take detours.
 """
 
 import argparse
@@ -32,6 +32,7 @@ parser.add_argument("--batch_size", type=int, default=4, help="sequences a proce
 parser.add_argument("--length", type=int, default=128)
 parser.add_argument("--steps", type=int, default=5, help="timed steps on each side of the drop")
 parser.add_argument("--drops", type=int, default=3)
+parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
 options = parser.parse_args()
 if options.engine.startswith("zero"):
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -154,12 +155,14 @@ def main() -> None:
         with Peak() as of_drop:
             drop = partial(drop_prepared_layers, accelerator, model, optimizer, [1], step=number)
             seconds = timed(accelerator, drop)
-        for _ in range(2):
-            step()
+        with Peak() as of_steps:
+            for _ in range(2):
+                step()
         gc.collect()
         with Peak() as after:
             pass
-        rows.append({"seconds": seconds, "peak": of_drop.bytes, "before": of_drop.start_bytes, "after": after.bytes})
+        memory = {"peak": of_drop.bytes, "before": of_drop.start_bytes, "after": after.bytes, "step_peak": of_steps.bytes}
+        rows.append({"seconds": seconds, **memory})
     unit = statistics.median(step_seconds)
     result = {
         "engine": options.engine,
@@ -178,9 +181,8 @@ def main() -> None:
         "transformers": transformers.__version__,
     }
     if accelerator.is_main_process:
-        folder = Path("runs/benchmarks")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"drop-{options.engine}.json").write_text(json.dumps(result, indent=2) + "\n")
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / f"drop-{options.engine}.json").write_text(json.dumps(result, indent=2) + "\n")
         drops = ", ".join(f"{value:.2f}" for value in result["drop_in_steps"])
         print(
             f"| {options.engine} | {accelerator.num_processes} | {unit:.2f} s | {drops} | "

@@ -42,6 +42,7 @@ Batches = list[dict[str, torch.Tensor]]
 
 # blocks, width, rows, tokens, words
 SHAPES = {
+    "tiny": (6, 64, 2, 16, 128),  # to try the options
     "small-24": (24, 128, 4, 32, 512),
     "small-32": (32, 128, 4, 32, 512),
     "memory-24": (24, 256, 8, 128, 512),

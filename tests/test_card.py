@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from trimllm_hf import LatencyReport, LayerMap, TrimCardData, TrimConfig, TrimTrainer, drop_layers, write_card
 from trimllm_hf.publish import card as card_module
-from trimllm_hf.publish import plots
+from trimllm_hf.publish import pictures
 from trimllm_hf.publish.card import CARD, REPORT, merged, render
 from trimllm_hf.publish.card_check import check_card
 from trimllm_hf.publish.card_data import DataUse, Quality, Score
@@ -140,15 +140,15 @@ def test_nothing_of_the_machine_and_no_secret_stands_in_card_or_report(trained: 
 def test_pictures_are_drawn_and_shown(trained: tuple[TrimTrainer, Path]) -> None:
     trainer, folder = trained
     text = (folder / CARD).read_text()
-    for name in (plots.STRIP, plots.CURVE):
+    for name in (pictures.STRIP, pictures.IMPORTANCE, pictures.CURVE, pictures.LOSS, pictures.WHAT_IF):
         assert (folder / name).read_bytes().startswith(b"\x89PNG") and f"]({name})" in text
-    curve = plots.curve_of(TrimCardData.from_report(report_of(folder)))
+    curve = pictures.curve_of(TrimCardData.from_report(report_of(folder)))
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert curve.points == tuple(zip([6, 5, 4, 3, 3], losses, strict=True))
 
 
 def test_without_matplotlib_the_card_says_so(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr(pictures.card, "find_spec", lambda name: None)
     text = write_card(saved, measured=False).read_text()
     assert "no pictures: matplotlib was not installed" in text and ".png" not in text
     assert not list(saved.glob("*.png")) and "██░░██" in text
@@ -252,7 +252,7 @@ def test_a_model_that_lacks_halves_of_blocks(tmp_path: Path, monkeypatch: pytest
     assert "5 of its 6 layers (1 of them without attention, 1 of them without mlp) kept" in text
     assert "needs `trimllm_hf`" in text or "blocks that lack a sublayer" in text
     assert report["latency"]["sizes"]["parameters"] == model.num_parameters() == report["trimmed"]["weights"]["parameters"]
-    assert (path.parent / plots.STRIP).is_file() and render(TrimCardData.from_report(report)) == text
+    assert (path.parent / pictures.STRIP).is_file() and render(TrimCardData.from_report(report)) == text
 
 
 def test_a_model_that_is_not_trimmed_or_damaged_is_refused(tmp_path: Path, saved: Path) -> None:

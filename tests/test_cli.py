@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from trimllm_hf import LatencyReport, drop_layers
 from trimllm_hf.cli import app
+from trimllm_hf.latency.depths import depths, depths_between
 from trimllm_hf.latency.sizes import byte_bound, sizes_of
 
 COMMANDS = sorted(get_command(app).commands)
@@ -83,6 +85,19 @@ def test_what_if_says_what_a_trimmed_model_weighs(tmp_path: Path) -> None:
                 drop_layers(model, [left // 2])
         assert set(by_depth) == set(range(1, 7))
     assert "bytes a token" in run("inspect", tmp_path, "--what-if")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for name in ("new/what_if.png", "what_if.svg"):
+        run("inspect", tmp_path, "--what-if", "--picture", tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_all_depths_follow_from_two() -> None:
+    model, base = tiny_model(), tiny_model()
+    drop_layers(model, [1, 3])
+    found, expected = depths_between(sizes_of(base), sizes_of(model)), depths(base.config)[0]
+    assert [asdict(depth) for depth in found] == [pytest.approx(asdict(depth)) for depth in expected]
+    with pytest.raises(ValueError, match="Expected a model of fewer layers than 6, got one of 6"):
+        depths_between(sizes_of(base), sizes_of(base))
 
 
 def test_what_if_says_when_blocks_differ_in_size(tmp_path: Path) -> None:

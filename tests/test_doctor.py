@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 from trimllm_hf import drop_layers
 from trimllm_hf.cli import app
 from trimllm_hf.surgery.feasibility import feasible_drops
+
+doctor_module = import_module("trimllm_hf.cli.doctor")  # the room offers the app alone
 
 
 def doctor(folder: Path, *more: str, code: int = 0) -> dict[str, Any]:
@@ -53,9 +56,37 @@ def test_what_it_says_is_what_drop_layers_does() -> None:
             assert str(refused.value) == found.refusals[position]
 
 
+def test_it_says_who_reads_the_result(tmp_path: Path) -> None:
+    """A Llama's layers are alike; of Gemma 3's pattern two readers take only what a layer's number gives."""
+    tiny_model().config.save_pretrained(tmp_path / "llama")
+    of_llama = {each["reader"]: each["drops"] for each in doctor(tmp_path / "llama")["readers"]}
+    assert of_llama["transformers 5"] == "whichever layers go" and "llama.cpp" in {name.split()[0] for name in of_llama}
+    assert all(drops == "whichever layers go" or "not tried" in drops for drops in of_llama.values())
+    tiny_model("gemma3_text", num_hidden_layers=12).config.save_pretrained(tmp_path / "gemma")
+    said = doctor(tmp_path / "gemma")
+    assert said["keep_the_pattern_alone"] == [11]  # the last one; a whole period would go together
+    of_gemma = {each["reader"].split()[0]: each["drops"] for each in said["readers"]}  # without versions
+    assert of_gemma["transformers"] == "whichever layers go"
+    assert "portable=True" in of_gemma["mlx-lm"] and of_gemma["llama.cpp"].startswith("not even the base: ")
+
+
+def test_memory_and_a_version_that_is_too_low(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model().config.save_pretrained(tmp_path)
+    said = doctor(tmp_path)
+    model = tiny_model()
+    sizes = [4 * sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])]
+    drop_layers(model, [0, 1, 2])
+    sizes.append(4 * sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]))
+    assert said["training_bytes"] == {"6": sizes[0], "3": sizes[1]} and said["too_old"] == []
+    monkeypatch.setattr(doctor_module, "requires", lambda name: ["torch>=99", "peft>=99; extra == 'dev'"])
+    (told,) = doctor(tmp_path, code=1)["too_old"]
+    assert told.startswith("torch 2.") and told.endswith("(needs >=99)")
+
+
 def test_a_missing_package_is_named_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model().config.save_pretrained(tmp_path)
-    monkeypatch.setattr("trimllm_hf.cli.doctor._version", lambda name: None if name == "deepspeed" else "1")
+    installed = doctor_module._version
+    monkeypatch.setattr(doctor_module, "_version", lambda name: None if name == "deepspeed" else installed(name))
     assert doctor(tmp_path, "--engine", "zero3", code=1)["missing_for_engine"] == ["deepspeed"]
     assert doctor(tmp_path, "--engine", "ddp")["missing_for_engine"] == []
     assert CliRunner().invoke(app, ["doctor", str(tmp_path), "--engine", "zero4"]).exit_code == 2

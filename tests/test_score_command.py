@@ -43,7 +43,8 @@ def test_it_tells_and_writes_the_scores(unit: str, layers: int, model: Path, dat
     given = ["score", model, "--data", data, "--unit", unit, "--out", tmp_path / "out", "--batch-size", 2, "--json"]
     plain = json.loads(run(*given))
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == plain
-    assert (tmp_path / "out" / "scores.png").stat().st_size > 1000
+    for name in ("scores.png", "what_if.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
     assert len(plain["layers"]) == layers and plain["examples"] == 3 and plain["scored_tokens"] == 4 + 2 + 5
     ids = [torch.tensor([[int(word[1:]) for word in text.split()]]) for text in TEXTS]
     batches = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
@@ -52,6 +53,7 @@ def test_it_tells_and_writes_the_scores(unit: str, layers: int, model: Path, dat
         assert plain["scores"][name] == pytest.approx(expected.tolist(), abs=1e-5)
         lowest = sorted(plain["scores"][name])
         assert plain["margins"][name] == pytest.approx(lowest[1] - lowest[0])
+        assert len(plain["standard_errors"][name]) == layers and min(plain["standard_errors"][name]) > 0
 
 
 def test_the_table_has_the_least_important_first(model: Path, data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Depth, score and drops arrive in the trackers as scalars: TensorBoard, Trackio and MLflow, each with its own reader."""
+"""Depth, score and drops arrive in the trackers as scalars, the kept layers as a picture, each read by its own reader."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny_model, tiny_texts
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from trimllm_hf import TrimCallback, TrimConfig
+from trimllm_hf import LayerMap, TrimCallback, TrimConfig
+from trimllm_hf.training.strip_image import send_strip
 
 DEPTHS = [(2, 5.0), (4, 4.0)]  # step, layers
 
@@ -35,6 +36,11 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/trim/num_layers")] == DEPTHS
     assert {"train/trim/parameters", "train/trim/score", "train/loss"} <= set(events.Tags()["scalars"])
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pictures = events.Images("trim/layers")
+    assert [picture.step for picture in pictures] == [step for step, _ in DEPTHS]
+    assert pictures[0].encoded_image_string != pictures[1].encoded_image_string
+    assert pictures[0].width > 2 * pictures[0].height
 
 
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +56,9 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     history = client.get_metric_history(run.info.run_id, "trim/num_layers")
     assert [(metric.step, metric.value) for metric in history] == DEPTHS
     assert {"trim/parameters", "trim/score"} <= run.data.metrics.keys()
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {f"trim_layers_{step}.png" for step, _ in DEPTHS} <= files
 
 
 READ = """
@@ -78,3 +87,19 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [metrics for _, metrics in json.loads(read.stdout)]
     depths = [value for row in rows for name, value in row.items() if name.endswith("trim/num_layers")]
     assert depths == [value for _, value in DEPTHS]
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pictures = [value for row in rows for name, value in row.items() if name.endswith("trim/layers")]
+    assert len(pictures) == len(DEPTHS)
+
+
+def test_a_tracker_that_takes_no_picture_costs_nothing() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+    class TensorBoardCallback(TrainerCallback):
+        """As transformers calls its own."""
+
+        @property
+        def tb_writer(self) -> None:
+            raise OSError("no room left")
+
+    send_strip([TensorBoardCallback(), TrainerCallback()], LayerMap.from_config(tiny_model().config), 3)  # no error

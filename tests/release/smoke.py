@@ -35,7 +35,7 @@ with tempfile.TemporaryDirectory() as folder, torch.no_grad():
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.config.num_hidden_layers == 4
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-    for arguments in (["--help"], ["inspect", folder]):
+    for arguments in (["--help"], ["inspect", folder], ["inspect", folder, "--what-if"], ["doctor", folder]):
         command = [sys.executable, "-m", "trimllm_hf.cli", *arguments]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert shown, arguments

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import copy
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Annotated, Any
 
 import typer
+from packaging.requirements import Requirement
 
 from .app import Json, answer, app, table
+
+COPIES = 4  # of the weights that AdamW trains with: the weights, their gradients and two moments
 
 
 @app.command()
@@ -21,9 +25,10 @@ def doctor(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say whether a model can be trimmed: which layers can be dropped, how far, under which engine, and what a scan costs.
+    """Say whether a model can be trimmed: which layers can go, how far, who can read the result, and what it costs.
 
-    Exit status 1 if it cannot be trimmed here; the reason is printed. Only config.json is loaded.
+    Exit status 1 if it cannot be trimmed here; the reason is printed. Only config.json is loaded. Under FSDP2 and ZeRO-3 the
+    memory is divided among the processes.
 
     **Example:** `trimllm doctor org/base --engine zero3`
     """
@@ -42,7 +47,9 @@ def doctor(
     found, sizes = feasible_drops(made, part), sizes_of(made)
     packages = {name: _version(name) for name in PACKAGES}
     missing = [name for name in ENGINES[engine] if packages[name] is None]
+    old = _too_old()
     layers = found.num_layers
+    half = [depth for depth in found.depths if depth >= layers / 2]
     plain: dict[str, Any] = {
         "model": model,
         "model_type": config.model_type,
@@ -52,16 +59,20 @@ def doctor(
         "can_be_dropped_alone": list(found.alone),
         "refused": {str(position): why for position, why in found.refusals.items()},
         "depths": list(found.depths),
+        "keep_the_pattern_alone": list(found.portable),
+        "readers": _readers(config, found, part),
         "sublayers": found.sublayers is None,
         "why_no_sublayers": found.sublayers,
         "engine": engine,
         "missing_for_engine": missing,
+        "too_old": old,
         "packages": packages,
         "packages_are": PACKAGES,
         "scan_in_forward_passes": {"one": layers / 2, "half_depth": _passes(layers, layers // 2)},
+        "training_bytes": {str(depth): COPIES * _bytes(made, part, depth) for depth in [layers, *half[-1:]]},
     }
     answer(plain, as_json, lambda: _shown(plain))
-    if not found.depths or missing:
+    if not found.depths or missing or old:
         raise typer.Exit(1)
 
 
@@ -73,6 +84,58 @@ def _passes(layers: int, target: int) -> float:
     return sum((n * (n - 1) / 2 + n) / layers for n in range(target + 1, layers + 1))
 
 
+def _bytes(model: Any, part: str | None, depth: int) -> int:
+    """Bytes of the weights of a depth, where a block that goes weighs what blocks do in the mean."""
+    from ..surgery.blocks import find_blocks
+
+    blocks = find_blocks(model, part).blocks
+    of_blocks = sum(tensor.nbytes for tensor in [*blocks.parameters(), *blocks.buffers()])
+    of_all = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    return int(of_all - of_blocks * (len(blocks) - depth) / len(blocks))
+
+
+def _readers(config: Any, found: Any, part: str | None) -> list[dict[str, str]]:
+    """Of each other reader, which drops leave a model that it reads rightly."""
+    from ..latency.depths import with_random_weights
+    from ..loading.readers import RIGHT, UNTRIED, readers_of
+    from ..surgery.drop import drop_layers
+
+    def after(position: int) -> dict[str, str]:
+        made = with_random_weights(copy.deepcopy(config), device="meta")
+        drop_layers(made, [position], part=part)
+        return {each.reader: each.verdict for each in readers_of(made.config)}
+
+    others = [position for position in found.alone if position not in found.portable]
+    regular = after(found.portable[-1]) if found.portable else {}
+    irregular = after(others[0]) if others else regular
+    told = []
+    for each in readers_of(config):
+        if each.verdict != RIGHT:  # of the model as it is
+            said = each.reason if each.verdict == UNTRIED else f"not even the base: {each.reason}"
+        elif irregular.get(each.reader) == RIGHT:
+            said = "whichever layers go"
+        elif regular.get(each.reader) == RIGHT:
+            said = "where the kinds of the layers keep their pattern (portable=True)"
+        else:
+            said = "after none of the drops that were tried"
+        told.append({"reader": each.reader, "drops": said})
+    return told
+
+
+def _too_old() -> list[str]:
+    """What is installed in a version lower than this package requires."""
+    if _version("trimllm_hf") is None:  # it lies on the path, and is not installed
+        return []
+    wanted = [Requirement(text) for text in requires("trimllm_hf") or []]
+    return [
+        f"{each.name} {found} (needs {each.specifier})"
+        for each in wanted
+        if (each.marker is None or each.marker.evaluate({"extra": ""}))
+        and (found := _version(each.name)) is not None
+        and not each.specifier.contains(found, prereleases=True)
+    ]
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -81,6 +144,8 @@ def _version(name: str) -> str | None:
 
 
 def _shown(plain: dict[str, Any]) -> list[Any]:
+    from ..utils import format_bytes
+
     layers, depths = plain["num_layers"], plain["depths"]
     alone, refused = plain["can_be_dropped_alone"], plain["refused"]
     if not depths:
@@ -94,13 +159,22 @@ def _shown(plain: dict[str, Any]) -> list[Any]:
     steps = {first - second for first, second in zip([layers, *depths], depths, strict=False)}
     if depths and steps != {1}:
         lines.append(f"Depths that can be reached: {', '.join(map(str, depths))}. Layers go {max(steps)} at a time at most.")
+    if depths:
+        lines += [
+            "Who reads the result as it is:",
+            *(f"  {each['reader']}: {each['drops']}" for each in plain["readers"]),
+        ]
     why = plain["why_no_sublayers"]
     lines.append("By sublayers: yes." if why is None else f"By sublayers: no. {why}")
     cost = plain["scan_in_forward_passes"]
     lines.append(
         f"A scan of all layers costs {cost['one']:.3g} forward passes of the calibration set; one for each drop down to "
-        f"half the depth {cost['half_depth']:.3g}. Block influence costs one pass each time."
+        f"half the depth {cost['half_depth']:.3g}. Block influence costs one pass each time. A scan takes half of the free "
+        "memory, or scan_memory_gb; a drop less than a training step, in time and memory."
     )
+    held = [f"{format_bytes(size)} with {depth} layers" for depth, size in plain["training_bytes"].items()]
+    lines.append(f"Weights, gradients and AdamW's moments, without activations: {', '.join(held)}.")
+    lines += [f"Too old here: {each}." for each in plain["too_old"]]
     if plain["missing_for_engine"]:
         lines.append(f"Missing for {plain['engine']}: {', '.join(plain['missing_for_engine'])}.")
     rows = [(name, found or "not installed", plain["packages_are"][name]) for name, found in plain["packages"].items()]

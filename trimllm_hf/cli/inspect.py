@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from .app import Json, answer, app, table
+from .app import Json, answer, app, refuse_unwritable, table
 
 
 @app.command()
@@ -17,6 +17,7 @@ def inspect(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     what_if: Annotated[bool, typer.Option("--what-if", help="Print the size of the model at every depth.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="With --what-if: a .png or .svg file to draw the sizes into.")] = None,
     as_json: Json = False,
 ) -> None:
     """Print which layers of its base a model keeps, when the others were dropped, and its size.
@@ -43,7 +44,7 @@ def inspect(
     else:
         config = AutoConfig.from_pretrained(model, revision=revision)
         if what_if:
-            _what_if(model, config, as_json)
+            _what_if(model, config, picture, as_json)
             return
         kind, layer_map, trimmed = config.model_type, LayerMap.from_config(config), getattr(config, "trim", None) is not None
         weights = describe_weights(model, revision)
@@ -111,11 +112,18 @@ def _adapter(model: str, revision: str | None) -> tuple[str, Any, dict[str, Any]
     return f"{json_at(settings, 'peft_type')} adapter", LayerMap.from_dict(json_at(layers)), describe_adapter(weights)
 
 
-def _what_if(model: str, config: Any, as_json: bool) -> None:
+def _what_if(model: str, config: Any, picture: Path | None, as_json: bool) -> None:
     from ..latency.depths import depths
     from ..utils import format_bytes
 
     found, equal = depths(config)
+    if picture is not None:
+        from ..publish.pictures import refuse_no_matplotlib, save, what_if_figure
+
+        refuse_no_matplotlib()
+        refuse_unwritable(picture.parent)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        save(what_if_figure(found), picture)
     plain = {"model": model, "equal_blocks": equal, "depths": [asdict(depth) for depth in found]}
 
     def show() -> list[RenderableType]:

@@ -31,10 +31,12 @@ def score(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the accelerator by default.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32, …; auto: as in the files.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for scores.json and, with matplotlib, scores.png.")] = Path("runs/score"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for scores.json and, with matplotlib, scores.png and what_if.png.")
+    ] = Path("runs/score"),
     as_json: Json = False,
 ) -> None:
-    """Print how important each layer is on your data, the least important first, and draw it.
+    """Print how important each layer is on your data, the least important first; draw it, and the size at other depths.
 
     Higher = more important. `sensitivity` is the loss per token without the layer. Nothing is trained or dropped. With
     `--per-ms` it is the rise of the loss for each millisecond per generated token that the layer takes, measured on this
@@ -58,7 +60,7 @@ def score(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..importance import score_layers
+    from ..importance import score_layers, standard_error
     from ..latency.layer_times import measure_layers
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=_dtype(dtype))
@@ -66,15 +68,20 @@ def score(
     batches = make_batches(AutoTokenizer.from_pretrained(model, revision=revision), examples, max_length, batch_size)
     ms = measure_layers(loaded, unit, prompt_tokens=prompt_tokens) if per_ms else None
     how: dict[str, Any] = {"memory_gb": memory_gb, "progress": not as_json, "unit_ms": ms}
-    scores = {
-        f"{name} per ms" if per_ms else name: score_layers(loaded, batches, name, unit, **how).tolist() for name in names
-    }
+    scores, spread = {}, {}
+    for name in names:
+        told = f"{name} per ms" if per_ms else name
+        of_batches: list[torch.Tensor] = []
+        scores[told] = score_layers(loaded, batches, name, unit, of_batches=of_batches, **how).tolist()
+        if (found := standard_error(of_batches)) is not None:
+            spread[told] = found.tolist()
     plain = {
         "model": model,
         "unit": unit,
         "layers": _names(loaded, unit),
         "ms": ms,
         "scores": scores,
+        "standard_errors": spread,
         "margins": {name: _margin(values) for name, values in scores.items()},
         "data": str(data),
         "examples": sum(len(batch["input_ids"]) for batch in batches),
@@ -84,7 +91,7 @@ def score(
     (out / "scores.json").write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     drawn = find_spec("matplotlib") is not None
     if drawn:
-        draw(plain, out / "scores.png")
+        _draw(plain, loaded.config, out)
     answer(plain, as_json, lambda: _shown(plain, out, drawn))
 
 
@@ -116,40 +123,34 @@ def _margin(values: list[float]) -> float | None:
 def _shown(plain: dict[str, Any], out: Path, drawn: bool) -> list[Any]:
     names, scores = list(plain["scores"]), plain["scores"]
     order = sorted(range(len(plain["layers"])), key=lambda i: scores[names[0]][i])
-    columns = {name: [f"{value:.4f}" for value in scores[name]] for name in names}
+    columns = {name: _figures(scores[name], plain["standard_errors"].get(name)) for name in names}
     if plain["ms"]:
         columns["ms"] = [f"{value:.3f}" for value in plain["ms"]]
     rows = [(plain["layers"][i], *(column[i] for column in columns.values())) for i in order]
     margins = [f"{name} {value:.4g}" for name, value in plain["margins"].items() if value is not None]
-    files = "scores.json and scores.png" if drawn else "scores.json (no scores.png: matplotlib is not installed)"
+    files = "scores.json, scores.png and what_if.png" if drawn else "scores.json (no pictures: matplotlib is not installed)"
     return [
         table(f"{plain['model']}: layers, the least important by {names[0]} first", "layer", *columns, rows=rows),
         f"On {plain['examples']} examples, {plain['scored_tokens']:,} tokens. From the least important to the next: "
-        f"{', '.join(margins) or '-'}.",
+        f"{', '.join(margins) or '-'}."
+        + (" ±: the standard error over the batches, without what all layers share." if plain["standard_errors"] else ""),
         f"In {out}: {files}.",
     ]
 
 
-def draw(plain: dict[str, Any], path: Path) -> None:
-    """One bar per layer, one panel per score; the least important layer is marked."""
-    from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
+def _figures(values: list[float], errors: list[float] | None) -> list[str]:
+    if errors is None:
+        return [f"{value:.4f}" for value in values]
+    return [f"{value:.4f} ± {error:.4f}" for value, error in zip(values, errors, strict=True)]
 
-    from ..publish.plots import DROPPED, KEPT
 
-    scores, layers = plain["scores"], plain["layers"]
-    figure = Figure(figsize=(max(4.0, 0.3 * len(layers)), 2.4 * len(scores)), layout="constrained")
-    panels = figure.subplots(len(scores), 1, squeeze=False)[:, 0]
-    for axes, (name, values) in zip(panels, scores.items(), strict=True):
-        places = range(len(values))
-        bars = axes.bar(places, values, color=KEPT)
-        bars[values.index(min(values))].set_color("#c92a2a")
-        lowest, highest = min(values), max(values)
-        if lowest > 0:  # differences are what counts: losses lie far from 0
-            axes.set_ylim(max(0, lowest - 0.1 * (highest - lowest)) if highest > lowest else 0, None)
-        axes.set_xticks(places, layers, rotation=90 if plain["unit"] != "block" else 0, fontsize=8)
-        axes.set_ylabel(name.replace("_", " "))
-        axes.grid(axis="y", color=DROPPED)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("layer (least important in red)")
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+def _draw(plain: dict[str, Any], config: Any, out: Path) -> None:
+    """The scores, the least important layer of each marked; and what the model would weigh at each depth."""
+    from ..latency.depths import depths
+    from ..publish.pictures import importance_figure, save, what_if_figure
+
+    scores = plain["scores"]
+    least = {name: [values.index(min(values))] for name, values in scores.items()}
+    figure = importance_figure(plain["layers"], scores, plain["standard_errors"], least, "red: the least important")
+    save(figure, out / "scores.png")
+    save(what_if_figure(depths(config)[0]), out / "what_if.png")

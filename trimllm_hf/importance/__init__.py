@@ -13,6 +13,7 @@ from .scores import (
     register_importance,
     score_layers,
 )
+from .spread import standard_error
 
 __all__ = [
     "METRICS",
@@ -29,4 +30,5 @@ __all__ = [
     "refuse_not_per_ms",
     "register_importance",
     "score_layers",
+    "standard_error",
 ]

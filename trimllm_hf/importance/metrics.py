@@ -38,6 +38,7 @@ class Metric:
         worse_is_greater: Whether a greater value is a worse one, as for a loss.
         check: Raises on a batch that cannot be measured.
         of_labels: Whether it depends only on what is predicted where there are labels.
+        of_each_batch: Whether it says something of one batch alone, as a mean does.
         run: What is computed of a batch, by calling the model: by default its output.
     """
 
@@ -47,6 +48,7 @@ class Metric:
     worse_is_greater: bool = True
     check: Callable[[nn.Module, Batch], None] = lambda model, batch: None
     of_labels: bool = False
+    of_each_batch: bool = False
     run: Callable[[nn.Module, Batch], Any] = model_output
 
     def importance(self, value: float) -> float:
@@ -103,7 +105,7 @@ def _check_labels(model: nn.Module, batch: Batch) -> None:
     num_label_tokens(model, batch)
 
 
-LOSS = Metric("loss", _add_loss, _mean_loss, check=_check_labels, of_labels=True)
+LOSS = Metric("loss", _add_loss, _mean_loss, check=_check_labels, of_labels=True, of_each_batch=True)
 
 
 def own_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, float]:
@@ -118,7 +120,7 @@ def from_loss(loss: Loss) -> Metric:
         mean, count = output
         return (float(mean) * count if count else 0.0), count
 
-    return Metric("loss", collect, _mean_loss, run=loss)
+    return Metric("loss", collect, _mean_loss, of_each_batch=True, run=loss)
 
 
 # ---- accuracy on choices

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -39,12 +39,14 @@ class ScanSettings:
         memory_gb: Memory for the candidates beside that of a forward pass, in 10^9 bytes; None: half of what is free.
         process_group: The processes of the run.
         progress: Whether to show a bar with the candidates scored.
+        of_batches: Is given the scores on each batch of all processes, if the metric says something of one.
     """
 
     metric: Metric
     memory_gb: float | None
     process_group: ProcessGroup
     progress: bool
+    of_batches: list[torch.Tensor] | None = None
 
 
 def sensitivity(metric: Metric) -> Metric:
@@ -104,7 +106,18 @@ def scan(
     found = [metric.finish([part for process in everyones for part in process[i]]) for i in range(len(units))]
     scores = torch.tensor([metric.importance(value) for value in found], dtype=torch.float64)
     refuse_not_finite(metric.name, scores, [_not_finite(process) for process in everyones])
+    if settings.of_batches is not None and metric.of_each_batch:
+        settings.of_batches.extend(_of_each_batch(metric, everyones))
     return scores
+
+
+def _of_each_batch(metric: Metric, everyones: Sequence[list[list[Any]]]) -> Iterator[torch.Tensor]:
+    """The scores on each batch of each process; one without labels has none."""
+    for process in everyones:
+        for of_units in zip(*process, strict=True):
+            with suppress(ValueError):
+                found = [metric.importance(metric.finish([part])) for part in of_units]
+                yield torch.tensor(found, dtype=torch.float64)
 
 
 def _not_finite(parts: list[list[Any]]) -> list[tuple[list[int], int]]:

@@ -121,6 +121,7 @@ def score_layers(
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,
     loss: Loss | None = None,
+    of_batches: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Score every layer of a model on calibration batches.
 
@@ -147,6 +148,8 @@ def score_layers(
         loss: Computes the loss, for scores that go by it: takes the model and a batch, and returns the mean loss as a tensor
             with the number of labels or examples that it is the mean of. By default the loss that the model computes itself.
             With it a batch may be anything that it takes.
+        of_batches: A list that is given the scores on each batch, of all processes, where a batch alone has some: of a
+            scan by the loss, and of statistics. For `standard_error`.
 
     Returns:
         Scores of shape (layers,), or by sublayers (sublayers,), float64 on the CPU, the same on every process. Higher =
@@ -169,13 +172,13 @@ def score_layers(
     padded = on_every_process(model, batches, importance, process_group, filler_batch) if with_data else []
     with isolated_rng(seed), to_be_scored(model):
         if importance in _SCANS:
-            settings = ScanSettings(_SCANS[importance](metric), memory_gb, process_group, progress)
+            settings = ScanSettings(_SCANS[importance](metric), memory_gb, process_group, progress, of_batches)
             return scan(model, padded, len(batches), unit, settings, part)
         if importance in _GRADIENTS:
             return _GRADIENTS[importance](model, padded, len(batches), unit, process_group, loss or own_loss, part)
         function = partial(angular, window=window) if is_joint(importance) else _REGISTRY[importance]
         function = _of_part(importance, function, model, part)
-        scores = _mean(importance, function, model, padded, len(batches), unit, process_group)
+        scores = _mean(importance, function, model, padded, len(batches), unit, process_group, of_batches)
     if unit != "block" and len(scores) != len(list_units(model, unit, part)):
         raise ValueError(f"Expected unit='block' for the importance {importance!r}, got {unit!r}. Use a scan or a rule.")
     return scores
@@ -214,15 +217,19 @@ def _mean(
     num_counted: int,
     unit: str,
     process_group: ProcessGroup,
+    of_batches: list[torch.Tensor] | None,
 ) -> torch.Tensor:
     """The mean of a function's totals over the batches of all processes; what is behind `num_counted` does not count."""
     sums: torch.Tensor | None = None
     wrong: list[tuple[list[int], int]] = []
+    alone: list[torch.Tensor] = []
     for number, batch in enumerate([[batch] for batch in batches] or [[]]):
         totals, count = function(model, batch, unit)
         both = torch.cat([totals.double().cpu(), torch.tensor([count], dtype=torch.float64)])
         if batch and number >= num_counted:
             both = torch.zeros_like(both)  # a pass for the others' sake
+        elif both[-1] > 0:
+            alone.append(both[:-1] / both[-1])
         sums = both if sums is None else sums + both
         if bad := (~torch.isfinite(both[:-1])).nonzero().flatten().tolist():
             wrong.append((bad, number))
@@ -234,4 +241,6 @@ def _mean(
         )
     scores = sums[:-1] / sums[-1]
     refuse_not_finite(name, scores, process_group.gather(wrong))
+    if of_batches is not None:
+        of_batches += [batch for process in process_group.gather(alone) for batch in process]
     return scores

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..surgery.blocks import find_blocks
 from ..surgery.custom_models import class_for
-from .sizes import sizes_of
+from .sizes import Sizes, sizes_of
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,35 @@ def depths(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> tuple[
             )
         )
     return made, len(set(weights)) == 1
+
+
+def depths_between(base: Sizes, ours: Sizes) -> list[Depth]:
+    """Every depth of a base, from what it weighs and what it weighs with fewer layers; layers are taken to be alike.
+
+    Raises:
+        ValueError: If the second has as many layers, so that nothing is known of one.
+    """
+    gone = base.num_layers - ours.num_layers
+    if gone < 1:
+        raise ValueError(f"Expected a model of fewer layers than {base.num_layers}, got one of {ours.num_layers}.")
+
+    def at(name: str, left: int) -> float | None:
+        whole, less = getattr(base, name), getattr(ours, name)
+        return None if whole is None or less is None else whole - (whole - less) * (base.num_layers - left) / gone
+
+    found = []
+    for left in range(base.num_layers, 0, -1):
+        read = at("decode_bytes", left)
+        found.append(
+            Depth(
+                num_layers=left,
+                parameters=round(at("parameters", left) or 0),
+                weight_bytes=round(at("weight_bytes", left) or 0),
+                kv_cache_bytes_per_token=at("kv_cache_bytes_per_token", left),
+                byte_bound=(base.decode_bytes or 0) / read if read else None,
+            )
+        )
+    return found
 
 
 def with_random_weights(

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..layer_map import LayerMap
 from ..surgery.remote_code import is_our_code
-from . import plots
+from . import pictures
 from .card_data import TrimCardData
 from .figures import cost_rows, dropped, history_rows, map_of, quality_rows, repair_rows, summary, text_strip
 from .folder import REPORT, describe_base, describe_trimmed
@@ -90,7 +90,7 @@ def write_card(
             trusted = trust_remote_code or is_our_code(folder)
             tried = run_example(*asked, stock=True, remote_code=True) if trusted else {"not_run": NOT_OURS}
             data.usage["remote_code"] = tried.get("not_run", "ran")
-    data.pictures = plots.draw(data, folder)
+    data.pictures = pictures.draw(data, folder)
     path = folder / CARD
     existing = path.read_text(encoding="utf-8") if path.is_file() else None
     text = merged(existing, render(data), None if earlier is None else render(earlier))
@@ -148,17 +148,21 @@ def render(data: TrimCardData) -> str:
         cost=cost_rows(data),
         quality=quality_rows(data.quality),
         outside=quality_rows(data.outside),
-        strip=plots.STRIP if plots.STRIP in data.pictures else None,
-        curve=plots.curve_of(data) if plots.CURVE in data.pictures else None,
-        curve_file=plots.CURVE,
-        score=plots.score_in_words(layer_map),
+        strip=pictures.STRIP if pictures.STRIP in data.pictures else None,
+        curve=pictures.curve_of(data) if pictures.CURVE in data.pictures else None,
+        curve_file=pictures.CURVE,
+        importance=pictures.first_scan(data) if pictures.IMPORTANCE in data.pictures else None,
+        importance_file=pictures.IMPORTANCE,
+        loss_file=pictures.LOSS if pictures.LOSS in data.pictures else None,
+        what_if_file=pictures.WHAT_IF if pictures.WHAT_IF in data.pictures else None,
+        score=pictures.score_in_words(layer_map),
         pictures=data.pictures,
         run=data.training,
         text_strip=text_strip(layer_map),
         dropped=dropped(layer_map),
         widths=widths,
         text_widths=None if widths is None else text_widths(widths.full, widths.kept),
-        widths_file=plots.WIDTHS if plots.WIDTHS in data.pictures else None,
+        widths_file=pictures.WIDTHS if pictures.WIDTHS in data.pictures else None,
         history=history_rows(layer_map),
         repairs=repair_rows(data.training),
     )

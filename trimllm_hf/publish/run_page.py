@@ -5,24 +5,42 @@ from __future__ import annotations
 import io
 import math
 import re
-from dataclasses import dataclass, field
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from transformers import AutoConfig
+from transformers.utils import CONFIG_NAME
 
-from ..layer_map import TRAINER_STATE, UNITS, LayerMap
+from ..layer_map import TRAINER_STATE, UNITS, LayerMap, run_in
 from ..loading.checkpoints import last_complete_checkpoint
-from ..utils import json_at
+from ..loading.readers import readers_of
+from ..utils import is_list_of, json_at
 from .card import read_report
 from .card_data import TrimCardData
-from .figures import cost_rows, history_rows, quality_rows, text_strip
+from .figures import cost_rows, history_rows, quality_rows, repair_rows, text_strip
+from .pictures import (
+    COLOURS,
+    DROPPED,
+    INK,
+    KEPT,
+    MARK,
+    dress,
+    drop_times,
+    loss_over_time,
+    refuse_no_matplotlib,
+    scan_figure,
+    what_if_figure,
+)
+from .pictures.card import depths_of
 
 TEMPLATE = Path(__file__).parent / "templates" / "run.html.jinja"
-# Colours of the figures, and the page's variables that stand for them, so that they follow light and dark.
-COLOURS = {"#1f5f99": "--kept", "#e9ecef": "--dropped", "#343a40": "--ink", "#c92a2a": "--mark"}
-KEPT, DROPPED, INK, MARK = COLOURS
+
+SCAN: dict[str, Any] = {  # what a run records of a scoring
+    "step": int, "seconds": int | float, "num_layers": int,
+    "dropped": list, "importance": str, "scores": dict, "spread": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,15 +51,20 @@ class RunRecord:
         name: The folder's name.
         layer_map: Which layers are kept, and when the others were dropped.
         log: The Trainer's log, oldest first.
-        scans: The scores of all layers at each scoring: step, importance, and a score by layer name.
+        scans: Of each drop its step, seconds since the run began, and what was scored: the importance, and a score and
+            its spread by layer name.
+        repairs: Of each drop that was to be repaired, what came of it.
         report: The card's report, where a card was written.
+        readers: What each other reader makes of the model, where its config is known: reader, verdict, reason.
     """
 
     name: str
     layer_map: LayerMap
     log: list[dict[str, Any]]
     scans: list[dict[str, Any]] = field(default_factory=list)
+    repairs: list[dict[str, Any]] = field(default_factory=list)
     report: TrimCardData | None = None
+    readers: list[dict[str, str]] = field(default_factory=list)
 
 
 def read_run(folder: str | Path) -> RunRecord:
@@ -64,20 +87,45 @@ def read_run(folder: str | Path) -> RunRecord:
         )
     layer_map: LayerMap | None = None
     log: list[dict[str, Any]] = []
-    scans: list[dict[str, Any]] = []
+    run: dict[str, Any] = {}
     if place is not None:
         layer_map = LayerMap.from_checkpoint(place)
         log = json_at(place / TRAINER_STATE, "log_history") or []
-        scans = json_at(place / TRAINER_STATE, "stateful_callbacks", "TrimCallback", "attributes", "scans") or []
+        run = run_in(json_at(place / TRAINER_STATE))
     if report is not None and report.trimmed is not None:
-        layer_map = layer_map or LayerMap.from_dict(report.trimmed["map"])
-        log = log or (report.training or {}).get("log") or []
+        told = report.training or {}
+        reported = told.get("log") or []
+        if layer_map is None or (log and reported[:1] == log[:1]):  # of the same run, and to its end
+            layer_map = LayerMap.from_dict(report.trimmed["map"])
+            log, run = reported, {**run, **told}
     if layer_map is None or not layer_map.history:
         raise ValueError(
             f"Expected a run in which layers were dropped, got {folder}, whose files tell of no drop. Train with "
             "TrimCallback or TrimTrainer."
         )
-    return RunRecord(folder.resolve().name, layer_map, log, scans, report)
+    readers = (report.trimmed or {}).get("readers") if report is not None else None
+    scans, repairs = run.get("scans") or [], run.get("repairs") or []
+    if not is_list_of(scans, _is_scan) or not is_list_of(log, lambda entry: isinstance(entry, dict)):
+        raise ValueError(f"Expected a log and scorings as a run writes them, got damaged ones in {folder}.")
+    return RunRecord(folder.resolve().name, layer_map, log, list(scans), repairs, report, readers or _readers_at(place))
+
+
+def _is_scan(scan: Any) -> bool:
+    if not isinstance(scan, dict) or not all(isinstance(scan.get(name), kind) for name, kind in SCAN.items()):
+        return False
+    numbers = [*scan["scores"].values(), *scan["spread"].values()]
+    named = not scan["spread"] or scan["spread"].keys() == scan["scores"].keys()
+    return named and all(isinstance(number, int | float) for number in numbers)
+
+
+def _readers_at(checkpoint: Path | None) -> list[dict[str, str]]:
+    """What each reader makes of a checkpoint; nothing of one without a config that is known here, as a sharded one."""
+    if checkpoint is None or not (checkpoint / CONFIG_NAME).is_file():
+        return []
+    try:
+        return [asdict(verdict) for verdict in readers_of(AutoConfig.from_pretrained(checkpoint))]
+    except ValueError:  # code beside the weights, which a page does not run
+        return []
 
 
 def render_run(record: RunRecord) -> str:
@@ -86,13 +134,17 @@ def render_run(record: RunRecord) -> str:
     Raises:
         ValueError: If matplotlib, which draws the figures, is not installed.
     """
-    if find_spec("matplotlib") is None:
-        raise ValueError("Expected matplotlib for the figures, got none. pip install 'trimllm_hf[plot]'")
+    refuse_no_matplotlib()
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
     data = record.report
-    figures = {"The run": _course(record)}
-    if record.scans:
-        figures["Importance at each scoring"] = _scans(record)
+    scored = [scan for scan in record.scans if scan["scores"]]
+    figures = {"The run": _course(record), "The time it took": loss_over_time(record.log, drop_times(record.scans))}
+    if scored:
+        figures[f"Importance of the layers, after step {scored[0]['step']}"] = scan_figure(scored[0], record.layer_map)
+    if len(scored) > 1:
+        figures["Importance at each scoring"] = _scans(scored)
+    if data is not None and (depths := depths_of(data)):
+        figures["Other depths"] = what_if_figure(depths, record.layer_map.num_layers)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=record,
         map=record.layer_map,
@@ -100,9 +152,18 @@ def render_run(record: RunRecord) -> str:
         strip=text_strip(record.layer_map),
         history=history_rows(record.layer_map),
         cost=cost_rows(data) if data is not None and data.trimmed is not None else [],
-        quality=quality_rows([*data.quality, *data.outside]) if data is not None else [],
+        quality=[tuple(map(_plain, row)) for row in quality_rows([*data.quality, *data.outside])]
+        if data is not None
+        else [],
+        repairs=[tuple(cell.replace("`", "") for cell in row) for row in repair_rows({"repairs": record.repairs})],
+        readers=[tuple(reader.values()) for reader in record.readers],
         colours=COLOURS,
     )
+
+
+def _plain(cell: str) -> str:
+    """A cell of a card's table without Markdown's links."""
+    return re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", cell)
 
 
 def points(log: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
@@ -146,38 +207,30 @@ def _course(record: RunRecord) -> Any:
     for axes, label in ((upper, "loss"), (lower, "layers left")):
         for step, _ in went:
             axes.axvline(step, color=DROPPED, linewidth=0.8, zorder=0)
-        _dress(axes, label)
+        dress(axes, "", label)
     lower.set_xlabel("optimizer step", color=INK)
     return figure
 
 
-def _scans(record: RunRecord) -> Any:
-    """One row per scoring, one cell per layer: the rank of its score, with the least important one marked."""
+def _scans(scans: list[dict[str, Any]]) -> Any:
+    """One row per scoring, one cell per layer: the rank of its score, with the layers that were dropped by it marked."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for scan in record.scans for name in scan["scores"]))
-    figure = Figure(figsize=(max(4.0, 0.3 * len(names)), 0.6 + 0.32 * len(record.scans)), layout="constrained")
+    names = list(dict.fromkeys(name for scan in scans for name in scan["scores"]))
+    figure = Figure(figsize=(max(4.0, 0.3 * len(names)), 0.6 + 0.32 * len(scans)), layout="constrained")
     axes = figure.add_subplot()
-    for row, scan in enumerate(record.scans):
+    for row, scan in enumerate(scans):
         ordered = sorted(scan["scores"], key=scan["scores"].get)
         for rank, name in enumerate(ordered):
             share = rank / max(1, len(ordered) - 1)
-            colour, alpha = (KEPT, 0.15 + 0.85 * share) if rank else (MARK, 1.0)
+            colour, alpha = (MARK, 1.0) if name in scan["dropped"] else (KEPT, 0.15 + 0.85 * share)
             axes.barh(row, 0.9, left=names.index(name), height=0.8, color=colour, alpha=alpha)
     axes.set_xticks([i + 0.45 for i in range(len(names))], names, fontsize=7, rotation=90 if len(names[0]) > 3 else 0)
-    axes.set_yticks(range(len(record.scans)), [f"step {scan['step']}" for scan in record.scans], fontsize=7)
+    axes.set_yticks(range(len(scans)), [f"step {scan['step']}" for scan in scans], fontsize=7)
     axes.invert_yaxis()
-    _dress(axes, "")
-    axes.set_xlabel("layer (darker: more important; red: the least)", color=INK)
+    dress(axes, "layer (darker: more important; red: dropped by it)", "")
+    axes.grid(visible=False)
     return figure
-
-
-def _dress(axes: Any, label: str) -> None:
-    axes.set_ylabel(label, color=INK)
-    axes.tick_params(colors=INK)
-    axes.set_facecolor("none")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
 
 
 def _inline(figure: Any) -> str:

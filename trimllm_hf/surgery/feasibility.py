@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from .adapters import adapters_of, base_of
 from .blocks import find_blocks
 from .drop import PlannedDrop, plan_drop
 from .from_config import build_from_config
+from .layer_pattern import refuse_unportable
 from .sublayers import find_output_specs
 from .trimmable import resolve_model
 
@@ -26,6 +28,7 @@ class Feasibility:
     Attributes:
         num_layers: Its depth.
         alone: The positions of blocks that can be dropped alone.
+        portable: Those of them after whose drop the layers' kinds are still what runtimes work out from a layer's number.
         refusals: Why the others cannot, by position.
         depths: The depths that can be reached, deepest first.
         sublayers: Whether an attention or an MLP can be dropped alone; None: yes, else the reason why not.
@@ -33,6 +36,7 @@ class Feasibility:
 
     num_layers: int
     alone: tuple[int, ...]
+    portable: tuple[int, ...]
     refusals: Mapping[int, str]
     depths: tuple[int, ...]
     sublayers: str | None
@@ -49,19 +53,24 @@ def feasible_drops(model: nn.Module, part: str | None = None) -> Feasibility:
         ValueError: If the model has no single list of blocks.
     """
     target = resolve_model(model, part)
-    alone, refusals = [], {}
+    alone, portable, refusals = [], [], {}
     for position in range(len(target.stack)):
         try:
-            plan_drop(target, [position])
+            drop = plan_drop(target, [position])
             alone.append(position)
         except ValueError as error:
             refusals[position] = str(error)
+            continue
+        kept = [left for left in range(len(target.stack)) if left != position]
+        with suppress(ValueError):
+            refuse_unportable(target.stack.config, drop.config_values, kept)
+            portable.append(position)
     try:
         find_output_specs(target.skeleton_stack.blocks[0], target.stack.config.hidden_size)
         without: str | None = "encoder-decoders lose whole blocks only" if target.stack.part else None
     except ValueError as error:
         without = str(error)
-    return Feasibility(len(target.stack), tuple(alone), refusals, tuple(_depths(model, part)), without)
+    return Feasibility(len(target.stack), tuple(alone), tuple(portable), refusals, tuple(_depths(model, part)), without)
 
 
 def least_important(plan: Planner, scores: Mapping[int, float], most: int, usual: int = 1) -> PlannedDrop:

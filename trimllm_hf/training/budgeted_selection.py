@@ -66,7 +66,8 @@ def choose_within_budget(
         return list(batches[: max(1, math.ceil(len(batches) * number / examples))])
 
     logger.info(f"Step {step}: choosing {count} of {len(candidates)} layers by {plan}.")
-    scores = score_layers(model, first(plan.examples), "block_influence", config.unit, **how)
+    seen = {**how, "of_batches": scorer.of_batches}
+    scores = score_layers(model, first(plan.examples), "block_influence", config.unit, **seen)
     chosen = choose(scores, count, candidates=candidates, spared=spared)
     if not plan.scanned or config.unit != "block" or spared or not scorer.own_loss:
         return chosen, scores

@@ -46,6 +46,7 @@ class LayerScorer:
         self.config, self.trainer, self.process_group = config, trainer, process_group
         self.metric = metric_of(config, trainer)
         self.data: TrainerBatches | None = None
+        self.of_batches: list[torch.Tensor] = []  # the last scores, on each batch alone
         self.own_loss = True  # whether the Trainer's loss is the one that its model computes
         if not needs_data(config.score):
             return
@@ -75,6 +76,7 @@ class LayerScorer:
             if goes_by_loss(importance) and self._asks_trainer():
                 batches, filler_batch = self.data.collated, self.data.filler
                 loss = trainer_loss(self.trainer)
+        self.of_batches = []
         with without_trace(self.trainer):
             return score_layers(
                 model,
@@ -91,6 +93,7 @@ class LayerScorer:
                 process_group=self.process_group,
                 filler_batch=filler_batch,
                 loss=loss,
+                of_batches=self.of_batches,
             )
 
     def needed_data(self) -> TrainerBatches:

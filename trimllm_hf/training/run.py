@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -21,7 +22,7 @@ from ..surgery.blocks import find_blocks
 from .best_model import forget_best
 from .budget import Budget, BudgetState
 from .config import TrimConfig
-from .drop_log import DropRecords, drop_log, record_drops
+from .drop_log import DropRecords, drop_log, dropped_names, record_drops
 from .drop_schedule import DropSchedule
 from .dry_run import droppable, dry_run
 from .followers import refuse_followers
@@ -54,6 +55,8 @@ class RunRecord:
         budget: What was measured for its budget.
         model_step: The step that the model is of, if the run ended with an earlier one.
         repairs: Of each drop that was to be repaired, what came of it.
+        scans: Of each drop its step, the seconds that the run had taken by then, the depth after it, what went, and what was
+            scored: the importance, each layer's score by its name, and its standard error over the calibration batches.
     """
 
     layer_map: LayerMap
@@ -67,6 +70,7 @@ class RunRecord:
     budget: BudgetState = field(default_factory=BudgetState)
     model_step: int | None = None
     repairs: list[dict[str, Any]] = field(default_factory=list)
+    scans: list[dict[str, Any]] = field(default_factory=list)
     target_num_layers: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -198,13 +202,15 @@ class Run:
             changes = repair.changes(model) if repair is not None else ()
             self.record.repairs.append({"step": step, **told})
         self.record.layer_map = apply_drop(self.engine, drop, changes)
+        when = {"step": step, "seconds": self.records.seconds, "num_layers": self.depth}
+        self.record.scans.append({**when, "dropped": dropped_names(self.record.layer_map), **selector.scoring})
         if self.schedule.rule is not None:
             self.schedule.rule.dropped(step)
         parameters = get_model_param_count(model)
         line, logs = drop_log(self.record.layer_map, self.config.unit, step, selector.margin, parameters)
         logger.info(line)
         forget_best(trainer.state)
-        self.records.pending = logs
+        self.records.pending, self.records.layer_map = logs, self.record.layer_map
 
 
 def begin_run(
@@ -231,7 +237,7 @@ def begin_run(
         ValueError: On a target that the model or the plan cannot reach, a model or engine that cannot be trimmed, or
             layers that cannot be scored.
     """
-    args, model = trainer.args, unwrapped(trainer)
+    started, args, model = time.perf_counter(), trainer.args, unwrapped(trainer)
     engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
     record.num_processes = engine.world_size
     depth = record.layer_map.num_units(config.unit)
@@ -267,7 +273,7 @@ def begin_run(
         )  # fmt: skip
         rehearse_scores(selector, model)
     schedule = DropSchedule(plan, record.start_num_layers, least, config.layers_per_drop, rule, budget)
-    return Run(config, trainer, engine, record, schedule, selector, record_drops(trainer), repairer)
+    return Run(config, trainer, engine, record, schedule, selector, record_drops(trainer, started), repairer)
 
 
 def _steps_per_epoch(accumulation_steps: int, dataloader: Any) -> int | None:

@@ -60,6 +60,7 @@ def describe_run(trainer: Trainer, callback: Any, calibration: Any) -> dict[str,
         "distributed": trainer.accelerator.distributed_type.value,
         "command": command(sys.argv),
         "versions": versions(),
+        "scans": record.scans if record else [],
         "log": [{name: _plain(value) for name, value in entry.items()} for entry in state.log_history],
     }
 

@@ -18,6 +18,7 @@ from ..importance import (
     is_joint,
     needs_data,
     per_ms,
+    standard_error,
 )
 from ..importance.gradient import refuse_frozen, refuse_no_gradient, weights_times_gradients
 from ..importance.order import Chosen, choose, choose_window
@@ -27,6 +28,7 @@ from ..surgery.feasibility import Planner, least_important
 from ..surgery.trimmable import resolve_model
 from .budgeted_selection import choose_within_budget
 from .config import TrimConfig
+from .drop_log import scoring
 from .dry_run import droppable
 from .layer_scorer import LayerScorer
 from .layer_times import layer_names, names_of
@@ -78,6 +80,7 @@ class LayerSelector:
             refuse_no_gradient(engine)
             refuse_frozen(unwrapped(trainer), config.unit, config.part)
         self.scorer = LayerScorer(config, trainer, engine, dataloader, dataset)
+        self.scoring: dict[str, Any] = {}  # the last one, in plain values
         self.margin: float | None = None  # of the last drop: how much higher the score of the next candidate was
         self._gradients: tuple[int, dict[Any, float]] | None = None  # step, and each layer's score by its gradients
 
@@ -113,9 +116,10 @@ class LayerSelector:
         config = self.config
         with self._or_none():
             importance = self._importance(model, step)
-            chosen, scores = self._choose(model, step, progress, count, importance)
+            chosen, scores, spread = self._choose(model, step, progress, count, importance)
             margin = chosen.margin
             target = resolve_model(model, config.part)
+            self.scoring = scoring(importance, layer_names(model, config), scores, spread)
 
             def plan(positions: list[int]) -> PlannedDrop:
                 of_each = chosen.scores if positions == chosen.positions else scores[positions].tolist()
@@ -186,11 +190,13 @@ class LayerSelector:
 
     def _choose(
         self, model: PreTrainedModel, step: int, progress: bool, count: int, importance: str
-    ) -> tuple[Chosen, torch.Tensor]:
-        config = self.config
+    ) -> tuple[Chosen, torch.Tensor, torch.Tensor | None]:
+        """The layers that go, all scores, and their standard errors where there are some."""
+        config, self.scorer.of_batches = self.config, []
         if config.by_budget:
             of_run = step, self._spared(model), self.run_examples, self.repairer
-            return choose_within_budget(model, self.scorer, count, config, *of_run)
+            found = choose_within_budget(model, self.scorer, count, config, *of_run)
+            return *found, standard_error(self.scorer.of_batches)
         ends = config.protect_first, config.protect_last
         scores = self._scores_by_training(model, step) if importance == config.importance else None
         times = [self.unit_ms[name] for name in layer_names(model, config)] if self.unit_ms else None
@@ -198,12 +204,13 @@ class LayerSelector:
             scores = self.scorer.score(model, importance, progress, count, times)
         elif times is not None:
             scores = per_ms(scores, 0.0, times)
+        spread = standard_error(self.scorer.of_batches)
         if is_joint(importance):
-            return choose_window(scores, count, *ends), scores
+            return choose_window(scores, count, *ends), scores, None
         breaker = config.tie_breaker
         tie_scores = None if breaker is None else lambda: self.scorer.score(model, breaker, progress)
         candidates, spared = droppable(model, config), self._spared(model)
-        return choose(scores, count, tie_scores=tie_scores, candidates=candidates, spared=spared), scores
+        return choose(scores, count, tie_scores=tie_scores, candidates=candidates, spared=spared), scores, spread
 
     def _spared(self, model: PreTrainedModel) -> list[int]:
         if not self.spared:
