@@ -7,8 +7,21 @@ import torch
 DAMPING = 0.01  # of the mean of the diagonal
 
 
+def refuse_not_finite(values: torch.Tensor) -> None:
+    """Refuse sums of hidden states that are no finite numbers.
+
+    Raises:
+        ValueError: If some are not.
+    """
+    if not values.isfinite().all():
+        raise ValueError(
+            "Expected hidden states that are finite numbers on the calibration batches, got others. Load the model in float32 "
+            "or bfloat16. Nothing was changed."
+        )
+
+
 class Covariance:
-    """The sum of x xᵀ over tokens, in float64."""
+    """The sum of x xᵀ over tokens: in float64, of products of a few thousand tokens that are made in float32."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.sum = torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -22,7 +35,7 @@ class Covariance:
         """
         rows = states.flatten(0, 1) if mask is None else states[mask.to(states.device) != 0]
         for part in rows.split(4096):
-            wide = part.double()
+            wide = part if part.dtype == torch.float64 else part.float()
             self.sum += wide.T @ wide
 
     def basis(self, width: int, centred: bool = False) -> torch.Tensor:
@@ -33,7 +46,11 @@ class Covariance:
         Args:
             width: How many directions.
             centred: Whether the mean over each token's numbers does not count: a LayerNorm takes it away.
+
+        Raises:
+            ValueError: If states were no finite numbers.
         """
+        refuse_not_finite(self.sum)
         total = self.sum
         if centred:
             total = total - total.mean(0, keepdim=True)

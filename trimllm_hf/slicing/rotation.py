@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .modules import SHORTCUT
-from .wiring import Block, Wiring
+from .wiring import Block
 
 ROWS = 4096  # of a large table, at a time in float64
 
@@ -104,14 +104,10 @@ def rotated_block(
     centred = any(gain.centred for gain in gains.values())
     for half, out in ((block.attention, after if block.parallel else basis), (block.mlp, after)):
         for name in half.readers:
-            yield from _reader(name, module.get_submodule(name), gains[half.norm], basis)
+            for kind, tensor in rotated_reader(module.get_submodule(name), gains[half.norm], basis):
+                yield f"{name}.{kind}", tensor
         yield from _writer(half.writer, module.get_submodule(half.writer), centred, out)
     yield f"{SHORTCUT}.weight", (basis.T @ after).T
-
-
-def rotated_head(model: nn.Module, wiring: Wiring, gain: Gain, basis: torch.Tensor) -> Tensors:
-    """The tensors of a sliced head, by their names in the model."""
-    yield from _reader(wiring.head, model.get_submodule(wiring.head), gain, basis)
 
 
 def rotated_embedding(module: Any, basis: torch.Tensor, centred: bool) -> torch.Tensor:
@@ -119,17 +115,18 @@ def rotated_embedding(module: Any, basis: torch.Tensor, centred: bool) -> torch.
     return _rows(module.weight.data, basis, centred)
 
 
-def _reader(name: str, module: Any, gain: Gain, basis: torch.Tensor) -> Tensors:
+def rotated_reader(module: Any, gain: Gain, basis: torch.Tensor) -> Tensors:
+    """The weight, and the bias if there is one, of a matrix that reads behind a norm."""
     weight: torch.Tensor = module.weight.data
     rows = weight.T if isinstance(module, Conv1D) else weight
     made = _rows(rows, gain.gain.to(basis.device)[:, None] * basis, False)
-    yield f"{name}.weight", made.T if isinstance(module, Conv1D) else made
+    yield "weight", made.T if isinstance(module, Conv1D) else made
     bias = getattr(module, "bias", None)
     if gain.shift is not None:
         shift = _rows(rows, gain.shift.to(basis.device)[:, None], False, keep=True)[:, 0]
-        yield f"{name}.bias", shift if bias is None else shift + bias.data.double()
+        yield "bias", shift if bias is None else shift + bias.data.double()
     elif bias is not None:
-        yield f"{name}.bias", bias.data
+        yield "bias", bias.data
 
 
 def _writer(name: str, module: Any, centred: bool, basis: torch.Tensor) -> Tensors:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,43 +11,55 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..surgery.blocks import find_blocks
-from .principal import Covariance
+from .principal import Covariance, refuse_not_finite
 from .wiring import Block
+
+INFLUENCE_TOKENS = 16_384  # over which block influence is averaged, if there are more
 
 
 class _Reached(Exception):
     """Ends a forward pass where all that is asked of it has been seen."""
 
 
-@dataclass
 class Calls:
     """What the blocks were called with for one batch.
 
+    Between the blocks the hidden states take 16 bits: those of all batches are most of what is needed beside the model.
+
     Attributes:
-        states: The hidden states in front of the block that is next, of shape (rows, tokens, width).
         arguments: The other arguments of each block, positional and named.
         mask: Which tokens are real, of shape (rows, tokens); None: all.
     """
 
-    states: torch.Tensor
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    mask: torch.Tensor | None
+    def __init__(
+        self, states: torch.Tensor, arguments: list[tuple[tuple[Any, ...], dict[str, Any]]], mask: torch.Tensor | None
+    ) -> None:
+        self.arguments, self.mask, self._dtype = arguments, mask, states.dtype
+        self.states = states
 
-    def run(self, number: int, block: nn.Module) -> torch.Tensor:
-        """A block's result for the states."""
+    @property
+    def states(self) -> torch.Tensor:
+        """The hidden states in front of the block that is next, of shape (rows, tokens, width)."""
+        return self._states.to(self._dtype)
+
+    @states.setter
+    def states(self, states: torch.Tensor) -> None:
+        self._states = states if states.element_size() <= 2 else states.bfloat16()
+
+    def run(self, number: int, block: nn.Module, states: torch.Tensor | None = None) -> torch.Tensor:
+        """A block's result, for the states or for others."""
         args, kwargs = self.arguments[number]
-        output = block(self.states, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return _first(block(self.states if states is None else states, *args, **kwargs))
 
 
 @torch.no_grad()
-def record(model: PreTrainedModel, batch: dict[str, Any], see: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Calls:
+def record(model: PreTrainedModel, batch: dict[str, Any], see: Callable[[int, torch.Tensor, Any], None] | None) -> Calls:
     """Run a model on a batch, up to its last block, and note what its blocks are called with.
 
     Args:
         model: The stock model, in evaluation mode.
         batch: What it is called with; labels are left out.
-        see: Is shown each block's number, input and output.
+        see: Is shown each block's number, input and output. None: the blocks only hand on what they are given.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     mask = inputs.get("attention_mask")
@@ -63,7 +73,8 @@ def record(model: PreTrainedModel, batch: dict[str, Any], see: Callable[[int, to
         arguments.append((args[1:], rest))
 
     def behind(_: nn.Module, args: Any, output: Any) -> None:
-        see(len(arguments) - 1, states[-1], output[0] if isinstance(output, tuple) else output)
+        if see is not None:
+            see(len(arguments) - 1, states[-1], output)
         if len(arguments) == len(blocks):
             raise _Reached
 
@@ -72,6 +83,8 @@ def record(model: PreTrainedModel, batch: dict[str, Any], see: Callable[[int, to
         for module in blocks:
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(behind).remove)
+            if see is None:
+                stack.enter_context(instead(module, lambda hidden_states, *_, **__: hidden_states))
         try:
             model(**inputs, use_cache=False)
         except _Reached:
@@ -80,35 +93,36 @@ def record(model: PreTrainedModel, batch: dict[str, Any], see: Callable[[int, to
 
 
 def observe(
-    model: PreTrainedModel, batches: Sequence[dict[str, Any]], done: Callable[[], Any]
+    model: PreTrainedModel, batches: Sequence[dict[str, Any]], done: Callable[[int], Any]
 ) -> tuple[list[Calls], list[float]]:
     """What the blocks are called with, and each one's block influence: 1 - cosine of input and output, mean over tokens.
 
-    `done` is called after each block and batch.
+    Of many batches some are enough for the influence, evenly spread. `done` is told how many blocks a batch went through.
 
     Raises:
         ValueError: If hidden states are no finite numbers.
     """
-    sums = torch.zeros(len(find_blocks(model)), dtype=torch.float64)
-    count = 0.0
-    calls = []
-    for batch in batches:
+    depth = len(find_blocks(model))
+    sums = torch.zeros(depth, dtype=torch.float64)
+    counts = [float(b["input_ids"].numel() if (m := b.get("attention_mask")) is None else (m != 0).sum()) for b in batches]
+    every = max(1, int(sum(counts) / INFLUENCE_TOKENS))
+    calls, count = [], 0.0
+    for number, batch in enumerate(batches):
         mask = batch.get("attention_mask")
 
-        def see(number: int, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = mask) -> None:
-            distance = 1 - torch.cosine_similarity(x.float(), y.float(), dim=-1)
-            sums[number] += (distance if mask is None else distance.masked_fill(mask == 0, 0)).sum().double().cpu()
-            done()
+        def see(block: int, x: torch.Tensor, output: Any, mask: torch.Tensor | None = mask) -> None:
+            nonlocal every
+            if isinstance(output, tuple):  # what else is in it only the block knows
+                every = 1
+            distance = 1 - torch.cosine_similarity(x.float(), _first(output).float(), dim=-1)
+            sums[block] += (distance if mask is None else distance.masked_fill(mask == 0, 0)).sum().double().cpu()
 
-        calls.append(record(model, batch, see))
-        count += float(batch["input_ids"].numel() if mask is None else (mask != 0).sum())
-    influence = (sums / count).tolist()
-    if not all(abs(value) < 3 for value in influence):  # a cosine is none of a state that is no number
-        raise ValueError(
-            f"Expected hidden states that are finite numbers on the calibration batches, got others: {influence}. Load the "
-            "model in float32 or bfloat16. Nothing was changed."
-        )
-    return calls, influence
+        seen = number % every == 0
+        calls.append(record(model, batch, see if seen else None))
+        count += counts[number] if seen else 0.0
+        done(depth)
+    refuse_not_finite(sums)  # a cosine is none of a state that is no number
+    return calls, (sums / count).tolist()
 
 
 @torch.no_grad()
@@ -117,22 +131,24 @@ def gather(calls: Sequence[Calls], number: int, module: nn.Module, block: Block,
 
     `done` is called after each batch.
     """
-    found = Covariance(calls[0].states.shape[-1], calls[0].states.device)
+    first = calls[0].states
+    found = Covariance(first.shape[-1], first.device)
     for call in calls:
-        found.add(call.states, call.mask)
+        states = call.states
+        found.add(states, call.mask)
+
+        def see(second: torch.Tensor, call: Calls = call, shape: torch.Size = states.shape) -> None:
+            found.add(second.view(shape), call.mask)
+            raise _Reached
+
         if not block.parallel:
-            with at(module, block.mlp.norm, partial(_seen, found, call)):
+            with at(module, block.mlp.norm, see):
                 try:
-                    call.run(number, module)
+                    call.run(number, module, states)
                 except _Reached:
                     pass
         done()
     return found
-
-
-def _seen(found: Covariance, call: Calls, states: torch.Tensor) -> None:
-    found.add(states.view(call.states.shape), call.mask)
-    raise _Reached
 
 
 @torch.no_grad()
@@ -143,11 +159,11 @@ def advance(
 
     What its MLP adds is whole: the next basis is found with it. `done` is called after each batch.
     """
-    cut = (basis @ basis.T).to(calls[0].states.dtype)
+    cut = (basis @ basis.T).to(next(module.parameters()).dtype)
     for call in calls:
-        call.states = call.states @ cut
+        states = call.states @ cut
         if block.parallel:
-            call.states = call.run(number, module)
+            call.states = call.run(number, module, states)
         else:
             lost: list[torch.Tensor] = []
 
@@ -157,9 +173,15 @@ def advance(
                 return kept
 
             with at(module, block.mlp.norm, narrow):
-                result = call.run(number, module)
+                result = call.run(number, module, states)
             call.states = result - lost[0].view(result.shape)
         done()
+
+
+def _first(output: Any) -> torch.Tensor:
+    """The hidden states of what a block returns: they alone, or in front of others."""
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 @contextmanager
@@ -170,3 +192,17 @@ def at(module: nn.Module, name: str, do: Callable[[torch.Tensor], Any]) -> Itera
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def instead(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Another function in place of a module's forward."""
+    had = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had is None:
+            vars(module).pop("forward")
+        else:
+            module.forward = had

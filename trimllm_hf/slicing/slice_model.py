@@ -21,7 +21,7 @@ from .classes import SLICED
 from .modules import assign, norm_eps, replace_norm, shape_block
 from .preconditions import on_device, real_tokens, refuse_arguments, refuse_model
 from .principal import Covariance
-from .rotation import Gain, read_gain, rotated_block, rotated_embedding, rotated_head
+from .rotation import Gain, read_gain, rotated_block, rotated_embedding, rotated_reader
 from .signals import Calls, advance, gather, observe
 from .slice_map import SliceMap, next_widths
 from .verify import refuse_unequal
@@ -164,7 +164,7 @@ def find_bases(
         basis = gather(calls, number, module, block, bar.update).basis(width, centred)
         advance(calls, number, module, block, basis, bar.update)
         bases.append(basis.float())
-    last = Covariance(wiring.width, calls[0].states.device)
+    last = Covariance(wiring.width, bases[0].device)
     for call in calls:
         last.add(call.states, call.mask)
     bases.append(last.basis(widths[0], centred).float())
@@ -214,8 +214,8 @@ def apply(planned: PlannedSlice) -> SliceMap:
         for name, tensor in tensors.items():
             assign(module, name, tensor)
     # behind the blocks, which are smaller now; a tied head gets a tensor of its own before the table goes
-    for name, tensor in dict(rotated_head(model, wiring, gains[wiring.norm], bases[-1].double())).items():
-        assign(model, name, tensor)
+    for kind, tensor in dict(rotated_reader(model.get_submodule(wiring.head), gains[wiring.norm], bases[-1].double())).items():
+        assign(model, f"{wiring.head}.{kind}", tensor)
     replace_norm(model, wiring.norm, wiring.width)
     for name in wiring.embeddings:
         assign(model, f"{name}.weight", rotated_embedding(model.get_submodule(name), bases[0].double(), centred))

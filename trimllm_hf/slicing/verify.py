@@ -7,17 +7,21 @@ and the model is not changed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .modules import SlicedNorm, norm_eps, shape_block
 from .principal import random_basis
-from .rotation import Gain, rotated_block, rotated_embedding, rotated_head
+from .rotation import ROWS, Gain, rotated_block, rotated_embedding, rotated_reader
+from .signals import instead
 from .wiring import Wiring
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1
@@ -56,11 +60,14 @@ def refuse_unequal(model: PreTrainedModel, wiring: Wiring, gains: dict[str, Gain
 @torch.no_grad()
 def _logits(model: PreTrainedModel, wiring: Wiring, tokens: torch.Tensor, gains: dict[str, Gain] | None) -> torch.Tensor:
     """Logits in float32, of the model or of its rotated parts."""
-    device = tokens.device
-    bases = [random_basis(wiring.width, seed).to(device) for seed in range(len(wiring.blocks) + 1)]
+
+    @lru_cache(maxsize=2)  # a block's own and the next
+    def basis(number: int) -> torch.Tensor:
+        return random_basis(wiring.width, number).to(tokens.device)
+
     with ExitStack() as stack:
         for name in wiring.embeddings:
-            stack.enter_context(_instead(model.get_submodule(name), _table(model.get_submodule(name), gains, bases[0])))
+            stack.enter_context(instead(model.get_submodule(name), _table(model.get_submodule(name), gains, basis)))
         for number, block in enumerate(wiring.blocks):
             module = model.get_submodule(block.name)
 
@@ -69,33 +76,43 @@ def _logits(model: PreTrainedModel, wiring: Wiring, tokens: torch.Tensor, gains:
                 vars(copied).pop("forward")
                 if gains is not None:
                     own = {norm: gains[f"{block.name}.{norm}"] for norm in block.norms}
-                    made = rotated_block(module, block, own, bases[number], bases[number + 1])
+                    made = rotated_block(module, block, own, basis(number), basis(number + 1))
                     tensors = {name: tensor.float() for name, tensor in made}
                     shape_block(copied, block, wiring.width, wiring.width, wiring.width)
                     copied.load_state_dict(tensors, strict=False)
                 args, kwargs = _float(args), _float(kwargs)
                 return nn.Module.__call__(copied, *args, **kwargs)
 
-            stack.enter_context(_instead(module, run))
+            stack.enter_context(instead(module, run))
         norm, head = model.get_submodule(wiring.norm), model.get_submodule(wiring.head)
         after = copy.deepcopy(norm).float() if gains is None else SlicedNorm(wiring.width, norm_eps(norm))
-        stack.enter_context(_instead(norm, after.forward))
-        if gains is None:
-            weights = {"weight": head.weight, "bias": getattr(head, "bias", None)}
-        else:
-            made = rotated_head(model, wiring, gains[wiring.norm], bases[-1])
-            weights = {name.rpartition(".")[2]: tensor for name, tensor in made}
-        bias: Any = weights.get("bias")
-        weight: Any = weights["weight"]
-        stack.enter_context(
-            _instead(head, lambda x: nn.functional.linear(x, weight.float(), None if bias is None else bias.float()))
-        )
+        stack.enter_context(instead(norm, after.forward))
+
+        def logits_of(states: torch.Tensor) -> torch.Tensor:
+            turn = None if gains is None else (gains[wiring.norm], basis(len(wiring.blocks)))
+            return _some_rows_at_a_time(head, states, turn)
+
+        stack.enter_context(instead(head, logits_of))
         output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
         logits: torch.Tensor = output.logits.float()
         return logits
 
 
-def _table(module: Any, gains: dict[str, Gain] | None, basis: torch.Tensor) -> Any:
+def _some_rows_at_a_time(head: Any, states: torch.Tensor, turn: tuple[Gain, torch.Tensor] | None) -> torch.Tensor:
+    """What a head makes in float32, as it is or rotated; its weight is never whole in float32."""
+    weight = head.weight.T if isinstance(head, Conv1D) else head.weight
+    held = getattr(head, "bias", None)
+    found = []
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        part = SimpleNamespace(weight=weight[rows], bias=None if held is None else held[rows])
+        made = {"weight": part.weight, "bias": part.bias} if turn is None else dict(rotated_reader(part, *turn))
+        bias = made.get("bias")
+        found.append(nn.functional.linear(states, made["weight"].float(), None if bias is None else bias.float()))
+    return torch.cat(found, -1)
+
+
+def _table(module: Any, gains: dict[str, Gain] | None, basis: Callable[[int], torch.Tensor]) -> Any:
     """A table of embeddings in float32, of the rows that are asked for alone."""
     look_up = module.forward
 
@@ -105,7 +122,7 @@ def _table(module: Any, gains: dict[str, Gain] | None, basis: torch.Tensor) -> A
             return rows.float()
         centred = any(gain.centred for gain in gains.values())
         flat = nn.Embedding.from_pretrained(rows.flatten(0, -2).float())
-        return rotated_embedding(flat, basis, centred).view(rows.shape)
+        return rotated_embedding(flat, basis(0), centred).view(rows.shape)
 
     return run
 
@@ -123,17 +140,3 @@ def _float(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _float(item) for name, item in value.items()}
     return value
-
-
-@contextmanager
-def _instead(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Another function in place of a module's forward."""
-    had = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if had is None:
-            vars(module).pop("forward")
-        else:
-            module.forward = had
