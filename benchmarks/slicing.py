@@ -3,6 +3,7 @@
     python benchmarks/quality/base.py --output_dir smollm2             # a base of 135M parameters, once
     python benchmarks/slicing.py --base smollm2 --method redundancy --ratio 0.25
     python benchmarks/slicing.py --base smollm2 --method depth --layers 24 --steps 60
+    python benchmarks/slicing.py --base smollm2 --speed                # of the runs with training, in turn with the base
     python benchmarks/slicing.py --table                               # what all runs have found
 
 A run makes one model, measures it, fine-tunes it on MedQuAD if --steps are given, measures it again, and adds a line to
@@ -12,8 +13,8 @@ same tokens: half of them pieces of books, half answers in MedQuAD's training sp
 is left out, and answers of the test split. Training: the same rows in the same order, the loss on the answer.
 
 `decode_bytes` are the weights that are read for each token that is generated, `bytes` all of them: the slicing unties the
-head from the embedding, and its shortcuts count. Speed is measured in turn with the base, one thread, and is left out with
---no_speed, where other work on the machine would disturb it.
+head from the embedding, and its shortcuts count. Speed depends on shapes alone: --speed builds the models of the runs anew,
+with weights that mean nothing, and times each in turn with the base, one thread.
 """
 
 import argparse
@@ -31,6 +32,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimllm_hf import drop_layers, measure_latency, score_layers, slice_model
 from trimllm_hf.latency.sizes import sizes_of
+from trimllm_hf.slicing.channel_shapes import shape_channels
+from trimllm_hf.slicing.modules import shape_model
+from trimllm_hf.slicing.wiring import find_wiring
 
 CALIBRATION_BOOKS = ("pg11.txt", "pg1661.txt", "pg345.txt", "pg98.txt")
 TEST_BOOK = "pg1342.txt"
@@ -113,17 +117,40 @@ def train(model: nn.Module, rows: list[dict[str, torch.Tensor]], args: argparse.
     model.eval()
 
 
-def speed(model: Any, base: Any) -> dict[str, float]:
-    """Prefill and decoding beside the base, as times as fast."""
-    report = measure_latency(model, base=base, prompt_tokens=128, new_tokens=32, repeats=6, warmup=1)
-    return {found.what: found.ratio for found in report.speedups}
+def speed(args: argparse.Namespace) -> None:
+    """Adds to runs with training how many times as fast their models are as the base, with the interval of the median."""
+    torch.set_num_threads(1)
+    base: Any = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
+    rows = runs(args.out)
+    for row in rows:
+        if row["method"] == "full" or "general_after" not in row:
+            continue
+        model = copy.deepcopy(base)
+        if row["method"] == "depth":
+            drop_layers(model, list(range(row["layers"], len(model.model.layers))))
+        elif row["method"] == "mlp":
+            shape_channels(model, row["widths"])
+        else:
+            shape_model(model, find_wiring(type(model), model.config), tuple(row["widths"]))
+        report = measure_latency(model, base=base, prompt_tokens=128, new_tokens=32, repeats=7, warmup=1)
+        row["speed"] = {found.what: (found.ratio, found.low, found.high) for found in report.speedups}
+        print(row["method"], row["ratio"] or row["layers"], row["speed"], flush=True)
+    args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def runs(file: Path) -> list[dict[str, Any]]:
+    """The runs in a file; what was found in several runs of one model stands together."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        found.setdefault((row["method"], row["ratio"], row["layers"]), {}).update(row)
+    return list(found.values())
 
 
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     model: Any = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
-    base = copy.deepcopy(model) if args.speed else None
     books, medquad = args.data / "general_books", args.data / "medquad"
     read = [pieces(tokenizer, books / name, args.pieces // 8, args.length) for name in CALIBRATION_BOOKS]
     asked = answers(tokenizer, medquad / "train.jsonl", args.pieces // 2, args.length, seed=1)
@@ -153,7 +180,6 @@ def run(args: argparse.Namespace) -> None:
         "decode_bytes": sizes.decode_bytes,
         "general": perplexity(model, general),
         "answers": perplexity(model, tested),
-        "speed": speed(model, base) if args.speed else None,
         "torch": torch.__version__,
     }
     if args.steps:
@@ -170,14 +196,15 @@ def run(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """The runs as a table in Markdown."""
-    rows = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
-    rows.sort(key=lambda row: -row["decode_bytes"])
+    rows = sorted(runs(args.out), key=lambda row: -row["decode_bytes"])
     print("| method | cut | MB | MB per token | general | answers | general, tuned | answers, tuned | prefill | decode |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         cut = f"{row['ratio']:.0%}" if row["ratio"] else f"{row['layers']} blocks"
         tuned = [f"{row[name]:.1f}" if name in row else "" for name in ("general_after", "answers_after")]
-        fast = [f"{row['speed'][name]:.2f}" if row.get("speed") else "" for name in ("prefill", "decode")]
+        fast = [
+            "{:.2f} [{:.2f}, {:.2f}]".format(*row["speed"][name]) if "speed" in row else "" for name in ("prefill", "decode")
+        ]
         sizes = [f"{row[name] / 1e6:.1f}" for name in ("bytes", "decode_bytes")]
         cells = [row["method"], cut, *sizes, f"{row['general']:.1f}", f"{row['answers']:.1f}", *tuned, *fast]
         print(f"| {' | '.join(cells)} |")
@@ -198,11 +225,11 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--train_length", type=int, default=96)
     parser.add_argument("--learning_rate", type=float, default=3e-4)
-    parser.add_argument("--no_speed", dest="speed", action="store_false")
     parser.add_argument("--out", type=Path, default=HERE / "slicing_results/runs.jsonl")
+    parser.add_argument("--speed", action="store_true")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
-    table(args) if args.table else run(args)
+    speed(args) if args.speed else table(args) if args.table else run(args)
 
 
 if __name__ == "__main__":

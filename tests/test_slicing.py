@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,16 +17,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from sliced import ARCHITECTURES, calibration, model_to_slice
 from tiny import tiny_model, tokens
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from trimllm_hf import LayerMap, SliceMap, drop_layers, load_kept_layers, slice_model, write_remote_code
+from trimllm_hf.slicing import signals, verify
 from trimllm_hf.slicing.allocation import LARGEST_SHARE, allocate, redundancy_of, shares_of
 from trimllm_hf.slicing.modules import shape_model
 from trimllm_hf.slicing.principal import Covariance, random_basis
 from trimllm_hf.slicing.rotation import read_gain
+from trimllm_hf.slicing.signals import observe
 from trimllm_hf.slicing.slice_model import PlannedSlice, apply, plan, read_gains
 from trimllm_hf.slicing.wiring import find_wiring
 
@@ -224,6 +228,43 @@ def test_the_directions_are_those_of_the_sliced_signal() -> None:
     kept = found.slice_map.widths[1]
     overlap = torch.linalg.svdvals(want.basis(kept).T @ found.bases[1].double())
     assert overlap.min() > 0.999
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_of_many_batches_some_are_enough_for_the_influence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = model_to_slice(name), calibration(batches=5)
+    whole, _ = observe(model, batches, lambda _: None)
+    _, some = observe(model, batches[::3], lambda _: None)
+    monkeypatch.setattr(signals, "INFLUENCE_TOKENS", 100)  # a third of the tokens
+    calls, influence = observe(model, batches, lambda _: None)
+    assert influence == some
+    for call, full in zip(calls, whole, strict=True):  # the blocks that computed nothing were called with the same
+        assert torch.equal(call.states, full.states)
+        assert len(call.arguments) == len(full.arguments) == 6
+        for (args, kwargs), (full_args, full_kwargs) in zip(call.arguments, full.arguments, strict=True):
+            assert len(args) == len(full_args) and kwargs.keys() == full_kwargs.keys()
+            mask, full_mask = kwargs.get("attention_mask"), full_kwargs.get("attention_mask")
+            assert (mask is None) == (full_mask is None) and (mask is None or torch.equal(mask, full_mask))
+
+
+def test_little_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two random rotations while a model is verified; of the hidden states two bytes a number."""
+    held: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = []
+
+    def counted(width: int, seed: int) -> torch.Tensor:
+        most.append(len(held))
+        made = random_basis(width, seed)
+        held.add(made)
+        return made
+
+    monkeypatch.setattr(verify, "random_basis", counted)
+    model = model_to_slice()
+    wiring = find_wiring(type(model), model.config)
+    verify.refuse_unequal(model, wiring, read_gains(model, wiring), tokens())
+    assert len(most) == 7 and max(most) <= 2
+    calls, _ = observe(model, calibration(), lambda _: None)
+    assert all(call._states.element_size() == 2 and call.states.dtype == torch.float32 for call in calls)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.5, 1.0])
@@ -483,6 +524,18 @@ def test_what_reads_the_hidden_states_behind_the_wirings_back_is_caught_by_the_l
     unchanged(model, before)
 
 
+def test_a_head_that_may_not_be_untied_is_refused() -> None:
+    tied, own = model_to_slice("tied"), model_to_slice()
+    before = copy.deepcopy(tied.state_dict())
+    with pytest.raises(ValueError, match="whose head is its embedding"):
+        slice_model(tied, calibration(), untie=False, progress=False)
+    unchanged(tied, before)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    slice_model(own, calibration(), untie=False, progress=False)
+    slice_model(tied, calibration(), untie=False, what="mlp", progress=False)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
 def test_models_in_the_wrong_state_are_refused() -> None:
     def refused(model: Any, match: str) -> None:
         with pytest.raises(ValueError, match=match):
@@ -503,6 +556,12 @@ def test_models_in_the_wrong_state_are_refused() -> None:
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
     refused(trained, "not being trained")
     del optimizer
+    adapted = get_peft_model(model_to_slice(), LoraConfig(target_modules=["q_proj"]))
+    refused(adapted, "not wrapped, got PeftModel")
+    refused(adapted.base_model.model, "without adapters")
+    quantized = model_to_slice()
+    quantized.is_quantized = True  # as transformers marks it
+    refused(quantized, "a quantized LlamaForCausalLM")
     with_gradients = model_to_slice()
     with_gradients(input_ids=tokens(), labels=tokens()).loss.backward()
     refused(with_gradients, "not being trained")

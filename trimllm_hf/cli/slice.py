@@ -23,6 +23,7 @@ def slice(
     ] = "layers",
     what: Annotated[str, typer.Option(help="hidden: the hidden states. mlp: the MLPs' channels alone.")] = "hidden",
     multiple: Annotated[int, typer.Option(help="Widths are multiples of this: 8, or 64.")] = 8,
+    untie: Annotated[bool, typer.Option(help="Whether a head tied to the embedding may become a matrix of its own.")] = True,
     size: Annotated[int, typer.Option(help="Number of examples, from the start of the file.")] = 128,
     max_length: Annotated[int, typer.Option(help="Maximum tokens of an example.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 4,
@@ -63,7 +64,7 @@ def slice(
     model.to(device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"))
     tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
     batches = make_batches(tokenizer, examples, max_length, batch_size)
-    found = slice_model(model, batches, ratio, allocation, spread, mean, multiple, what, progress=not as_json)
+    found = slice_model(model, batches, ratio, allocation, spread, mean, multiple, what, untie, progress=not as_json)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     if remote_code and hasattr(type(model.config), "custom"):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
@@ -14,6 +15,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status, validate_rep
 from transformers.utils import logging
 
 from ..layer_map import LayerMap
+from ..utils import json_at
 from .card_check import check_card
 from .card_data import tag_name
 from .contents import Contents, contents_of
@@ -22,6 +24,7 @@ from .folder import hide_local_base
 from .model_check import check_model
 from .remote import brief, retried
 from .target import PushError, Target, landed
+from .widths import widths_of
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -135,7 +138,7 @@ def push(
     new = found is None
     if found is None:
         logger.warning(f"Pushing {contents.folder} to {repo_id}: {contents}.")
-        message = commit_message or _depth(layer_map)
+        message = commit_message or _title(layer_map, json_at(contents.folder / "config.json", "slicing"))
         found = target.commit(contents, operations, parent, message)
     else:
         logger.warning(f"{repo_id} already holds this folder, at {found.oid}: no commit was made.")
@@ -145,11 +148,13 @@ def push(
     return Push(repo_id, found, new, name, contents, layer_map)
 
 
-def _depth(layer_map: LayerMap) -> str:
-    """The depth, for the title of a commit."""
-    if layer_map.has_all_sublayers:
-        return f"{layer_map.num_layers} of {layer_map.base_num_layers} layers"
-    return f"{layer_map.num_units('sublayer')} of {2 * layer_map.base_num_layers} attentions and MLPs"
+def _title(layer_map: LayerMap, slicing: dict[str, Any] | None) -> str:
+    """The depth, and the widths of a sliced model, for the title of a commit."""
+    depth = f"{layer_map.num_layers} of {layer_map.base_num_layers} layers"
+    if not layer_map.has_all_sublayers:
+        depth = f"{layer_map.num_units('sublayer')} of {2 * layer_map.base_num_layers} attentions and MLPs"
+    widths = widths_of(slicing)
+    return depth if widths is None else f"{depth}, {widths.cut:.0%} of the {widths.of} cut"
 
 
 def _may_write(api: HfApi, repo_id: str, by_pull: bool) -> tuple[str, str, bool]:

@@ -87,6 +87,20 @@ def refuse_model(model: nn.Module) -> PreTrainedModel:
     return model
 
 
+def refuse_tied(model: nn.Module) -> None:
+    """Refuse a model whose head is tied to its embedding: both are rotated, each by a basis of its own.
+
+    Raises:
+        ValueError: If it is.
+    """
+    head, table = refuse_model(model).get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is table.weight:
+        raise ValueError(
+            f"Expected a head of its own, since it may not be untied, got a {type(model).__name__} whose head is its "
+            "embedding. Allow untie, or cut what='mlp'. Nothing was changed."
+        )
+
+
 def _is_trained(model: nn.Module) -> bool:
     """Whether an optimizer holds one of the model's parameters, or one has a gradient."""
     own = {id(parameter) for parameter in model.parameters()}

@@ -15,8 +15,8 @@ def refuse_not_finite(values: torch.Tensor) -> None:
     """
     if not values.isfinite().all():
         raise ValueError(
-            "Expected hidden states that are finite numbers on the calibration batches, got others. Load the model in float32 "
-            "or bfloat16. Nothing was changed."
+            "Expected hidden states that are finite numbers on the calibration batches, got others. Load the model in "
+            "float32 or bfloat16. Nothing was changed."
         )
 
 

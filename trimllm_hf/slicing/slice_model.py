@@ -19,7 +19,7 @@ from .allocation import allocate, redundancy_of
 from .channels import slice_channels
 from .classes import SLICED
 from .modules import assign, norm_eps, replace_norm, shape_block
-from .preconditions import on_device, real_tokens, refuse_arguments, refuse_model
+from .preconditions import on_device, real_tokens, refuse_arguments, refuse_model, refuse_tied
 from .principal import Covariance
 from .rotation import Gain, read_gain, rotated_block, rotated_embedding, rotated_reader
 from .signals import Calls, advance, gather, observe
@@ -56,13 +56,15 @@ def slice_model(
     mean: str = "layers",
     multiple: int = 8,
     what: str = "hidden",
+    untie: bool = True,
     progress: bool = True,
 ) -> SliceMap:
     """Cut the hidden states of a model to their principal components, each layer to a width of its own, in place.
 
     SliceGPT (arXiv 2401.15024) with the widths of Dynamic LLM Slicing (arXiv 2411.03513): what a layer reads and writes is
     rotated, so that the first components hold most of it, and the rest is cut off. A layer that changes the hidden states
-    little loses more. The head is untied from the embedding. To be called before the model is wrapped or trained.
+    little loses more. The head is untied from the embedding, unless that is refused. To be called before the model is
+    wrapped or trained.
 
     With `what="mlp"` the hidden states stay, and channels of the MLPs go, by the same widths; the matrices behind them are
     refitted in closed form. With allocation="uniform" what is left is a stock model, which every runtime loads.
@@ -76,6 +78,7 @@ def slice_model(
         mean: Whether `ratio` is the mean over the "layers", or the share of the blocks' "parameters", shortcuts counted.
         multiple: What widths are multiples of: 8, or 64 for a GPU's tiles.
         what: "hidden", the hidden states; or "mlp", the MLPs' channels.
+        untie: Whether a head that is tied to the embedding may become a matrix of its own. False: such a model is refused.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -89,6 +92,8 @@ def slice_model(
     refuse_arguments(ratio, allocation, spread, mean, multiple, what)
     if what == "mlp":
         return slice_channels(model, batches, ratio, allocation, spread, multiple, progress)
+    if not untie:
+        refuse_tied(model)
     return apply(plan(model, batches, ratio, allocation, spread, mean, multiple, progress))
 
 
@@ -214,7 +219,8 @@ def apply(planned: PlannedSlice) -> SliceMap:
         for name, tensor in tensors.items():
             assign(module, name, tensor)
     # behind the blocks, which are smaller now; a tied head gets a tensor of its own before the table goes
-    for kind, tensor in dict(rotated_reader(model.get_submodule(wiring.head), gains[wiring.norm], bases[-1].double())).items():
+    head = rotated_reader(model.get_submodule(wiring.head), gains[wiring.norm], bases[-1].double())
+    for kind, tensor in dict(head).items():
         assign(model, f"{wiring.head}.{kind}", tensor)
     replace_norm(model, wiring.norm, wiring.width)
     for name in wiring.embeddings:
