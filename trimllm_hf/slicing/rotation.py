@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .modules import SHORTCUT
 from .wiring import Block
 
-ROWS = 4096  # of a large table, at a time in float64
+ROWS = 1024  # of a table, at a time in float64
 
 
 @dataclass(frozen=True)

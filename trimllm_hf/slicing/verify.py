@@ -22,7 +22,7 @@ from .modules import SlicedNorm, norm_eps, shape_block
 from .principal import random_basis
 from .rotation import ROWS, Gain, rotated_block, rotated_embedding, rotated_reader
 from .signals import instead
-from .wiring import Wiring
+from .wiring import Block, Wiring
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1
 TOKENS = 32
@@ -72,14 +72,11 @@ def _logits(model: PreTrainedModel, wiring: Wiring, tokens: torch.Tensor, gains:
             module = model.get_submodule(block.name)
 
             def run(*args: Any, number: int = number, module: Any = module, block: Any = block, **kwargs: Any) -> Any:
-                copied = copy.deepcopy(module, _kept_configs(module)).float()
+                if gains is None:
+                    copied = copy.deepcopy(module, _kept_configs(module)).float()
+                else:
+                    copied = _turned(module, block, gains, basis(number), basis(number + 1))
                 vars(copied).pop("forward")
-                if gains is not None:
-                    own = {norm: gains[f"{block.name}.{norm}"] for norm in block.norms}
-                    made = rotated_block(module, block, own, basis(number), basis(number + 1))
-                    tensors = {name: tensor.float() for name, tensor in made}
-                    shape_block(copied, block, wiring.width, wiring.width, wiring.width)
-                    copied.load_state_dict(tensors, strict=False)
                 args, kwargs = _float(args), _float(kwargs)
                 return nn.Module.__call__(copied, *args, **kwargs)
 
@@ -98,18 +95,33 @@ def _logits(model: PreTrainedModel, wiring: Wiring, tokens: torch.Tensor, gains:
         return logits
 
 
+def _turned(
+    module: nn.Module, block: Block, gains: dict[str, Gain], basis: torch.Tensor, after: torch.Tensor
+) -> nn.Module:
+    """A block's copy in float32 that works in other bases. What is rotated is not copied before."""
+    own = {norm: gains[f"{block.name}.{norm}"] for norm in block.norms}
+    parts = [*block.norms, *(name for half in (block.attention, block.mlp) for name in (*half.readers, half.writer))]
+    replaced = {p for name in parts for p in module.get_submodule(name).parameters()}
+    shared: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in replaced}
+    copied = copy.deepcopy(module, shared | _kept_configs(module)).float()
+    shape_block(copied, block, len(basis), len(basis), len(after))
+    made = {name: tensor.float() for name, tensor in rotated_block(module, block, own, basis, after)}
+    copied.load_state_dict(made, strict=False, assign=True)
+    return copied
+
+
 def _some_rows_at_a_time(head: Any, states: torch.Tensor, turn: tuple[Gain, torch.Tensor] | None) -> torch.Tensor:
     """What a head makes in float32, as it is or rotated; its weight is never whole in float32."""
     weight = head.weight.T if isinstance(head, Conv1D) else head.weight
     held = getattr(head, "bias", None)
-    found = []
+    found = states.new_empty(*states.shape[:-1], len(weight))
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
         part = SimpleNamespace(weight=weight[rows], bias=None if held is None else held[rows])
         made = {"weight": part.weight, "bias": part.bias} if turn is None else dict(rotated_reader(part, *turn))
         bias = made.get("bias")
-        found.append(nn.functional.linear(states, made["weight"].float(), None if bias is None else bias.float()))
-    return torch.cat(found, -1)
+        found[..., rows] = nn.functional.linear(states, made["weight"].float(), None if bias is None else bias.float())
+    return found
 
 
 def _table(module: Any, gains: dict[str, Gain] | None, basis: Callable[[int], torch.Tensor]) -> Any:
