@@ -95,9 +95,7 @@ def _logits(model: PreTrainedModel, wiring: Wiring, tokens: torch.Tensor, gains:
         return logits
 
 
-def _turned(
-    module: nn.Module, block: Block, gains: dict[str, Gain], basis: torch.Tensor, after: torch.Tensor
-) -> nn.Module:
+def _turned(module: nn.Module, block: Block, gains: dict[str, Gain], basis: torch.Tensor, after: torch.Tensor) -> nn.Module:
     """A block's copy in float32 that works in other bases. What is rotated is not copied before."""
     own = {norm: gains[f"{block.name}.{norm}"] for norm in block.norms}
     parts = [*block.norms, *(name for half in (block.attention, block.mlp) for name in (*half.readers, half.writer))]
