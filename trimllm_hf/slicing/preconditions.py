@@ -93,8 +93,8 @@ def refuse_tied(model: nn.Module) -> None:
     Raises:
         ValueError: If it is.
     """
-    head, table = refuse_model(model).get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is table.weight:
+    stock: Any = refuse_model(model)
+    if stock.get_output_embeddings().weight is stock.get_input_embeddings().weight:
         raise ValueError(
             f"Expected a head of its own, since it may not be untied, got a {type(model).__name__} whose head is its "
             "embedding. Allow untie, or cut what='mlp'. Nothing was changed."
