@@ -18,12 +18,14 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
     TrainingArguments,
 )
 from typer.testing import CliRunner
 
 from trimllm_hf import (
     LayerMap,
+    TrimCallback,
     TrimConfig,
     TrimTrainer,
     drop_layers,
@@ -131,6 +133,35 @@ def test_one_map_is_of_one_part() -> None:
         drop_layers(model, [1], part="decoder")
     drop_layers(model, [1])  # the part that was trimmed before
     assert LayerMap.from_config(model.config).kept_layers == (0, 3, 4, 5)
+
+
+def test_both_parts_in_two_runs(tmp_path: Path) -> None:
+    """The second run's base is what the first has saved."""
+
+    def run(model: PreTrainedModel, folder: str, part: str, target: int) -> PreTrainedModel:
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / folder), max_steps=2, per_device_train_batch_size=4, save_strategy="no", use_cpu=True,
+            report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        data = [{"input_ids": SOURCE[i % 2], "labels": TARGET[i % 2]} for i in range(16)]
+        trim = TrimConfig(target, part=part, drop_every="once", repair="none", importance="last")
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[TrimCallback(trim)])
+        trainer.train()
+        trainer.save_model(str(tmp_path / folder))
+        return model
+
+    run(seq2seq(), "first", "decoder", 3)
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "first")
+    with pytest.raises(ValueError, match=r"part 'decoder'.*got 'encoder'.*model\.config\.trim = None"):
+        run(model, "second", "encoder", 4)
+    model.config.trim = None
+    run(model, "second", "encoder", 4)
+    again, info = type(model).from_pretrained(tmp_path / "second", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert (len(find_blocks(again, "encoder")), len(find_blocks(again, "decoder"))) == (4, 3)
+    assert torch.equal(logits(again), logits(model))
+    layer_map = LayerMap.from_config(again.config)
+    assert layer_map.part == "encoder" and layer_map.base_model == str(tmp_path / "first")
 
 
 @pytest.mark.parametrize(("part", "said"), [("decoder", "one stack of layers"), ("middle", "'decoder', 'encoder' or None")])

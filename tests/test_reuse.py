@@ -17,8 +17,9 @@ from trimllm_hf import TrimCallback, TrimTrainer, drop_layers, register_importan
 SAVES = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
 
 
-def trainer_of(folder: Path, model: Any, *callbacks: Any, **changes: Any) -> Trainer:
-    given = {"train_dataset": tiny_texts(40), "eval_dataset": tiny_texts(8, seed=9), "callbacks": list(callbacks)}
+def trainer_of(folder: Path, model: Any, *callbacks: Any, model_init: Any = None, **changes: Any) -> Trainer:
+    given: dict[str, Any] = {"train_dataset": tiny_texts(40), "eval_dataset": tiny_texts(8, seed=9)}
+    given |= {"callbacks": list(callbacks), "model_init": model_init}
     return Trainer(model, arguments(folder, **{"max_steps": 6, **changes}), **given)
 
 
@@ -86,6 +87,16 @@ def test_two_models_of_one_config_object(tmp_path: Path) -> None:
     assert second.config.num_hidden_layers == 6 and getattr(second.config, "trim", None) is None
     trainer_of(tmp_path, second, shared).train()
     assert [len(model.model.layers) for model in (first, second)] == [4, 4]
+
+
+def test_models_that_are_made_one_after_the_other_of_one_config_object(tmp_path: Path) -> None:
+    """As in a search for hyperparameters: nobody but the function that makes the models holds the config."""
+    one = tiny_model().config
+    trainer = trainer_of(tmp_path, None, quick(), model_init=lambda: LlamaForCausalLM(one))
+    for _ in range(2):
+        trainer.train()
+        assert len(trainer.model.model.layers) == 4 and len(losses(trainer)) == 6
+        assert one.num_hidden_layers == 6 and getattr(one, "trim", None) is None
 
 
 @pytest.mark.parametrize("trimming", [True, False], ids=["TrimTrainer", "Trainer"])

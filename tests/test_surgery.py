@@ -289,3 +289,12 @@ def test_pairs_of_numbers_in_a_config_are_no_description_of_layers() -> None:
     repeated = tiny_model()
     repeated.config.attention_types = [[["global"], 10**12]]
     drop_layers(repeated, [1])
+
+
+def test_blocks_that_are_one_module_keep_their_parameters_until_the_last_goes() -> None:
+    model = tiny_model()
+    model.model.layers[3] = model.model.layers[2]
+    plan = plan_drop(model, [3])
+    assert plan.removed_parameters == []
+    plan.apply()
+    assert len(plan_drop(model, [2]).removed_parameters) == len(list(model.model.layers[2].parameters()))

@@ -195,7 +195,7 @@ def test_trains_on_with(changes: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_a_users_optimizer_with_a_group_for_each_layer(tmp_path: Path) -> None:
-    """A group whose layer goes stays, empty: the scheduler counts groups."""
+    """A group goes with its layer, and what the scheduler keeps for it."""
     model = tiny_model()
     inside = {id(parameter) for parameter in model.model.layers.parameters()}
     groups = [{"params": list(block.parameters()), "lr": 1e-3} for block in model.model.layers]
@@ -210,8 +210,8 @@ def test_a_users_optimizer_with_a_group_for_each_layer(tmp_path: Path) -> None:
         optimizers=(optimizer, scheduler),
     )
     trainer.train()
-    assert sorted(len(group["params"]) for group in optimizer.param_groups)[:2] == [0, 0]
-    assert len(scheduler.get_last_lr()) == 7
+    assert [len(group["params"]) for group in optimizer.param_groups] == [9, 9, 9, 9, 3]
+    assert len(scheduler.get_last_lr()) == 5
 
 
 def test_training_draws_the_same_random_numbers(tmp_path: Path) -> None:
@@ -400,3 +400,8 @@ def test_two_callbacks_are_refused(tmp_path: Path) -> None:
         TrimTrainer(
             tiny_model(), arguments(tmp_path), train_dataset=tiny_texts(), trim=config(), callbacks=[TrimCallback(config())]
         )
+    several = [TrimCallback(config()), TrimCallback(config())]
+    trainer = Trainer(tiny_model(), arguments(tmp_path), train_dataset=tiny_texts(), callbacks=several)
+    with pytest.raises(ValueError, match=r"one TrimCallback, got 2.*train twice"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not hasattr(trainer.model.config, "trim")

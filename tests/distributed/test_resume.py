@@ -107,3 +107,17 @@ def test_the_final_save_is_whole_where_checkpoints_hold_shards(engine: str, torc
     )
     check_equal(tmp_path, engine, run, 1e-6)
     assert len(results(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("saves", ["each", "main"])
+def test_nodes_that_share_no_disk(saves: str, torchrun, tmp_path: Path) -> None:
+    """Each resumes from what it has saved; where only the main one saves, that is said at the start, and refused then."""
+    torchrun("nodes.py", str(tmp_path), saves)
+    for rank in results(tmp_path):
+        said = [line for line in rank["said"] if "disks of their own" in line]
+        if saves == "each":
+            assert said == [] and rank["raised"] is None
+            assert rank["equal"] and rank["again"] == rank["losses"]
+        else:
+            assert len(said) == 1 and "processes [1] do not see" in said[0] and "save_on_each_node=True" in said[0]
+            assert "got process 0: ['checkpoint-2']; process 1: none." in rank["raised"] and rank["step"] == 0

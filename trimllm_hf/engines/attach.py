@@ -39,8 +39,14 @@ def engine_class(accelerator: Accelerator) -> type[Engine]:
     return ENGINES[kind]
 
 
-def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine:
+def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any, scheduler: Any = None) -> Engine:
     """The engine for a model and an optimizer as `accelerator.prepare` returned them.
+
+    Args:
+        accelerator: The Accelerator.
+        model: The model.
+        optimizer: The optimizer.
+        scheduler: What steps its learning rates; None: those that were prepared with it.
 
     Raises:
         ValueError: If the model is prepared in a way that cannot be trimmed, or the optimizer keeps what cannot be
@@ -54,7 +60,10 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Engine
             "(DistributedDataParallel), or show one device to the process (CUDA_VISIBLE_DEVICES=0)."
         )
     _refuse_cut_layers(accelerator, model)
-    return engine_class(accelerator)(model, optimizer, accelerator)
+    engine = engine_class(accelerator)(model, optimizer, accelerator)
+    prepared = [each for each in getattr(accelerator, "_schedulers", ()) if optimizer in each.optimizers]
+    engine.schedulers = [scheduler] if scheduler is not None else prepared or None
+    return engine
 
 
 def _refuse_cut_layers(accelerator: Accelerator, model: nn.Module) -> None:

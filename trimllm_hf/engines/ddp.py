@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .engine import Changes, Engine, RemovedParameters
-from .local import add_whole, refuse_hidden_parameters, remove_from_optimizer
+from .local import add_whole, refuse_hidden_parameters
+from .parameter_groups import remove_from_optimizer
 from .process_group import DistributedProcesses, ProcessGroup
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class DDPEngine(DistributedProcesses, Engine):
         """Run `edit`, mend the optimizer, and give the wrapper new gradient buckets."""
         gone = removed_parameters()
         result = edit()
-        remove_from_optimizer(self.optimizer, gone)
+        remove_from_optimizer(self.optimizer, gone, self.schedulers)
         self._rebuild_buckets()
         return result
 

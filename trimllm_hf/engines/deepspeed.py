@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .deepspeed_shards import unprepared
+from .deepspeed_shards import has_shards, unprepared
 from .engine import Changes, Engine, RemovedParameters
 from .process_group import DistributedProcesses, ProcessGroup
 from .sharded_state import LocalState, SpreadState, add_to_sharded
@@ -67,6 +67,10 @@ class DeepSpeedEngine(DistributedProcesses, Engine):
             finally:
                 for module, name, hooks in had:
                     vars(module)[name] = hooks
+
+    def waits(self, module: nn.Module) -> bool:
+        """ZeRO-3: each module gathers its own parameters."""
+        return self.wrapper.zero_optimization_stage() == 3 and has_shards(module)
 
     def edit(self, edit: Callable[[], T], removed_parameters: RemovedParameters) -> T:
         """Run `edit` and partition what stays anew; parameters, moments and steps read back bit by bit."""

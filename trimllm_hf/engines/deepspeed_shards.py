@@ -15,6 +15,10 @@ from .process_group import DistributedProcesses
 class Shards(DistributedProcesses):
     """The processes of a run whose model is in shards; see `engines.Engine`."""
 
+    def waits(self, module: nn.Module) -> bool:
+        """Each module gathers its own parameters."""
+        return has_shards(module)
+
     @contextmanager
     def gathered(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Gather once; the modules' own hooks find everything there."""
@@ -51,6 +55,11 @@ def unprepared(accelerator: Accelerator, model: nn.Module) -> Iterator[Distribut
     finally:
         for handle in handles:
             handle.remove()
+
+
+def has_shards(module: nn.Module) -> bool:
+    """Whether a module has parameters of its own that are cut into shards."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False))
 
 
 def _gathered(parameters: list[nn.Parameter]) -> Any:

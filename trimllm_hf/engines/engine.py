@@ -28,9 +28,11 @@ class Engine(ProcessGroup, ABC):
 
     Attributes:
         restores_layers: Whether `edit` may bring in parameters that the optimizer does not have.
+        schedulers: All that step the optimizer's learning rates; None: not known.
     """
 
     restores_layers = True
+    schedulers: Sequence[Any] | None = None
 
     @abstractmethod
     def __init__(self, model: nn.Module, optimizer: Any, accelerator: Accelerator | None = None) -> None:

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .engine import Changes, Engine, RemovedParameters
-from .local import refuse_hidden_parameters, remove_from_optimizer
+from .local import refuse_hidden_parameters
+from .parameter_groups import remove_from_optimizer
 from .process_group import DistributedProcesses, ProcessGroup
 
 T = TypeVar("T")
@@ -57,13 +58,17 @@ class FSDPEngine(DistributedProcesses, Engine):
                 if any(group.post_forward_mesh_info is not None for group in _param_groups(module)):
                     module.reshard()
 
+    def waits(self, module: nn.Module) -> bool:
+        """Each module that was sharded gathers before it is called."""
+        return isinstance(module, FSDPModule)
+
     def edit(self, edit: Callable[[], T], removed_parameters: RemovedParameters) -> T:
         """Run `edit`, mend the optimizer, and take what left out of the lists of the root and of the groups."""
         self._reshard()
         before = _states(self.model)
         dropped = removed_parameters()
         result = edit()
-        remove_from_optimizer(self.optimizer, dropped)
+        remove_from_optimizer(self.optimizer, dropped, self.schedulers)
         staying = _states(self.model)
         gone = {id(state) for state in before} - {id(state) for state in staying}
         root = self.model._get_fsdp_state()

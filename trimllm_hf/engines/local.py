@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .engine import Changes, Engine, RemovedParameters
+from .parameter_groups import remove_from_optimizer, torch_optimizer
 from .process_group import ProcessGroup, SingleProcess
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ class LocalEngine(SingleProcess, Engine):
         """Run `edit` and take the parameters that leave the model out of the optimizer."""
         gone = removed_parameters()
         result = edit()
-        remove_from_optimizer(self.optimizer, gone)
+        remove_from_optimizer(self.optimizer, gone, self.schedulers)
         return result
 
     def add(self, changes: Changes) -> None:
@@ -41,32 +42,11 @@ class LocalEngine(SingleProcess, Engine):
         yield SingleProcess()
 
 
-def remove_from_optimizer(optimizer: Any, removed_parameters: Sequence[nn.Parameter]) -> None:
-    """Take parameters out of an optimizer's groups and state, in place.
-
-    A group that ends up empty stays: schedulers, and the optimizer that a resumed run builds, count groups.
-    """
-    optimizer = torch_optimizer(optimizer)
-    gone = {id(parameter) for parameter in removed_parameters}
-    for group in optimizer.param_groups:
-        stay = [i for i, parameter in enumerate(group["params"]) if id(parameter) not in gone]
-        for key in ("param_names", "params"):  # torch keeps names beside parameters that were given with names
-            if key in group:
-                group[key][:] = [group[key][i] for i in stay]
-    for parameter in [parameter for parameter in optimizer.state if id(parameter) in gone]:
-        del optimizer.state[parameter]
-
-
 @torch.no_grad()
 def add_whole(changes: Changes) -> None:
     """Add to parameters that are whole; the sum is rounded once."""
     for parameter, change in changes:
         parameter.copy_(parameter.float() + change.to(parameter.device))
-
-
-def torch_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside Accelerate's wrapper, or the optimizer itself."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def refuse_hidden_parameters(optimizer: Any) -> None:

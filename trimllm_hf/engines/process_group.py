@@ -41,6 +41,9 @@ class ProcessGroup(Protocol):
         Within, each process may call the modules a number of times of its own.
         """
 
+    def heard(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within, a forward pass raises the error of a process that has failed in it, instead of waiting for its shards."""
+
 
 class SingleProcess:
     """One process, in which parameters are whole; see `engines.Engine`."""
@@ -65,6 +68,10 @@ class SingleProcess:
 
     def gathered(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """Parameters are always whole."""
+        return nullcontext()
+
+    def heard(self, model: nn.Module) -> AbstractContextManager[None]:
+        """There is no other process."""
         return nullcontext()
 
 
@@ -122,6 +129,24 @@ class DistributedProcesses:
     def gathered(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """Parameters are always whole, where an engine does not say otherwise."""
         return nullcontext()
+
+    @contextmanager
+    def heard(self, model: nn.Module) -> Iterator[None]:
+        """Each module that gathers its shards asks first whether all processes have come so far."""
+        waits = [module for module in model.modules() if self.waits(module)]
+        handles = [module.register_forward_pre_hook(lambda *_: self._hear(), prepend=True) for module in waits]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def waits(self, module: nn.Module) -> bool:
+        """Whether a call of the module waits for the other processes: none does, where an engine does not say otherwise."""
+        return False
+
+    def _hear(self) -> None:
+        self.gather(None)
 
     def sum_in_place(self, tensor: torch.Tensor) -> None:
         """Replace a tensor by its sum over the processes."""

@@ -25,7 +25,9 @@ def resolve_part(config: PreTrainedConfig, part: str | None = None) -> str | Non
         ValueError: If the part is none of "decoder" and "encoder", or the model has only one stack.
     """
     if part is not None and part not in PARTS:
-        raise ValueError(f"Expected part='decoder', 'encoder' or None, got {part!r}.")
+        raise ValueError(
+            f"Expected part='decoder', 'encoder' or None, got {part!r}. For both trim twice, one after the other."
+        )
     if not config.is_encoder_decoder:
         if part is not None:
             raise ValueError(

@@ -253,7 +253,8 @@ class LayerMap:
             layer_map = replace(layer_map, part=None)
         elif layer_map.part != part:
             raise ValueError(
-                f"Expected the part {layer_map.part!r}, of which config.trim is, got {part!r}: a map is of one stack."
+                f"Expected the part {layer_map.part!r}, of which config.trim is, got {part!r}: a map is of one stack. To "
+                "trim the other as well, save this model, load it, and set model.config.trim = None: it is the base then."
             )
         if layer_map.num_layers != depth:
             raise ValueError(

@@ -15,26 +15,37 @@ from ..utils import json_at
 logger = logging.get_logger("transformers.trimllm_hf")
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str:
-    """The newest checkpoint folder whose save was finished; unfinished ones are named in the log.
+def complete_checkpoints(output_dir: str | Path, rank: int = 0, world_size: int = 1) -> list[Path]:
+    """The checkpoint folders whose save was finished, the newest first; unfinished ones are named in the log.
 
-    Raises:
-        ValueError: If there is none.
+    Args:
+        output_dir: The run's folder.
+        rank: This process's number.
+        world_size: Number of processes that ask, each for itself.
     """
     numbered = [
         (int(number), folder)
         for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if (number := folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal()
     ]
+    complete = []
     for _, folder in sorted(numbered, reverse=True):
-        reason = unfinished(folder)
-        if reason is None:
-            return str(folder)
-        logger.warning(f"Passing over {folder}, which a save left unfinished: {reason}.")
-    raise ValueError(
-        f"Expected a complete checkpoint in {str(output_dir)!r}, got {len(numbered)} unfinished ones. Train from the start "
-        "(resume_from_checkpoint=False) or name a checkpoint elsewhere."
-    )
+        if (reason := unfinished(folder, rank, world_size)) is None:
+            complete.append(folder)
+        else:
+            logger.warning(f"Passing over {folder}, which a save left unfinished: {reason}.")
+    return complete
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str:
+    """The newest checkpoint folder whose save was finished.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if complete := complete_checkpoints(output_dir):
+        return str(complete[0])
+    raise ValueError(f"Expected a complete checkpoint in {str(output_dir)!r}, got none or unfinished ones. Name another.")
 
 
 def run_of(folder: str | Path) -> dict[str, Any]:
@@ -49,20 +60,21 @@ def run_of(folder: str | Path) -> dict[str, Any]:
     return run_in(json_at(file))
 
 
-def unfinished(folder: Path) -> str | None:
+def unfinished(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
     """Why a checkpoint of a trimmed run is not complete; None if it is.
 
     The main process writes trainer_state.json last, when it has written everything else. The other processes' last file is
-    that of their random state, for which it does not wait.
+    that of their random state, for which it does not wait: where as many ask as have saved, each asks for its own, which
+    may lie on another disk.
     """
     try:
         processes = run_of(folder).get("num_processes") or 1
     except ValueError as error:
         return str(error)
     if processes > 1 and any(folder.glob("rng_state_*.pth")):  # none at all: only the model was to be saved
-        for rank in range(processes):
-            if not zipfile.is_zipfile(folder / f"rng_state_{rank}.pth"):
-                return f"process {rank} had not saved its random state"
+        for number in [rank] if processes == world_size else range(processes):
+            if not zipfile.is_zipfile(folder / f"rng_state_{number}.pth"):
+                return f"process {number} had not saved its random state"
     return None
 
 

@@ -29,16 +29,16 @@ def base_of(model: nn.Module) -> Any:
     """
     if is_compiled_module(model):
         model = model._orig_mod  # type: ignore[assignment]  # a module, for all that torch's types say
-    peft = sys.modules.get("peft")  # not imported: nothing can be of its classes
-    if peft is None or not isinstance(model, peft.PeftModel | peft.PeftMixedModel):
-        return _inner_model(model)
-    if isinstance(model, peft.PeftMixedModel) or any(map(_counts_layers, model.peft_config.values())):
-        kinds = [config.peft_type.value for config in model.peft_config.values()]
+    if not _is_peft(model):
+        return inner_model(model)
+    outer: Any = model
+    if isinstance(outer, sys.modules["peft"].PeftMixedModel) or any(map(_counts_layers, outer.peft_config.values())):
+        kinds = [config.peft_type.value for config in outer.peft_config.values()]
         raise ValueError(
             f"Expected an adapter inside the layers, like LoRA, got {kinds} in a {type(model).__name__}. Prompts, in the "
             "last layers too, and mixed adapters cannot follow when layers are dropped. Use LoRA."
         )
-    return base_of(model.get_base_model())
+    return base_of(outer.get_base_model())
 
 
 def _counts_layers(config: Any) -> bool:
@@ -46,9 +46,22 @@ def _counts_layers(config: Any) -> bool:
     return bool(config.is_prompt_learning or config.is_adaption_prompt)
 
 
-def _inner_model(model: nn.Module) -> nn.Module:
-    """The one transformers model in a module that is none itself; the module if it has none, or an engine wraps it."""
+def _is_peft(model: nn.Module) -> bool:
+    peft = sys.modules.get("peft")  # not imported: nothing can be of its classes
+    return peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel)
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The one transformers model in a module that is none itself; the module if it has none, or an engine wraps it.
+
+    A PeftModel stays as it is: it is called as the model inside it.
+
+    Raises:
+        ValueError: If a module wraps several transformers models.
+    """
     if isinstance(model, PreTrainedModel) or not isinstance(model, nn.Module) or "module" in model._modules:
+        return model
+    if _is_peft(model):
         return model
     found = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]

@@ -78,9 +78,12 @@ class PlannedDrop:
     @property
     def removed_parameters(self) -> list[nn.Parameter]:
         """The parameters that only the dropped modules hold."""
+        blocks = enumerate(self.target.stack.blocks)
+        kept_blocks = {module for i, block in blocks if i not in self.positions for module in block.modules()}
         dropped = [self.target.stack.blocks[position] for position in sorted(self.positions)]
-        dropped += [self.model.get_submodule(name) for name in self.pass_throughs]
-        inside = {module for block in dropped for module in block.modules()}
+        inside = {module for block in dropped for module in block.modules()} - kept_blocks  # two may be one module
+        dropped += (halves := [self.model.get_submodule(name) for name in self.pass_throughs])
+        inside |= {module for half in halves for module in half.modules()}
         staying = {
             id(parameter)
             for module in self.model.modules()

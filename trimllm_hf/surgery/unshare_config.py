@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -29,10 +29,17 @@ def unshare_config(model: nn.Module) -> None:
     if len(wrappers) == len(holders):
         return
     logger.info(f"This {type(model).__name__} shares its config with another model: it gets one of its own.")
+    give_own_config(model, wrappers)
+
+
+def give_own_config(model: nn.Module, wrappers: Sequence[nn.Module] = ()) -> None:
+    """Give a model, and what wraps it, copies of the configs that the model's modules hold."""
+    modules = list(model.modules())
+    held = {id(config): config for config in map(_config_of, modules) if config is not None}
     copies: dict[int, Any] = {}
     for config in held.values():
         copy.deepcopy(config, copies)
-    for module in [*own, *wrappers]:
+    for module in [*modules, *wrappers]:
         if id(own_config := _config_of(module)) in held:
             vars(module)["config"] = copies[id(own_config)]
 

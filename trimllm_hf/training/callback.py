@@ -13,12 +13,13 @@ from transformers.trainer_callback import ExportableState
 
 from ..layer_map import LayerMap, run_in
 from ..loading.depth_check import refuse_other_depths, wrong_depth
+from ..surgery.unshare_config import give_own_config
 from .best_model import forget_other_best
 from .config import TrimConfig
 from .distillation import refuse_another_teacher
 from .run import Run, RunRecord, begin_run
 from .sparse_update import refuse_bare_callback, refuse_other_share
-from .start_checks import check_scores
+from .start_checks import check_scores, refuse_several
 from .trainer_hooks import TrainerSupport, find_trainer, finish_current_push, unwrapped
 
 
@@ -83,8 +84,11 @@ class TrimCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check everything that can be checked, make the plan, and drop what is due before the first step."""
         trainer = find_trainer(self, state, self.trainer)
+        refuse_several([held for held in trainer.callback_handler.callbacks if isinstance(held, TrimCallback)])
         model = unwrapped(trainer)
         self.run, self._checked = None, False
+        if trainer.model_init is not None:  # the next model may be made of the same config
+            give_own_config(model)
         self._watch(model)
         record = self._record(trainer, model, state)
         goes_on = state.global_step > 0 or (self.layer_map is not None and record.layer_map.keeps_the_same(self.layer_map))

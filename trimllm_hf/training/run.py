@@ -27,6 +27,7 @@ from .drop_schedule import DropSchedule
 from .dry_run import droppable, dry_run
 from .followers import refuse_followers
 from .layer_times import ms_of_layers
+from .nodes import warn_unshared_checkpoints
 from .prepared_loop import apply_drop
 from .repairer import Repairer
 from .schedule import plan_drops
@@ -238,8 +239,9 @@ def begin_run(
             layers that cannot be scored.
     """
     started, args, model = time.perf_counter(), trainer.args, unwrapped(trainer)
-    engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer)
+    engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer, trainer.lr_scheduler)
     record.num_processes = engine.world_size
+    warn_unshared_checkpoints(engine, trainer)
     depth = record.layer_map.num_units(config.unit)
     base_depth = record.layer_map.base_num_layers * UNITS[config.unit]
     target = least = config.resolve_target(base_depth, depth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate.utils.memory import should_reduce_batch_size
@@ -26,6 +27,19 @@ def check_scores(config: TrimConfig) -> None:
         needs_data(str(name))
     if config.importance_per_ms:
         refuse_not_per_ms(*chooses)
+
+
+def refuse_several(callbacks: Sequence[Any]) -> None:
+    """Refuse several callbacks that would each trim the model.
+
+    Raises:
+        ValueError: With what to do for both parts of an encoder-decoder.
+    """
+    if len(callbacks) > 1:
+        raise ValueError(
+            f"Expected one TrimCallback, got {len(callbacks)}: a run trims one stack of layers. For both parts of an "
+            "encoder-decoder train twice: the second run's base is what the first has saved, with model.config.trim = None."
+        )
 
 
 def refuse_reached_target(config: TrimConfig, base_num_layers: int, num_layers: int) -> None:

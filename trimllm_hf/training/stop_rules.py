@@ -19,10 +19,11 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-from ..engines import Engine, ProcessGroup
+from ..engines import Engine
 from ..layer_map import LayerMap
 from ..surgery.adapters import adapters_of, base_of
 from .config import TrimConfig
+from .nodes import refuse_unshared_folder
 from .schedule import Plan, last_step
 from .trainer_hooks import save_model, unwrapped
 
@@ -183,30 +184,6 @@ def refuse_what_cannot_end(trainer: Trainer, engine: Engine) -> None:
         raise ValueError(
             "Expected a model without adapters for max_metric_drop, got one with them: its checkpoints hold no layers that "
             "it could get back. Set target_layers instead."
-        )
-
-
-def refuse_unshared_folder(process_group: ProcessGroup, folder: Path) -> None:
-    """Refuse a folder that not all processes see: they read there what the main process has written.
-
-    Raises:
-        ValueError: On every process, with those that do not see it.
-    """
-    if process_group.world_size == 1:
-        return
-    probe = folder / f"{PASSING}seen-by-all"
-    if process_group.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-    process_group.gather(None)
-    seen = process_group.gather(probe.is_file())
-    if process_group.rank == 0:
-        probe.unlink()
-    if not all(seen):
-        raise ValueError(
-            f"Expected output_dir ({folder}) on a disk that all nodes share for max_metric_drop, got one that processes "
-            f"{[rank for rank, sees in enumerate(seen) if not sees]} do not see: they could not read the model that passed. "
-            "Use a shared disk, or target_layers without a stop rule."
         )
 
 

@@ -11,13 +11,15 @@ from transformers.utils import logging
 from ..engines import engine_class
 from ..importance.calibration import set_aside
 from ..layer_map import LayerMap
-from ..loading.checkpoints import last_complete_checkpoint, processes_of, run_of
+from ..loading.checkpoints import processes_of, run_of
 from ..loading.trim_like import trim_like
 from ..publish.card_data import TrimCardData
 from .callback import TrimCallback
 from .card_mixin import CardMixin
 from .config import TrimConfig
 from .distillation import DistillationMixin
+from .given_optimizer import optimizer_follows
+from .nodes import checkpoint_for_all
 from .push_mixin import PushMixin
 from .selection import LayerSelector, takes_calibration_examples
 from .sparse_update import check_room, set_free, train_only
@@ -95,14 +97,13 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, OptimizerMixin, 
         if self.model_init is None and self.teacher is None:
             self.take_teacher(unwrapped(self))
         if resume_from_checkpoint:
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
-            self._resume_from = str(resume_from_checkpoint)
+            self._resume_from = resume_from_checkpoint = checkpoint_for_all(self, resume_from_checkpoint)
             saved = processes_of(self._resume_from)
             if saved is not None:
                 engine_class(self.accelerator).refuse_other_processes(self.accelerator, saved)
             if self.model_init is None:
-                trim_like(unwrapped(self), self._resume_from)
+                with optimizer_follows(self, unwrapped(self)):
+                    trim_like(unwrapped(self), self._resume_from)
         set_free(self.trim_support)
         self.training_finished = False
         try:

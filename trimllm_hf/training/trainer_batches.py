@@ -22,7 +22,8 @@ from ..importance.calls import PLAIN, named
 from ..importance.evaluation import collect_metric, to_be_scored
 from ..importance.metrics import Loss, Metric, Predictions
 from ..surgery.adapters import base_of
-from .trainer_hooks import prepare_inputs, train_batch_size, unwrapped
+from ..utils import evaluating
+from .trainer_hooks import prepare_inputs, train_batch_size, trained_module, unwrapped
 
 CONTAINERS = (dict, list, set, deque)
 
@@ -125,7 +126,7 @@ def _call(trainer: Trainer, model: nn.Module, batch: Batch) -> Batch:
     handle = model.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         with torch.enable_grad(), without_trace(trainer):
-            trainer.compute_loss(model, prepare_inputs(trainer, batch))
+            trainer.compute_loss(trained_module(trainer), prepare_inputs(trainer, batch))
     except _Called as call:
         # not what it asks of a forward that it has replaced: TRL's own head, which gives no logits
         known = {*inspect.signature(type(base_of(model)).forward).parameters, *batch}
@@ -167,7 +168,7 @@ def trainer_loss(trainer: Trainer) -> Loss:
     def loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, float]:
         inputs = prepare_inputs(trainer, model_inputs(dict(batch["batch"])))
         with trainer.compute_loss_context_manager():
-            mean: Any = trainer.compute_loss(model, inputs)
+            mean: Any = trainer.compute_loss(trained_module(trainer), inputs)
             return mean, float(batch["num_examples"])
 
     return loss
@@ -203,7 +204,8 @@ def predictions(trainer: Trainer) -> Callable[[nn.Module, Batch], Predictions]:
     """What a Trainer's evaluation gives to `compute_metrics`: loss, logits and labels."""
 
     def predict(model: nn.Module, batch: Batch) -> Predictions:
-        return trainer.prediction_step(model, model_inputs(dict(batch["batch"])), prediction_loss_only=False)
+        inputs = model_inputs(dict(batch["batch"]))
+        return trainer.prediction_step(trained_module(trainer), inputs, prediction_loss_only=False)
 
     return predict
 
@@ -224,7 +226,8 @@ def without_trace(trainer: Trainer) -> Iterator[None]:
     }  # examples in a list are read, not noted
     trainer.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     try:
-        yield
+        with evaluating([trained_module(trainer)]):  # also what stands around a model
+            yield
     finally:
         attributes.clear()
         attributes.update(had)

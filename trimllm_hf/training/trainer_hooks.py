@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+
+from ..surgery.adapters import inner_model
 
 
 @dataclass
@@ -86,9 +89,15 @@ def find_trainer(callback: TrainerCallback, state: TrainerState, named: Trainer 
     )
 
 
+def trained_module(trainer: Trainer) -> nn.Module:
+    """What the Trainer trains, without any engine's wrapper and not compiled: a model, or a module around one."""
+    module: nn.Module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    return module
+
+
 def unwrapped(trainer: Trainer) -> PreTrainedModel:
-    """The Trainer's model without any engine's wrapper and not compiled; a PeftModel keeps its own."""
-    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    """The transformers model that the Trainer trains, without whatever wraps it; a PeftModel keeps its own wrapper."""
+    model: Any = inner_model(trained_module(trainer))
     return model
 
 

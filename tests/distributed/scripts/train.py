@@ -39,6 +39,8 @@ parser.add_argument("--lora", action="store_true", help="train adapters only")
 parser.add_argument("--trainable_ratio", type=float)
 parser.add_argument("--repair", action="store_true", help="repair the model for each drop")
 parser.add_argument("--born", action="store_true", help="load the model when the engine is known: ZeRO-3 makes it in shards")
+parser.add_argument("--importance", default="sensitivity")
+parser.add_argument("--out_of_memory", type=int, help="the second process has no memory for this call of a layer in a scan")
 options = parser.parse_args()
 if options.engine.startswith("zero"):
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -185,6 +187,17 @@ class After(TrainerCallback):
             self.elements.append(sum(p.numel() + getattr(p, "ds_tensor", p.data).numel() for p in held))
 
 
+def run_out(module: torch.nn.Module, at: int) -> None:
+    """Raise what torch raises, at one call of a module in evaluation mode."""
+    calls = iter(range(1, 10**6))
+
+    def fail(module: torch.nn.Module, _: Any) -> None:
+        if not module.training and next(calls) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    module.register_forward_pre_hook(fail)
+
+
 def arm(when: str, value: str) -> None:
     """Make this process kill itself at some moment."""
 
@@ -267,7 +280,7 @@ def main() -> None:
     trim = TrimConfig(
         target_layers=4,
         drop_every="3",
-        importance="sensitivity",
+        importance=options.importance,
         repair="none",
         calibration_size=options.calibration,
         trainable_ratio=options.trainable_ratio,
@@ -296,12 +309,21 @@ def main() -> None:
             held[:] = [trainer.model_wrapped, trainer.model, optimizer, trainer.lr_scheduler]
 
     trainer.add_callback(Identity)
+    if options.out_of_memory and args.process_index == 1:
+        run_out(model.model.layers[3].mlp, options.out_of_memory)
     if options.kill and args.process_index == options.kill_rank:
         arm(*options.kill.split(":"))
     resume: Any = options.resume
     if resume == "last":
         resume = any(unfinished(folder) is None for folder in Path(options.folder).glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except RuntimeError as error:
+        if not options.out_of_memory:
+            raise
+        failed = {"raised": [type(error).__name__, str(error)], "step": trainer.state.global_step}
+        (Path(options.folder) / f"rank{args.process_index}.json").write_text(json.dumps(failed))
+        os._exit(0)  # the engine's own end waits for processes that are in the midst of a pass
     now = [trainer.model_wrapped, trainer.model, trainer.optimizer, trainer.lr_scheduler]
     assert all(a is b for a, b in zip(held, now, strict=True))
     trainer.save_model(str(Path(options.folder) / "final"))
