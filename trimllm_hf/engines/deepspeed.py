@@ -59,7 +59,7 @@ class DeepSpeedEngine(DistributedProcesses, Engine):
         apart = [p for p in parameters if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
         fetching = {handle.id for handle in (*offload.forward_hooks, *offload.backward_hooks)}
         had = [(module, name, vars(module)[name]) for module in modules for name in _MODULE_HOOKS]
-        with GatheredParameters(apart, enabled=bool(apart)):
+        with GatheredParameters(apart, enabled=bool(apart)), self.held():
             try:
                 for module, name, hooks in had:
                     vars(module)[name] = type(hooks)((key, hook) for key, hook in hooks.items() if key not in fetching)

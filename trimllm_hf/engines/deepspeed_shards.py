@@ -22,7 +22,7 @@ class Shards(DistributedProcesses):
     @contextmanager
     def gathered(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Gather once; the modules' own hooks find everything there."""
-        with _gathered([parameter for module in modules for parameter in module.parameters(recurse=False)]):
+        with _gathered([parameter for module in modules for parameter in module.parameters(recurse=False)]), self.held():
             yield
 
 

@@ -50,7 +50,8 @@ class FSDPEngine(DistributedProcesses, Engine):
             module.unshard()
             module.set_reshard_after_forward(False, recurse=False)
         try:
-            yield
+            with self.held():
+                yield
         finally:
             for group, mesh in zip(groups, meshes, strict=True):
                 group.post_forward_mesh_info = mesh

@@ -90,6 +90,7 @@ class DistributedProcesses:
     """The processes of a run; see `engines.Engine`."""
 
     free_backward = True
+    _is_held = False
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
@@ -145,8 +146,18 @@ class DistributedProcesses:
         """Whether a call of the module waits for the other processes: none does, where an engine does not say otherwise."""
         return False
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, parameters are gathered: a call waits for nobody, and each process may make as many as it likes."""
+        self._is_held, before = True, self._is_held
+        try:
+            yield
+        finally:
+            self._is_held = before
+
     def _hear(self) -> None:
-        self.gather(None)
+        if not self._is_held:
+            self.gather(None)
 
     def sum_in_place(self, tensor: torch.Tensor) -> None:
         """Replace a tensor by its sum over the processes."""
