@@ -354,3 +354,14 @@ def test_a_base_that_the_user_names_is_taken_and_a_path_refused(
     assert metadata_of(write_card(folder, measured=False).read_text())["base_model"] == "org/by-hand"
     with pytest.raises(ValueError, match="Expected base_model to be an id on the Hub, got '/home/me/base'"):
         TrimCardData(base_model="/home/me/base")
+
+
+def test_a_base_that_the_trainer_is_told_is_taken_and_a_path_is_not(
+    trained: tuple[TrimTrainer, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, named = trained[0], []
+    monkeypatch.setattr(trainer, "card_data", replace(trainer.card_data))
+    monkeypatch.setattr("trimllm_hf.training.card_mixin.write_card", lambda folder, data, **_: named.append(data.base_model))
+    trainer.create_model_card(finetuned_from="/home/me/base")
+    trainer.create_model_card(finetuned_from="org/base")
+    assert named == [None, "org/base"]

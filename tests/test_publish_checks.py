@@ -18,7 +18,9 @@ from trimllm_hf.publish.card_check import check_card
 from trimllm_hf.publish.card_data import tag_name
 from trimllm_hf.publish.contents import contents_of
 from trimllm_hf.publish.credentials import secrets_of_environment
+from trimllm_hf.publish.hub import _nothing_sent
 from trimllm_hf.publish.model_check import check_model
+from trimllm_hf.publish.target import PushError
 from trimllm_hf.surgery.remote_code import write_remote_code
 from trimllm_hf.utils import format_bytes
 
@@ -377,3 +379,11 @@ def test_without_a_network(folder: Path) -> None:
     """The tests' own environment says offline; tests/hub has the pushes themselves."""
     with pytest.raises(ValueError, match="Expected a network for a push, got offline mode"):
         push_to_hub(folder, "user/model", token="hf_any")
+
+
+@pytest.mark.parametrize(
+    ("made", "said"), [([], "which is as it was"), (["the repository"], "in which this push made the rep")]
+)
+def test_an_error_before_the_commit_says_what_was_made(made: list[str], said: str) -> None:
+    with pytest.raises(PushError, match=f"Nothing was sent to me/model, {said}.*no route"), _nothing_sent("me/model", made):
+        raise OSError("no route to host")

@@ -75,8 +75,11 @@ def test_a_second_train_goes_on_at_the_depth_that_the_first_reached(tmp_path: Pa
     model, callback = tiny_model(), quick()
     trainer = trainer_of(tmp_path, model, callback)
     trainer.train()
+    assert callback.record is not None
+    callback.record.model_step, callback.record.trained_layers = 3, [1]  # as a stop rule and a sparse update note them
     trainer.train()
     assert model.config.num_hidden_layers == 4 and len(losses(trainer)) == 6
+    assert callback.record.model_step is None and callback.record.trained_layers is None
     gc.collect()
 
 

@@ -101,6 +101,23 @@ def test_a_metric_that_falls_too_far_ends_with_the_last_model_that_passed(plain:
     trainer.train()  # a model that got layers back trains on
 
 
+def test_between_saves_only_the_newest_model_that_passed_is_kept(tmp_path: Path) -> None:
+    class Counts(TrainerCallback):
+        def __init__(self) -> None:
+            self.kept: list[list[str]] = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.kept.append(sorted(folder.name for folder in Path(args.output_dir).glob("_passing-*")))
+
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 5, "max_steps": 8}
+    trainer = make(tmp_path, lambda depth, step: 0.8, config(target_layers=4), plain=True, **often)
+    trainer.add_callback(counts := Counts())
+    trainer.train()
+    passed = [{int(name.removeprefix("_passing-")) for name in kept} for kept in counts.kept]
+    for step in range(3, 9):  # of the evaluation before; and the one that the checkpoint of step 5 names
+        assert passed[step - 1] == {step - 1} | ({5} if step > 5 else set())
+
+
 def test_halves_of_layers_come_back(tmp_path: Path) -> None:
     scan: dict[str, Any] = {"unit": "sublayer", "importance": "sensitivity", "calibration_size": 8}
     trainer = make(tmp_path / "stopped", trim=config(**scan, target_layers=9))
