@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from ..engines import ProcessGroup
+from ..engines import ProcessGroup, all_or_none
 from ..importance import METRICS, Metric, from_compute_metrics, get_metric, goes_by_loss, needs_data, score_layers
 from ..importance.calibration import Batch, draw
 from ..importance.metrics import LOSS
@@ -55,7 +55,7 @@ class LayerScorer:
             held = trainer.train_dataset if trainer.train_dataset is not None else getattr(dataloader, "dataset", None)
             dataset = _drawn(config, held)
         model, ranks = unwrapped(trainer), (process_group.rank, process_group.world_size)
-        with isolated_rng(config.calibration_seed):  # a collator may draw
+        with isolated_rng(config.calibration_seed), all_or_none(process_group):  # a collator may draw
             self.data = TrainerBatches(trainer, model, list(dataset), dataloader, *ranks)
             if by_loss:
                 self._refuse_no_loss(self.data)

@@ -20,6 +20,7 @@ from ..engines import ProcessGroup
 from ..importance.calibration import CHOICE_COLUMNS, Batch, calibration_batches, model_inputs
 from ..importance.calls import PLAIN, named
 from ..importance.evaluation import collect_metric, to_be_scored
+from ..importance.forwards import Forward, replaced_forwards
 from ..importance.metrics import Loss, Metric, Predictions
 from ..surgery.adapters import base_of
 from ..utils import evaluating
@@ -119,13 +120,20 @@ class _Called(Exception):
 def _call(trainer: Trainer, model: nn.Module, batch: Batch) -> Batch:
     """The first call of the model that a gradient goes through: a call without one is of a reference."""
 
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: Batch) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
         if torch.is_grad_enabled():
-            raise _Called(named(module, args, kwargs))
+            raise _Called(named(model, args, kwargs))
 
-    handle = model.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    def stopping(_: int, forward: Forward) -> Forward:  # some call `forward` itself, past all hooks
+        def stop_or_run(*args: Any, **kwargs: Any) -> Any:
+            stop(*args, **kwargs)
+            return forward(*args, **kwargs)
+
+        return stop_or_run
+
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: stop(*args, **kwargs), with_kwargs=True, prepend=True)
     try:
-        with torch.enable_grad(), without_trace(trainer):
+        with torch.enable_grad(), without_trace(trainer), replaced_forwards([model], stopping):
             trainer.compute_loss(trained_module(trainer), prepare_inputs(trainer, batch))
     except _Called as call:
         # not what it asks of a forward that it has replaced: TRL's own head, which gives no logits
