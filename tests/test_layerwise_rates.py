@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from test_training import arguments, config, losses
 from tiny import tiny_model, tiny_texts
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, SequentialLR
@@ -14,6 +15,8 @@ from transformers import Trainer, TrainerCallback
 
 from trimllm_hf import TrimCallback, TrimTrainer, trim_like
 from trimllm_hf.engines import attach
+from trimllm_hf.engines.attach import ENGINES
+from trimllm_hf.engines.local import LocalEngine
 from trimllm_hf.engines.parameter_groups import remove_from_optimizer
 
 
@@ -93,6 +96,20 @@ def test_a_run_goes_on_as_if_it_had_not_been_interrupted(way: str, trims: bool, 
     assert again.seen == {step: rates.seen[step] for step in range(4, 9)} and losses(resumed) == losses(whole)
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_where_no_group_may_become_empty_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fills(LocalEngine):
+        def groups_to_fill(self) -> list[list[torch.nn.Parameter]]:
+            return [group["params"] for group in self.optimizer.param_groups]
+
+    monkeypatch.setitem(ENGINES, DistributedType.NO, Fills)
+    model = tiny_model()
+    callbacks, data = [TrimCallback(config(importance="last", drop_every="2"))], tiny_texts(60)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=data, callbacks=callbacks, **given(model))
+    with pytest.raises(ValueError, match=r"got the group 0 with only the layers \['0'\].*another engine"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and len(model.model.layers) == 6
 
 
 # ---- a scheduler's own lists

@@ -41,6 +41,12 @@ for number, row in enumerate(MOST_USED):
     }
     if trainer.args.process_index == 0:
         torch.save(trainer.model.state_dict(), folder / f"{number}.pt")
+if engine == "zero2":  # a group a layer, of which a drop would empty one
+    trainer = ROWS["own optimizer"](folder / "emptied", [TrimCallback(config(importance="random", drop_every="2"))], **more)
+    try:
+        trainer.train()
+    except ValueError as error:
+        found["emptied"] = [str(error), trainer.state.global_step, len(trainer.model.model.layers)]
 rank = os.environ.get("RANK", "0")
 (folder / f"rank{rank}.json").write_text(json.dumps(found))
 trainer.accelerator.wait_for_everyone()
