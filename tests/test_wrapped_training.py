@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import BertConfig, BertModel, BertTokenizerFast, Trainer
 
 from trimllm_hf import LayerMap, TrimCallback, TrimConfig, drop_layers
+from trimllm_hf.training.trainer_batches import as_called
 
 SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 
@@ -83,6 +84,25 @@ def test_layers_inside_are_scored_by_the_loss_of_what_wraps_them(tmp_path: Path)
 def test_other_scores_look_at_what_the_model_inside_is_called_with(trim: dict[str, Any], tmp_path: Path) -> None:
     trainer = train(tmp_path, **trim)
     assert len(trainer.model.encoder.encoder.layer) == 5 and trainer.model.dropout.training
+
+
+class ByPlace(Embedder):
+    """Passes the tokens by place."""
+
+    def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.dropout(self.encoder(features["input_ids"]).last_hidden_state.mean(dim=1))
+
+
+def test_what_is_passed_by_place_has_a_name(tmp_path: Path) -> None:
+    args = arguments(tmp_path, remove_unused_columns=False)
+    trainer = Pairs(ByPlace(), args, train_dataset=pairs())
+    model: Any = trainer.model
+    batch = {name: torch.stack([row[name] for row in pairs(4)]) for name in ("anchor", "positive")}
+    called = as_called(trainer, model.encoder, batch, 4)
+    assert (
+        called.has_loss and list(called.inputs) == ["input_ids"] and torch.equal(called.inputs["input_ids"], batch["anchor"])
+    )
+    assert "forward" not in vars(model.encoder)
 
 
 def test_the_documented_snippet_for_sentence_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from ..engines import ProcessGroup
 from ..importance.calibration import CHOICE_COLUMNS, Batch, calibration_batches, model_inputs
-from ..importance.calls import PLAIN, named
+from ..importance.calls import PLAIN
 from ..importance.evaluation import collect_metric, to_be_scored
 from ..importance.forwards import Forward, replaced_forwards
 from ..importance.metrics import Loss, Metric, Predictions
@@ -119,10 +119,11 @@ class _Called(Exception):
 
 def _call(trainer: Trainer, model: nn.Module, batch: Batch) -> Batch:
     """The first call of the model that a gradient goes through: a call without one is of a reference."""
+    names = tuple(inspect.signature(base_of(model).forward).parameters)  # before it is replaced
 
     def stop(*args: Any, **kwargs: Any) -> None:
         if torch.is_grad_enabled():
-            raise _Called(named(model, args, kwargs))
+            raise _Called({**dict(zip(names, args, strict=False)), **kwargs})
 
     def stopping(_: int, forward: Forward) -> Forward:  # some call `forward` itself, past all hooks
         def stop_or_run(*args: Any, **kwargs: Any) -> Any:
@@ -146,8 +147,8 @@ def _call(trainer: Trainer, model: nn.Module, batch: Batch) -> Batch:
         ) from error
     finally:
         handle.remove()
-    names = ("input_ids", "attention_mask", "inputs_embeds", "pixel_values", "labels")
-    return {name: batch[name] for name in names if name in batch}  # its loss calls parts of the model
+    plain = ("input_ids", "attention_mask", "inputs_embeds", "pixel_values", "labels")
+    return {name: batch[name] for name in plain if name in batch}  # its loss calls parts of the model
 
 
 def _prompts(trainer: Trainer, collated: Any) -> Batch:
