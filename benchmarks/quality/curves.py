@@ -16,7 +16,8 @@ from methods import METHODS
 from results import Key, Result
 
 STEPS = (0, 40, 80, 120, 160, 200)  # in the table
-SHOWN = {"full": "full depth", "influence-repaired": "one cut, repaired", "influence-ranked": "one cut"}  # in the picture
+SHOWN = {"full": "full depth", "default": "the defaults", "influence-ranked": "one cut, not repaired"}  # in the picture
+RIVAL, REPAIRED = "influence-ranked", ("default", "influence-repaired")
 COLOURS = dict(zip(SHOWN, ("tab:grey", "tab:green", "tab:orange"), strict=True))
 
 Runs = dict[int, Result]  # by seed
@@ -125,19 +126,27 @@ def curve_tables(groups: dict[Group, Runs]) -> list[str]:
 
 
 def gains(groups: dict[Group, Runs], domain: str, steps: Sequence[int]) -> list[str]:
-    """By how much the plain cut's loss is above that of the repaired one."""
+    """By how much the loss of the plain cut is above that of each repaired one."""
     lines = [
-        "| blocks | after steps of the repaired | plain minus repaired, same tokens | same CPU time | seeds |",
-        "|--:|--:|--:|--:|--:|",
+        "| blocks | repaired | after its steps | plain minus repaired, same tokens | same CPU time | seeds |",
+        "|--:|---|--:|--:|--:|--:|",
     ]
     for target in sorted({target for of, method, target in groups if of == domain and method != "full"}, reverse=True):
-        plain, repaired = (groups.get((domain, method, target), {}) for method in ("influence-ranked", "influence-repaired"))
-        for step in steps:
-            by_tokens, by_time = (difference(plain, repaired, step, by_time) for by_time in (False, True))
-            if by_tokens:
-                cells = f"{mean_and_error(by_tokens, 3, '+')} | {mean_and_error(by_time, 3, '+')}"
-                lines.append(f"| {target} | {step} | {cells} | {len(by_tokens)} |")
+        plain = groups.get((domain, RIVAL, target), {})
+        for method in REPAIRED:
+            repaired = groups.get((domain, method, target), {})
+            for step in steps:
+                by_tokens, by_time = (difference(plain, repaired, step, by_time) for by_time in (False, True))
+                if by_tokens:
+                    cells = f"{mean_and_error(by_tokens, 3, '+')} | {with_count(by_time, len(by_tokens))}"
+                    lines.append(f"| {target} | {METHODS[method].says} | {step} | {cells} | {len(by_tokens)} |")
     return lines if len(lines) > 2 else []
+
+
+def with_count(values: Sequence[float], seeds: int) -> str:
+    """Mean and error, and of how many seeds where they are fewer: a plain cut that was stopped early has no later loss."""
+    fewer = f" ({len(values)} of {seeds})" if 0 < len(values) < seeds else ""
+    return mean_and_error(values, 3, "+") + fewer
 
 
 def picture(groups: dict[Group, Runs], file: Path) -> None:

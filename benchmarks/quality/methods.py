@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
         "the same, for the CPU time of a scan with drops from 5% to 25%", INFLUENCE, time_of="scan-quarter"
     ),
     "influence-ranked": Method("block influence, one ranking, all before the first step", RANKED),
-    "influence-repaired": Method("the same, repaired", {**RANKED, "repair": "auto"}),
+    "influence-repaired": Method("block influence, one ranking, repaired before the Trainer", {**RANKED, "repair": "auto"}),
     "influence-once-distilled": Method("block influence, at once, distilled", {**INFLUENCE, "distill_weight": 0.5}),
     "influence-quarter": Method("block influence, drops from 5% to 25%", {**SCAN, "importance": "block_influence"}),
     "last-once": Method("the last blocks, before the first step", LAST),
