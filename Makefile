@@ -17,8 +17,8 @@ venv: .venv/.installed  ## make .venv with the package, editable, and what the t
 
 venv-deepspeed: .venv/.deepspeed  ## add DeepSpeed to .venv
 
-readers: .venv-readers/.installed venv  ## compare what other readers make of trimmed models: transformers 4, mlx-lm, CTranslate2
-	$(PYTEST) -m slow tests/readers
+readers: .venv-readers/.installed venv  ## compare what transformers 4, mlx-lm and CTranslate2 make of trimmed models; TYPES=all: every type (hours)
+	$(if $(TYPES),TRIMLLM_READER_TYPES="$(TYPES)" )$(PYTEST) -m slow tests/readers
 
 runtimes: .venv-runtimes/.installed venv  ## export tiny trimmed models to llama.cpp, ONNX, OpenVINO, MLX, CTranslate2, and compare
 	$(PYTEST) -m slow tests/runtimes

@@ -137,7 +137,17 @@ def test_an_adapter_of_a_trimmed_model_is_saved_with_its_map(make: Any, base: Pa
     torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(model, folder)), expected, rtol=0, atol=1e-6)
 
 
-def test_an_adapter_of_a_reloaded_model_is_saved_with_its_map_by_a_process_that_drops_nothing(tmp_path: Path) -> None:
+def test_an_adapter_of_a_reloaded_model_is_saved_with_its_map(tmp_path: Path) -> None:
+    model = tiny_model()
+    drop_layers(model, [1, 3])
+    model.save_pretrained(tmp_path / "trimmed")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "trimmed")
+    peft.get_peft_model(loaded, lora()).save_pretrained(tmp_path / "adapter")
+    assert LayerMap.from_checkpoint(tmp_path / "adapter").kept_layers == (0, 2, 4, 5)
+
+
+@pytest.mark.slow
+def test_so_it_is_by_a_process_that_drops_nothing(tmp_path: Path) -> None:
     model = tiny_model()
     drop_layers(model, [1, 3])
     model.save_pretrained(tmp_path / "trimmed")

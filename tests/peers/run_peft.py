@@ -76,7 +76,8 @@ def run(work: Path, mode: str, files: list[str], deadline: float, only: set[str]
     if only is not None:
         (work / "only").write_text("\n".join(sorted(only)))
         environment["PEERS_ONLY"] = str(work / "only")
-    options = "-p peers_log -p peft_plugin -p no:cacheprovider -q --no-header --tb=no -W ignore --timeout 120 -o addopts="
+    options = "-p peers_log -p peft_plugin -p no:cacheprovider -q --no-header --tb=no -W ignore --timeout 120"
+    options += " --continue-on-collection-errors -o addopts="
     command = [sys.executable, "-m", "pytest", *options.split(), *(f"tests/{name}" for name in files)]
     subprocess.run(command, cwd=source, env=environment, check=False)
 

@@ -146,6 +146,8 @@ DROPS = [(1, 4), (2,), (0, 1, 2)]
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root: Path = tmp_path_factory.mktemp("readers")
     wanted = [model_type for types in TYPES.values() for model_type in types]
+    if given := os.environ.get("TRIMLLM_READER_TYPES"):
+        wanted = [] if given == "all" else given.split()  # all that the zoo has: hours
     command = [sys.executable, str(HERE / "folders.py"), str(root), *wanted]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -153,7 +155,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(6 * 3600 if "TRIMLLM_READER_TYPES" in os.environ else 1800)
 @pytest.mark.parametrize("reader", IN_ENVIRONMENT)
 def test_each_reader_is_what_its_verdict_says(reader: str, folders: Path) -> None:
     python = ENVIRONMENTS / reader / "bin" / "python"
@@ -175,4 +177,4 @@ def test_each_reader_is_what_its_verdict_says(reader: str, folders: Path) -> Non
         if (verdict == RIGHT and not equal) or (verdict == WRONG and equal):
             wrong.append((verdict, row))
     assert not wrong
-    assert counted[RIGHT] >= 6
+    assert counted[RIGHT] >= (1 if "TRIMLLM_READER_TYPES" in os.environ else 6)
