@@ -56,17 +56,17 @@ def test_a_part_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.Mo
     for name, text in SCRIPTS.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.setattr(gpu, "HERE", tmp_path)
-    chosen = [gpu.Part("scan", (name,), limit=2 if name == "hangs.py" else 60) for name in ("bad.py", "hangs.py", "good.py")]
+    chosen = [gpu.Part("scan", (name,), limit=1 if name == "hangs.py" else 60) for name in ("bad.py", "hangs.py", "good.py")]
     chosen.append(gpu.Part("drop, zero1", ("good.py",), needs=("no_such_package",)))
     monkeypatch.setattr(gpu, "parts", lambda toy: chosen)
     record = tmp_path / "record.json"
     assert gpu.main(["--record", str(record)]) == 1
     plain = json.loads(record.read_text(encoding="utf-8"))
     said = [outcome["not_run"] for outcome in plain["outcomes"]]
-    assert said == ["ValueError: Expected a GPU, got none.", "not done after 2 s", None, "no_such_package is not installed"]
+    assert said == ["ValueError: Expected a GPU, got none.", "not done after 1 s", None, "no_such_package is not installed"]
     assert plain["outcomes"][2]["results"]["good.json"] == {"a": 1}
     text = gpu.sections(plain)["scan"]
-    assert "| a | 1 |" in text and "Expected a GPU, got none" in text and "not done after 2 s" in text
+    assert "| a | 1 |" in text and "Expected a GPU, got none" in text and "not done after 1 s" in text
     part = gpu.Part("scan", ("good.py",))
     assert gpu.run(part, tmp_path / "out", time.monotonic()).not_run == "no time was left"
 

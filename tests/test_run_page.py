@@ -110,6 +110,7 @@ def test_the_report_of_the_same_run_tells_of_its_end(run: Path) -> None:
         assert record.layer_map.num_layers == layers and len(record.log) == len(state.log) + (layers == 3)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_adds_to_its_times(tmp_path: Path) -> None:
     """The clock goes on where the checkpoint left it, and what was scored before stays known."""
     how = {"logging_steps": 1, "use_cpu": True, "save_steps": 2, "disable_tqdm": True}
