@@ -66,7 +66,7 @@ def test_what_it_says_is_what_drop_layers_does() -> None:
 
 
 def test_it_says_who_reads_the_result(tmp_path: Path) -> None:
-    """Of Gemma 3's pattern one reader takes what a layer's number gives, another reads the config, a third not even the base."""
+    """Of Gemma 3 one takes what a layer's number gives, another reads the config, a third misreads even the base."""
     tiny_model("gemma3_text", num_hidden_layers=7).config.save_pretrained(tmp_path)
     said = doctor(tmp_path)
     assert said["keep_the_pattern_alone"] == [6]  # the last one; a whole period would go together

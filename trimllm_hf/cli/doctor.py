@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Annotated, Any
 
@@ -60,7 +59,7 @@ def doctor(
         "refused": {str(position): why for position, why in found.refusals.items()},
         "depths": list(found.depths),
         "keep_the_pattern_alone": list(found.portable),
-        "readers": _readers(config, found, part),
+        "readers": _readers(config, found.portable != found.alone),
         "sublayers": found.sublayers is None,
         "why_no_sublayers": found.sublayers,
         "engine": engine,
@@ -94,30 +93,19 @@ def _bytes(model: Any, part: str | None, depth: int) -> int:
     return int(of_all - of_blocks * (len(blocks) - depth) / len(blocks))
 
 
-def _readers(config: Any, found: Any, part: str | None) -> list[dict[str, str]]:
-    """Of each other reader, which drops leave a model that it reads rightly."""
-    from ..latency.depths import with_random_weights
-    from ..loading.readers import RIGHT, UNTRIED, readers_of
-    from ..surgery.drop import drop_layers
+def _readers(config: Any, has_pattern: bool) -> list[dict[str, str]]:
+    """For each other reader, after which drops it reads the model rightly; see `readers_of`."""
+    from ..loading.readers import READERS, RIGHT, TRANSFORMERS_5, UNTRIED, readers_of
 
-    def after(position: int) -> dict[str, str]:
-        made = with_random_weights(copy.deepcopy(config), device="meta")
-        drop_layers(made, [position], part=part)
-        return {each.reader: each.verdict for each in readers_of(made.config)}
-
-    others = [position for position in found.alone if position not in found.portable]
-    regular = after(found.portable[-1]) if found.portable else {}
-    irregular = after(others[0]) if others else regular
+    by_list = {TRANSFORMERS_5, *(reader.name for reader in READERS if config.model_type in reader.by_list)}
     told = []
     for each in readers_of(config):
         if each.verdict != RIGHT:  # of the model as it is
             said = each.reason if each.verdict == UNTRIED else f"not even the base: {each.reason}"
-        elif irregular.get(each.reader) == RIGHT:
+        elif each.reader in by_list or not has_pattern:
             said = "whichever layers go"
-        elif regular.get(each.reader) == RIGHT:
-            said = "where the kinds of the layers keep their pattern (portable=True)"
         else:
-            said = "after none of the drops that were tried"
+            said = "where the kinds of the layers keep their pattern (portable=True)"
         told.append({"reader": each.reader, "drops": said})
     return told
 
