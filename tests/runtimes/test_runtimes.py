@@ -49,7 +49,8 @@ def needs(to: str, quantize: str | None = None) -> None:
 
 def saved(folder: Path, family: str, drop: list[int], pieces: bool, **changes: object) -> Path:
     model = tiny_model(family, **changes)
-    drop_layers(model, drop)
+    if drop:
+        drop_layers(model, drop)
     model.save_pretrained(folder)
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{n}": n for n in range(3, VOCABULARY)}}
     made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), unk_token="<unk>")
@@ -67,13 +68,15 @@ MODELS = {
 }
 
 
+EXPORTS = [
+    ("llama", "gguf", "Q8_0"), ("llama", "onnx", "int8"), ("llama", "openvino", "int8"), ("llama", "mlx", None),
+    ("llama", "ctranslate2", "int8"), ("gemma", "gguf", None), ("gemma", "mlx", None),
+]  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    ("to", "quantize"),
-    [(to, None) for to in FORMATS] + [("gguf", "Q8_0"), ("onnx", "int8"), ("openvino", "int8"), ("ctranslate2", "int8")],
-)
-def test_a_trimmed_model_is_the_same_there(tmp_path: Path, to: str, quantize: str | None, name: str) -> None:
+@pytest.mark.parametrize(("name", "to", "quantize"), EXPORTS)
+def test_a_trimmed_model_is_the_same_there(tmp_path: Path, name: str, to: str, quantize: str | None) -> None:
     needs(to, quantize)
     family, drop, changes = MODELS[name]
     folder = saved(tmp_path / "model", family, drop, to == "gguf", **changes)
@@ -83,6 +86,17 @@ def test_a_trimmed_model_is_the_same_there(tmp_path: Path, to: str, quantize: st
     assert found.comparison.equal_tokens == found.comparison.tokens
     if quantize is not None:
         assert found.quantized is not None and found.comparison.share < found.quantized.share < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drop", [[], [3, 4, 5, 6, 7, 8]])
+def test_a_runtime_that_reads_even_the_base_wrongly_is_refused(tmp_path: Path, drop: list[int]) -> None:
+    """CTranslate2 4.8 reads Gemma 3 rightly in one pass over a text, and not beyond its window with a cache."""
+    needs("ctranslate2")
+    folder = saved(tmp_path / "model", "gemma3_text", drop, False, **MODELS["gemma"][2])
+    with pytest.raises(ValueError, match="Expected CTranslate2 to compute what transformers computes"):
+        export_model(folder, "ctranslate2", tmp_path / "out", python=PYTHON)
+    assert not (tmp_path / "out").exists()
 
 
 SCALED = {"num_hidden_layers": 12, "query_pre_attn_scalar": 8, "sliding_window": 8}
