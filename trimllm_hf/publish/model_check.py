@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
-from ..layer_map import MODEL_TYPE, LayerMap
+from ..layer_map import LayerMap
 from ..loading.checkpoints import unfinished
 from ..surgery.custom_models import class_for
 from ..utils import json_at
@@ -122,13 +122,14 @@ def read_headers(contents: Contents) -> dict[str, torch.Tensor]:
 
 def _class_of(folder: Path, plain: dict[str, Any]) -> tuple[PreTrainedConfig, type[PreTrainedModel] | None]:
     """The config and the class that stock transformers would load by; None where that would run the folder's own code."""
-    own_code = "auto_map" in plain and plain["model_type"] != MODEL_TYPE  # ours is only for those who have not this package
+    # a config of ours names its base's type, and the code beside it is only for those who have not this package
+    own_code = "auto_map" in plain and "base_model_type" not in plain
     if own_code or "quantization_config" in plain:
         reason = "it has its own code, which is not run here" if own_code else "it is quantized"
         logger.warning(f"Of the weights in {folder}, only the number of layers is checked: {reason}.")
         return PreTrainedConfig.from_dict(plain), None
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"Expected a config that transformers reads in {folder}, got: {error}. {SAVE_AGAIN}") from error
     names = config.architectures or []
