@@ -92,10 +92,14 @@ class PlannedDrop:
         }
         return list({id(p): p for module in dropped for p in module.parameters() if id(p) not in staying}.values())
 
-    def apply(self) -> LayerMap:
+    def apply(self, of_copy: bool = False) -> LayerMap:
         """Drop the layers, in place. The model and its container of blocks stay the same objects.
 
         So do its configs, unless another model holds one of them too: then this model gets copies.
+
+        Args:
+            of_copy: Whether the model is a copy that was built with configs of its own. Otherwise all live objects are
+                searched for models that share them.
         """
         stack, adapters = self.target.stack, self.target.adapters
         kept = [position for position in range(len(stack)) if position not in self.positions]
@@ -104,7 +108,8 @@ class PlannedDrop:
             parameter = self.model.get_submodule(name).get_parameter(key)
             parameter.data = cut(parameter.data, dimension, len(stack), kept)
             parameter.grad = None  # of another shape
-        unshare_config(self.model)
+        if not of_copy:
+            unshare_config(self.model)
         config = part_config(self.model.config, stack.part)
         for name, spec in self.pass_throughs.items():
             self.model.set_submodule(name, PassThrough(spec))

@@ -109,7 +109,7 @@ def _depths(model: nn.Module, part: str | None) -> list[int]:
         except ValueError:
             break
         size = len(drop.positions)
-        drop.apply()
+        drop.apply(of_copy=True)
         depth -= size
         found.append(depth)
     return found

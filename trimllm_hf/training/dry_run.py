@@ -87,6 +87,6 @@ def dry_run(model: nn.Module, config: TrimConfig, to_drop: int) -> dict[int, int
             ) from error
         refuse_per_layer_tensors(drop)
         size = sizes[depth] = len(drop.positions)
-        drop.apply()
+        drop.apply(of_copy=True)
         depth -= size
     return sizes
