@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
+    HubertConfig,
+    HubertForCTC,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Trainer,
@@ -23,6 +25,8 @@ from transformers import (
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
     WhisperConfig,
     WhisperForConditionalGeneration,
     default_data_collator,
@@ -123,6 +127,21 @@ def listener() -> Any:
     return strong(WhisperForConditionalGeneration(WhisperConfig(vocab_size=97, d_model=32, **sizes, **ids, **lengths)))
 
 
+def speech() -> list[Any]:
+    waves = [torch.randn(400, generator=generator(i)) for i in range(12)]
+    return [{"input_values": wave, "labels": torch.tensor([3, 5 + i, 4, 6])} for i, wave in enumerate(waves)]
+
+
+def transcriber(kind: Any, config: Any) -> Any:
+    def make() -> Any:
+        torch.manual_seed(0)
+        front = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+        places = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+        return kind(config(vocab_size=32, **SMALL, **front, **places, ctc_loss_reduction="mean", layerdrop=0.0)).eval()
+
+    return make
+
+
 LAYERS = {"layers": 4, "attention_heads": 4, "ffn_dim": 64}
 IMAGE = 151
 
@@ -196,6 +215,8 @@ CASES = {
     "images": Case(seer, images),
     "audio, its decoder": Case(listener, sounds, trim={"part": "decoder"}),
     "audio, its encoder": Case(listener, sounds, trim={"part": "encoder"}),
+    "speech, CTC": Case(transcriber(Wav2Vec2ForCTC, Wav2Vec2Config), speech),
+    "speech, HuBERT": Case(transcriber(HubertForCTC, HubertConfig), speech),
     "images in a text": Case(
         onlooker, scenes, lambda m, rows: sum(m(**of_scenes([row])).loss.item() for row in rows) / len(rows),
         collate=of_scenes, swept=False,
@@ -253,6 +274,16 @@ def test_other_scores_take_the_trainers_batches(name: str, importance: str, tmp_
     trainer = train(CASES[name], tmp_path, importance=importance)
     trainer.train()
     assert trainer.model.config.trim["history"][0]["importance"] == importance and trainer.state.global_step == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["speech, CTC", "speech, HuBERT", "images", "audio, its encoder"])
+def test_the_defaults_take_what_is_no_text(name: str, tmp_path: Path) -> None:
+    defaults = TrimConfig(target_layers=3)
+    settings = {"importance": defaults.importance, "warm_up_importance": defaults.warm_up_importance}
+    trainer = train(CASES[name], tmp_path, **settings, repair=defaults.repair, repair_tokens=64)
+    trainer.train()
+    assert trainer.state.global_step == 2 and depth_of(trainer.model) == 3
 
 
 def test_scoring_leaves_no_trace(tmp_path: Path) -> None:
