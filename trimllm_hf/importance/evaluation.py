@@ -70,7 +70,7 @@ def collect_metric(
     """What each batch of each process adds to a metric of the model as it is, the same on every process."""
     process_group = process_group or SingleProcess()
     padded = on_every_process(model, list(batches), metric.name, process_group, filler_batch)
-    with isolated_rng(0), to_be_scored(model):
+    with isolated_rng(0), to_be_scored(model), process_group.heard(model):
         for batch in padded:
             metric.check(model, batch)
         parts = [metric.collect(model, metric.run(model, batch), batch) for batch in padded]

@@ -170,7 +170,7 @@ def score_layers(
         return per_ms(scores, _of_none(importance, model, batches, metric, processes), unit_ms)
     process_group = process_group or SingleProcess()
     padded = on_every_process(model, batches, importance, process_group, filler_batch) if with_data else []
-    with isolated_rng(seed), to_be_scored(model):
+    with isolated_rng(seed), to_be_scored(model), process_group.heard(model):
         if importance in _SCANS:
             settings = ScanSettings(_SCANS[importance](metric), memory_gb, process_group, progress, of_batches)
             return scan(model, padded, len(batches), unit, settings, part)

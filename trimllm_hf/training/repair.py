@@ -177,7 +177,7 @@ def fit(
     """Fit the repairs for one or another set of layers, in one pass over calibration batches; see `fit_repairs`."""
     process_group, batches = process_group or SingleProcess(), list(batches)
     everyones = on_every_process(model, batches, "repair", process_group, filler_batch)
-    with isolated_rng(0), to_be_scored(model):
+    with isolated_rng(0), to_be_scored(model), process_group.heard(model):
         inputs = []
         for number, batch in enumerate(everyones):
             tokens, mask = real_tokens(model, batch, part)
@@ -260,7 +260,7 @@ def _distance(
     total = torch.zeros(2, dtype=torch.float64)
     try:
         everyones = on_every_process(model, batches, "repair", process_group, filler_batch)
-        with isolated_rng(0), to_be_scored(model):
+        with isolated_rng(0), to_be_scored(model), process_group.heard(model):
             for number, batch in enumerate(everyones):
                 _, mask = real_tokens(model, batch, repair.part)
                 for without in (nullcontext(), repair.previewed(model, refitted)):
