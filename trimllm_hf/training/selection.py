@@ -117,6 +117,7 @@ class LayerSelector:
         with self._or_none():
             importance = self._importance(model, step)
             chosen, scores, spread = self._choose(model, step, progress, count, importance)
+            self.scorer.of_batches = []  # nothing of it stays while the model trains
             margin = chosen.margin
             target = resolve_model(model, config.part)
             self.scoring = scoring(importance, layer_names(model, config), scores, spread)
