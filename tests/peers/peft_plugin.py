@@ -42,7 +42,7 @@ def follow_loads() -> None:
             if hasattr(config := getattr(module, "config", None), MARK):
                 wanted = getattr(config, MARK)
                 delattr(config, MARK)
-        if MODE == "in_memory" and wanted:
+        if MODE == "in_memory" and wanted and getattr(model.config, "trim", None) is None:  # a save keeps the base's words
             from trimllm_hf import drop_layers
 
             drop_layers(model, wanted["layers"], part=wanted["part"] if model.config.is_encoder_decoder else None)

@@ -150,10 +150,12 @@ def main() -> int:
         run(work, "in_memory", arguments.files, first, share=arguments.share)
         found = {name: line for name, line in results(work, "in_memory").items() if line["trimmed"]}
         passed = {name for name, line in found.items() if line["outcome"] == "passed"}
-        run(work, "reloaded", arguments.files, second, passed)
+        if passed:
+            run(work, "reloaded", arguments.files, second, passed)
         lost = {name for name, line in found.items() if line["outcome"] == "failed"}
         lost |= {name for name, line in results(work, "reloaded").items() if line["outcome"] == "failed"}
-        run(work, "untrimmed", arguments.files, third, lost)
+        if lost:
+            run(work, "untrimmed", arguments.files, third, lost)
     rows, only_trimmed = table(work)
     print("\n".join(rows))
     print(*(f"only trimmed: {each}" for each in only_trimmed), sep="\n")

@@ -161,7 +161,7 @@ def test_each_reader_is_what_its_verdict_says(reader: str, folders: Path) -> Non
     python = ENVIRONMENTS / reader / "bin" / "python"
     if not python.is_file():
         pytest.skip(f"{python} is not here: make readers, or name a folder of environments in TRIMLLM_READERS")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     command = [str(python), str(HERE / "read.py"), reader, str(folders)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
