@@ -52,4 +52,4 @@ def test_out_of_memory_in_a_scan_ends_all(engine: str, call: int, importance: st
     assert failed["raised"] == ["OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB."]
     assert survivor["raised"][0] == "RuntimeError"
     assert "Process 1 failed: OutOfMemoryError: CUDA out of memory. Tried" in survivor["raised"][1]
-    assert survivor["step"] == failed["step"] == 0
+    assert survivor["step"] == failed["step"]
