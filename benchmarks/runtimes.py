@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ROOT / "trimllm_hf/exports/tools"
+TOOLS = ROOT / "trimllm_hf/publish/exports/tools"
 # Of each runtime, what is timed in turn: None is the format's own precision.
 VARIANTS: dict[str, tuple[str | None, ...]] = {
     "transformers": (None,),
@@ -129,9 +129,9 @@ def exported(args: argparse.Namespace, runtime: str, folders: dict[str, Path]) -
     """The models of one runtime, exported and compared where they are not yet; base and trimmed one beside each other."""
     from transformers import AutoConfig
 
-    from trimllm_hf.exports.comparison import Reference, prompts_for
-    from trimllm_hf.exports.formats import FORMATS
-    from trimllm_hf.exports.tool import Tool
+    from trimllm_hf.publish.exports.comparison import Reference, prompts_for
+    from trimllm_hf.publish.exports.formats import FORMATS
+    from trimllm_hf.publish.exports.tool import Tool
 
     models = []
     for variant in VARIANTS[runtime]:

@@ -24,7 +24,6 @@ FLOORS = {
     "importance": 4,
     "latency": 4,
     "loading": 4,
-    "exports": 5,
     "publish": 5,
     "slicing": 5,
     "training": 6,
@@ -152,6 +151,11 @@ def length_errors(root: Path) -> list[str]:
 @pytest.mark.parametrize("check", [floor_errors, engine_errors, around_errors, length_errors])
 def test_layout(check) -> None:
     assert not (errors := check(ROOT)), "\n" + "\n".join(errors)
+
+
+def test_the_package_has_at_most_eleven_rooms_on_six_floors() -> None:
+    rooms = {room: floor for room, floor in FLOORS.items() if room != "__init__"}
+    assert len(rooms) <= 11 and set(rooms.values()) == set(range(1, 7))
 
 
 def test_the_table_for_contributors_shows_each_room_on_its_floor() -> None:

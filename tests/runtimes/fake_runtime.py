@@ -1,4 +1,4 @@
-"""A tool as `trimllm_hf/exports/tools` has them, whose runtime answers what a test has put into the folder."""
+"""A tool as `trimllm_hf/publish/exports/tools` has them, whose runtime answers what a test has put into the folder."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from trimllm_hf import drop_layers
 from trimllm_hf.cli import app
-from trimllm_hf.exports import export, export_model
-from trimllm_hf.exports.comparison import NEW_TOKENS, Reference, compare, prompts_for
-from trimllm_hf.exports.formats import FORMATS, Format
+from trimllm_hf.publish.exports import export, export_model
+from trimllm_hf.publish.exports.comparison import NEW_TOKENS, Reference, compare, prompts_for
+from trimllm_hf.publish.exports.formats import FORMATS, Format
 
 FAKE = Format(tool="fake_runtime", runtime="Fake", reader=None, packages={"numpy": "numpy"}, quantized=("int8",))
 

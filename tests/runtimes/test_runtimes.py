@@ -15,11 +15,11 @@ from tokenizers.models import WordLevel
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from trimllm_hf import drop_layers
-from trimllm_hf.exports import export_model
-from trimllm_hf.exports.comparison import Reference, prompts_for
-from trimllm_hf.exports.formats import FORMATS, TOLERANCES
-from trimllm_hf.exports.tool import Tool, versions_of
 from trimllm_hf.loading.readers import RIGHT, WRONG, readers_of
+from trimllm_hf.publish.exports import export_model
+from trimllm_hf.publish.exports.comparison import Reference, prompts_for
+from trimllm_hf.publish.exports.formats import FORMATS, TOLERANCES
+from trimllm_hf.publish.exports.tool import Tool, versions_of
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / ".venv-runtimes/bin/python"

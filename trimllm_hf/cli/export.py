@@ -28,7 +28,7 @@ def export(
 
     **Example:** `trimllm export runs/medical --to gguf --quantize Q4_K_M`
     """
-    from ..exports import export_model
+    from ..publish.exports import export_model
 
     target = out or folder.absolute().parent / f"{folder.absolute().name}-{to}"
     found = export_model(folder, to, target, quantize, dtype, python, llama_cpp)

@@ -10,8 +10,8 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from ..loading.new_folder import new_folder
-from ..loading.readers import UNTRIED, WRONG, readers_of
+from ...loading.new_folder import new_folder
+from ...loading.readers import UNTRIED, WRONG, readers_of
 from .comparison import Comparison, Reference, prompts_for
 from .formats import FORMATS, TOLERANCES, Format
 from .tool import Tool, versions_of
