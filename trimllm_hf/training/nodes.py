@@ -12,6 +12,8 @@ from ..loading.checkpoints import complete_checkpoints
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
+WEIGHTS = ("*model*.safetensors*", "pytorch_model*", "global_step*")  # whole, sharded by FSDP2, or DeepSpeed's
+
 
 def blind_processes(process_group: ProcessGroup, folder: Path) -> list[int]:
     """The processes that do not see what the main process writes into a folder."""
@@ -45,13 +47,13 @@ def refuse_unshared_folder(process_group: ProcessGroup, folder: Path) -> None:
 def warn_unshared_checkpoints(process_group: ProcessGroup, trainer: Trainer) -> None:
     """Say when training begins that its checkpoints could not be resumed from, where nodes have disks of their own."""
     args = trainer.args
-    if args.save_strategy == "no" or args.save_on_each_node:
+    if args.save_strategy == "no":
         return
     if blind := blind_processes(process_group, Path(args.output_dir or ".")):
         logger.warning(
             f"The processes {blind} do not see the main process's output_dir ({args.output_dir}): the nodes have disks of "
-            "their own, and a checkpoint that only one of them holds cannot be resumed by all. Set save_on_each_node=True, "
-            "or copy the main node's checkpoint to every node before you resume."
+            "their own, and only the main node holds a checkpoint's weights (save_on_each_node leaves them out, too, in "
+            "transformers 5.24). Copy the main node's checkpoint to every node before you resume."
         )
 
 
@@ -67,7 +69,7 @@ def checkpoint_for_all(trainer: Trainer, asked: str | bool) -> str:
         found = {path.name: path for path in complete_checkpoints(folder, process_group.rank, process_group.world_size)}
     else:
         folder, found = Path(str(asked)).parent, {Path(str(asked)).name: Path(str(asked))}
-    there = [name for name, path in found.items() if process_group.world_size == 1 or path.is_dir()]
+    there = [name for name, path in found.items() if process_group.world_size == 1 or any(map(any, map(path.glob, WEIGHTS)))]
     everyones = process_group.gather(there)
     for name in there:  # the newest first
         if all(name in names for names in everyones):
@@ -75,6 +77,6 @@ def checkpoint_for_all(trainer: Trainer, asked: str | bool) -> str:
     named = "; ".join(f"process {rank}: {names or 'none'}" for rank, names in enumerate(everyones))
     raise ValueError(
         f"Expected a complete checkpoint in {str(folder)!r} on every process, got {named}. Train from the start "
-        "(resume_from_checkpoint=False) or name a checkpoint elsewhere. Nodes that share no disk: train with "
-        "save_on_each_node=True, or copy the main node's checkpoint to every node."
+        "(resume_from_checkpoint=False) or name a checkpoint elsewhere. Nodes that share no disk: "
+        "copy the main node's checkpoint to every node."
     )

@@ -1,6 +1,6 @@
 """Trains, and resumes from the first checkpoint, on two nodes that share no disk: each process has a folder of its own.
 
-python nodes.py FOLDER {each,main}   each: save_on_each_node
+python nodes.py FOLDER {each,main}   each: save_on_each_node, and the main node's weights are copied to the other
 """
 
 import json
@@ -42,6 +42,11 @@ losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
 whole.accelerator.wait_for_everyone()
 for step in (4, 6):
     shutil.rmtree(here / f"checkpoint-{step}", ignore_errors=True)
+if saves == "each" and rank == 1:
+    for file in (folder / "disk0" / "checkpoint-2").glob("*"):
+        if not (here / "checkpoint-2" / file.name).exists():
+            shutil.copy(file, here / "checkpoint-2")
+whole.accelerator.wait_for_everyone()
 again, raised, equal = trainer(), None, False
 try:
     again.train(resume_from_checkpoint=True)
