@@ -154,6 +154,16 @@ def test_dropout_behind_what_is_held_back_still_drops(name: str, changes: dict[s
     assert zeros[1] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_16_bits_is_verified_in_32_and_sliced(dtype: torch.dtype) -> None:
+    model, whole = model_to_slice().to(dtype), model_to_slice()
+    found = slice_model(model, calibration(), progress=False)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    slice_model(whole, calibration(), progress=False)
+    assert found.mean_share == pytest.approx(0.25, abs=0.005)
+    assert (logits(model).float() - logits(whole)).abs().mean() < 0.1 * logits(whole).abs().mean()
+
+
 def test_a_slicing_leaves_gradients_and_modes_alone() -> None:
     model = model_to_slice().train()
     model.model.embed_tokens.weight.requires_grad_(False)

@@ -35,7 +35,7 @@ class Calls:
         self, states: torch.Tensor, arguments: list[tuple[tuple[Any, ...], dict[str, Any]]], mask: torch.Tensor | None
     ) -> None:
         self.arguments, self.mask, self._dtype = arguments, mask, states.dtype
-        self.states = states
+        self._states = states.to(states.dtype if states.element_size() <= 2 else torch.bfloat16, copy=True)
 
     @property
     def states(self) -> torch.Tensor:
@@ -44,7 +44,7 @@ class Calls:
 
     @states.setter
     def states(self, states: torch.Tensor) -> None:
-        self._states = states if states.element_size() <= 2 else states.bfloat16()
+        self._states.copy_(states)  # in its place: memory that is given back in between is not always used again
 
     def run(self, number: int, block: nn.Module, states: torch.Tensor | None = None) -> torch.Tensor:
         """A block's result, for the states or for others."""

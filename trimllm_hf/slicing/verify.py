@@ -103,6 +103,8 @@ def _turned(module: nn.Module, block: Block, gains: dict[str, Gain], basis: torc
     shared: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in replaced}
     copied = copy.deepcopy(module, shared | _kept_configs(module)).float()
     shape_block(copied, block, len(basis), len(basis), len(after))
+    if any(p.dtype != torch.float32 for p in replaced):  # products are rounded to the weights' own precision
+        module = copy.deepcopy(module, _kept_configs(module)).float()
     made = {name: tensor.float() for name, tensor in rotated_block(module, block, own, basis, after)}
     copied.load_state_dict(made, strict=False, assign=True)
     return copied
@@ -115,7 +117,7 @@ def _some_rows_at_a_time(head: Any, states: torch.Tensor, turn: tuple[Gain, torc
     found = states.new_empty(*states.shape[:-1], len(weight))
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
-        part = SimpleNamespace(weight=weight[rows], bias=None if held is None else held[rows])
+        part = SimpleNamespace(weight=weight[rows].float(), bias=None if held is None else held[rows])
         made = {"weight": part.weight, "bias": part.bias} if turn is None else dict(rotated_reader(part, *turn))
         bias = made.get("bias")
         found[..., rows] = nn.functional.linear(states, made["weight"].float(), None if bias is None else bias.float())
