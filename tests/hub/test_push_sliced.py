@@ -67,4 +67,4 @@ def test_it_loads_with_the_package_or_its_code_and_fails_loudly_without(place: P
         assert result.returncode == 0, result.stderr
         assert torch.equal(torch.load(tmp_path / how), logits(sliced))
     stock = load(place, "alice/narrow", tmp_path / "stock")
-    assert stock.returncode != 0 and "trimllm_sliced" in stock.stderr
+    assert stock.returncode != 0 and "pass the argument `trust_remote_code=True`" in stock.stderr
