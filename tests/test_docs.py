@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 import trimllm_hf
 from trimllm_hf import LayerMap, TrimCallback, TrimConfig, TrimTrainer
+from trimllm_hf.importance import scores
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
@@ -115,8 +116,12 @@ def chat_base() -> tuple[Any, Any, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a page is run; its base lies there under the name that the pages give it, and the recipes beside it."""
+    """Where a page is run; its base lies there under the name that the pages give it, and the recipes beside it.
+
+    What a page registers is gone after it.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scores, "_REGISTRY", dict(scores._REGISTRY))
     tiny_model(num_hidden_layers=8, max_position_embeddings=256).save_pretrained(tmp_path / "org/base")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     return tmp_path

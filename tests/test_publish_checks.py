@@ -382,7 +382,7 @@ def test_without_a_network(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "said"), [([], "which is as it was"), (["the repository"], "in which this push made the rep")]
+    ("made", "said"), [([], "which is as it was"), (["the repository"], "in which this push has created the rep")]
 )
 def test_an_error_before_the_commit_says_what_was_made(made: list[str], said: str) -> None:
     with pytest.raises(PushError, match=f"Nothing was sent to me/model, {said}.*no route"), _nothing_sent("me/model", made):

@@ -108,7 +108,7 @@ def test_the_card_and_inspect_say_it(tmp_path: Path) -> None:
 
 
 def test_a_run_drops_so_that_it_stays_portable(tmp_path: Path) -> None:
-    model = tiny_model("gemma3_text", num_hidden_layers=12)
+    model = tiny_model("gemma3_text", num_hidden_layers=12, query_pre_attn_scalar=8)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no",
         disable_tqdm=True,

@@ -121,12 +121,15 @@ def compare(kind: Kind, model: Any, inputs: Any, expected: torch.Tensor, cached:
             to_saved_config = json.loads((Path(folder) / "config.json").read_text())
             for stock in (type(model.config).stock_class, type(model).stock_class):
                 try:
-                    stock.from_pretrained(folder)
+                    named = stock.from_pretrained(folder)
                 except Exception as error:
                     if "import trimllm_hf" not in str(error):
                         return f"stock {stock.__name__} says only {type(error).__name__}: {error}"
-                else:
+                    continue
+                if not isinstance(named, torch.nn.Module):
                     return f"stock {stock.__name__} loads it"
+                if (error := distance(logits_of(named.eval(), inputs), expected)) > 1e-4:
+                    return f"logits of {stock.__name__}, named outright, are off by {error:.2g}"
         if to_saved_config["model_type"] != "trimllm":
             return f"its model_type is {to_saved_config['model_type']}"
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

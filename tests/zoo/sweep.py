@@ -127,8 +127,8 @@ without a missing or unexpected key, logits equal; cached `generate()` equal to 
 which layers cannot go and why, or what could not be compared.
 
 Sublayers: an MLP and an attention of two blocks (where no such pair may go, one MLP) are dropped, compared with the model in
-which their weights are zero, saved, and reloaded by the Auto classes after `import trimllm_hf`; stock transformers has to
-refuse the checkpoint.
+which their weights are zero, saved, and reloaded by the Auto classes after `import trimllm_hf`; a stock class
+that is named outright builds the same model there, or refuses; a stock config refuses.
 """
 
 
