@@ -100,7 +100,7 @@ def test_the_card_and_inspect_say_it(tmp_path: Path) -> None:
     write_card(tmp_path, measured=False)
     card = (tmp_path / "README.md").read_text()
     assert "| llama.cpp b11549 | not right: it works out what each layer is from a layer's number" in card
-    assert "| CTranslate2 4.8 | right: " in card
+    assert "| CTranslate2 4.8 | right: it reads from the config what each layer is; in one pass: it generates" in card
     said = CliRunner().invoke(app, ["inspect", str(tmp_path)]).output
     assert "llama.cpp b11549: not right" in said and "transformers 5: right" in said
     plain = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path), "--json"]).output)

@@ -48,6 +48,7 @@ class Reader:
         by_head_width: Types whose attention it scales by the width of a head, whatever the config says.
         by_depth: Of these, the depth at which it takes the model for a size whose attention is scaled by the width of the
             model over its heads.
+        one_pass: Types that it reads rightly in one pass over a text, and not where it generates beyond the sliding window.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Reader:
     heads: bool = False
     by_head_width: frozenset[str] = frozenset()
     by_depth: dict[str, int] = field(default_factory=dict)
+    one_pass: frozenset[str] = frozenset()
 
 
 TRANSFORMERS_5 = "transformers 5"
@@ -100,6 +102,7 @@ READERS = (
         "CTranslate2 4.8",
         by_list=frozenset({"gemma3_text", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"}),
         by_head_width=frozenset({"gemma3_text"}),
+        one_pass=frozenset({"gemma3_text"}),
     ),
 )
 
@@ -130,7 +133,10 @@ def _verdict(reader: Reader, config: PreTrainedConfig, holder: PreTrainedConfig)
     if model_type in reader.by_head_width and (scaled := _other_scale(reader, holder)):
         return Verdict(reader.name, WRONG, scaled)
     if model_type in reader.by_list:
-        return Verdict(reader.name, RIGHT, "it reads from the config what each layer is")
+        but = "; in one pass: it generates wrongly beyond the sliding window, trimmed or not"
+        return Verdict(
+            reader.name, RIGHT, f"it reads from the config what each layer is{but * (model_type in reader.one_pass)}"
+        )
     if model_type in reader.by_period:
         said, wrong = "a layer's number and a period in the config", _without_period(holder, reader.whole_period)
     elif model_type in reader.by_number:
