@@ -1,4 +1,4 @@
-"""Importance: a number for each layer, higher = keep; the scores by name, the scan, and the calibration set."""
+"""Importance: one score per layer, higher = keep; the scores by name, the scan, and the calibration set."""
 
 from .evaluation import evaluate_metric
 from .metrics import METRICS, Metric, from_compute_metrics, get_metric

@@ -1,4 +1,4 @@
-"""The calibration set: training examples by which layers are scored, set aside from training."""
+"""The calibration set: training examples used to score layers, set aside from training."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 Batch = dict[str, Any]
-CHOICE_COLUMNS = ("question", "right", "per_token")  # of rows that are a question with one of its choices
+CHOICE_COLUMNS = ("question", "right", "per_token")  # of rows that hold a question with one of its choices
 
 
 def set_aside(dataset: Any, size: int, seed: int) -> tuple[list[Any], Any]:
     """Split a training set into calibration examples and the rest.
 
-    A map-style data set gives `size` examples drawn with `seed`; of a streaming one the first `size` are taken, and
-    left out wherever they come again.
+    From a map-style data set, `size` examples are drawn with `seed`. From a streaming one, the first `size` are taken, and
+    skipped whenever they occur again.
 
     Args:
         dataset: A `datasets.Dataset`, a `datasets.IterableDataset`, or a torch data set of either kind.
@@ -29,15 +29,15 @@ def set_aside(dataset: Any, size: int, seed: int) -> tuple[list[Any], Any]:
         The examples, and a data set of the same kind without them.
 
     Raises:
-        ValueError: If there is no data set, or fewer than `size` + 1 examples in it.
+        ValueError: If there is no data set, or it has fewer than `size` + 1 examples.
     """
     if dataset is None:
         raise ValueError("Expected a training set to draw the calibration examples from, got None.")
     if not hasattr(dataset, "__len__"):
         examples = list(islice(iter(dataset), size))
         _enough(len(examples), size, size)
-        # known by what they hold: a shuffled stream brings them at other places in the next epoch. `datasets` has its own
-        # way to leave them out, which keeps columns, state and sharding.
+        # identified by content: a shuffled stream has them at other places in the next epoch. The own filter of `datasets`
+        # keeps columns, state and sharding.
         others = _NotAmong(examples)
         return examples, dataset.filter(others) if hasattr(dataset, "filter") else _Without(dataset, others)
     total = len(dataset)
@@ -49,7 +49,7 @@ def set_aside(dataset: Any, size: int, seed: int) -> tuple[list[Any], Any]:
 
 
 def draw(total: int, size: int, seed: int) -> list[int]:
-    """`size` of the numbers below `total`, by a generator of its own."""
+    """Draw `size` of the numbers below `total`, with a separate generator."""
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return order[:size].tolist()
 
@@ -67,13 +67,13 @@ def calibration_batches(
     Args:
         examples: All calibration examples, in the same order on each process.
         collate: The training run's collator.
-        batch_size: Examples a batch.
+        batch_size: Examples per batch.
         columns: Keep only these fields of an example, as the training data loader does.
         rank: This process's number.
         world_size: Number of processes.
 
     Raises:
-        ValueError: If there is no example at all, or they have none of the columns.
+        ValueError: If there are no examples, or they have none of the columns.
     """
     if not examples:
         raise ValueError("Expected at least one calibration example, got none. Give a calibration set with examples.")
@@ -90,7 +90,7 @@ def calibration_batches(
 
 
 def _collated(rows: list[Any], collate: Callable[[list[Any]], Batch]) -> Batch:
-    """A batch of rows; what only a scan by choices looks at goes past the collator, which may not know it."""
+    """A batch of rows; columns that only a scan by choices uses bypass the collator, which may not know them."""
     names = [name for name in CHOICE_COLUMNS if isinstance(rows[0], dict) and name in rows[0]]
     apart = {name: torch.tensor([int(row[name]) for row in rows]) for name in names}
     if not apart:
@@ -99,7 +99,7 @@ def _collated(rows: list[Any], collate: Callable[[list[Any]], Batch]) -> Batch:
 
 
 def model_inputs(batch: Batch) -> Batch:
-    """What of a batch a model is called with."""
+    """The entries of a batch that are passed to the model."""
     return {name: value for name, value in batch.items() if name not in CHOICE_COLUMNS}
 
 
@@ -109,7 +109,7 @@ def num_rows(batch: Batch) -> int:
 
 
 class _NotAmong:
-    """Whether an example is none of some others, by what it holds."""
+    """Whether an example is not among some others, compared by content."""
 
     def __init__(self, examples: Sequence[Any]) -> None:
         self.digests = {_digest(example) for example in examples}
@@ -133,7 +133,7 @@ class _Without(IterableDataset[Any]):
 
 
 def _digest(example: Any) -> str:
-    """A hash of what an example holds: arrays by their numbers, anything else by what it prints."""
+    """A hash of an example's content: arrays by their values, anything else by its printed form."""
     found = hashlib.sha256()
 
     def take(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""How a model is called: by a loss that is not its own, and by whoever passes arguments by place."""
+"""How a model is called: by a loss function of the user's, or with positional arguments."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import nn
 
 from ..surgery.adapters import base_of
 
-Inputs = dict[str, Any]  # what a forward was called with, by name
+Inputs = dict[str, Any]  # the arguments of a forward call, by name
 
-# What a model may be called with besides tensors. Anything else (a cache, a block mask) may hold one entry per row.
+# Types of arguments besides tensors that have no rows. Anything else (a cache, a block mask) may hold one entry per row.
 PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 # Row counts of sequences that share a row: repeating rows does not repeat the sequences.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
-BROADCAST = ("attention_mask", "position_ids")  # of one row for all of them
+BROADCAST = ("attention_mask", "position_ids")  # may have a single row for all
 
 
 def named(module: nn.Module, args: Sequence[Any], kwargs: Inputs) -> Inputs:
     """The arguments of a call by their names."""
-    names = inspect.signature(base_of(module).forward).parameters if args else ()  # a PeftModel's own may be *args
+    names = inspect.signature(base_of(module).forward).parameters if args else ()  # a PeftModel's own forward may take *args
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 @contextmanager
 def noted_calls(module: nn.Module) -> Iterator[list[Inputs]]:
-    """Note what a module is called with."""
+    """Record the arguments that a module is called with."""
     calls: list[Inputs] = []
 
     def note(called: nn.Module, args: tuple[Any, ...], kwargs: Inputs) -> None:
@@ -43,15 +43,15 @@ def noted_calls(module: nn.Module) -> Iterator[list[Inputs]]:
 
 
 def has_independent_rows(model: nn.Module, inputs: Inputs, rows: int) -> bool:
-    """Whether a call says all that it says row by row, so that more rows can stand beside these.
+    """Whether all arguments of a call are given row by row, so that rows can be added.
 
-    It does not where sequences share a row (packing), and where something has another number of entries than rows: the
-    patches of Qwen-VL's images, three kinds of position.
+    That is not so where sequences share a row (packing), or where the number of entries differs from the number of rows:
+    the image patches of Qwen-VL, three kinds of position.
     """
     if any(name in inputs for name in PACKED):
         return False
     if "flash" in (getattr(model.config, "_attn_implementation", None) or "") and "position_ids" in inputs:
-        return False  # flash attention finds packed sequences in a single row only
+        return False  # flash attention detects packed sequences only in a single row
     return all(
         value.dim() == 0 or len(value) == rows or (len(value) == 1 and name in BROADCAST)
         if isinstance(value, torch.Tensor)

@@ -1,4 +1,4 @@
-"""How a model is run to be scored; everything afterwards as before."""
+"""Runs a model for scoring, and restores its state afterwards."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .metrics import Metric, get_metric
 @contextmanager
 def to_be_scored(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no compiled code, plain outputs."""
-    # a stance is in force once it is made, not once it is entered: so it is made in the with statement
+    # a stance takes effect when it is created, not when it is entered, so it is created in the with statement
     with torch.compiler.set_stance("force_eager"), evaluating([model]), _plain_outputs(model), torch.no_grad():
         yield
 
 
 @contextmanager
 def _plain_outputs(model: nn.Module) -> Iterator[None]:
-    """No cache, which would mix the candidates, and no loss for balancing experts, which says nothing of the answer."""
+    """No cache, which would mix the candidates, and no load-balancing loss, which is unrelated to the answer."""
     names = ("use_cache", "output_router_logits", "_output_attentions", "output_hidden_states")
     found = [getattr(module, "config", None) for module in model.modules()]
     configs = [config for config in found if isinstance(config, PreTrainedConfig)]
@@ -51,10 +51,10 @@ def evaluate_metric(
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,
 ) -> float:
-    """A metric of the model as it is, on calibration batches; see `score_layers` for the arguments.
+    """Evaluate a metric of the unchanged model on calibration batches; see `score_layers` for the arguments.
 
     Raises:
-        ValueError: If there is nothing to measure on.
+        ValueError: If there are no batches to measure on.
     """
     found = get_metric(metric)
     return found.finish(collect_metric(model, batches, found, process_group, filler_batch))
@@ -67,7 +67,7 @@ def collect_metric(
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,
 ) -> list[Any]:
-    """What each batch of each process adds to a metric of the model as it is, the same on every process."""
+    """The contributions of each batch of each process to a metric of the unchanged model, the same on every process."""
     process_group = process_group or SingleProcess()
     padded = on_every_process(model, list(batches), metric.name, process_group, filler_batch)
     with isolated_rng(0), to_be_scored(model), process_group.heard(model):
@@ -80,10 +80,10 @@ def collect_metric(
 def on_every_process(
     model: nn.Module, batches: list[Batch], what: str, process_group: ProcessGroup, filler_batch: Batch | None
 ) -> list[Batch]:
-    """The batches on the model's device, as many on every process.
+    """The batches on the model's device, the same number on every process.
 
-    A process with a smaller share goes through its last batch again, for nothing: forward passes of a sharded model are a
-    matter of all processes.
+    A process with fewer batches repeats its last one, without counting it: the forward pass of a sharded model is
+    collective.
     """
     shares = process_group.gather((len(batches), filler_batch is not None))
     passes = max(share for share, _ in shares)

@@ -1,4 +1,4 @@
-"""Scores that are not numbers are refused, naming the layer and the batch."""
+"""Refuses scores that are not finite, naming the layer and the batch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def refuse_not_finite(name: str, scores: torch.Tensor, wrong: Sequence[Wrong]) -
     """Refuse scores that are not finite.
 
     Args:
-        name: Of the score.
+        name: Name of the score.
         scores: The scores, the same on every process.
-        wrong: For each process, where it saw what is not finite.
+        wrong: For each process, where it found values that are not finite.
 
     Raises:
-        ValueError: Naming the layers and, as far as `wrong` says it, the batches.
+        ValueError: Naming the layers and, as far as `wrong` gives them, the batches.
     """
     if torch.isfinite(scores).all():
         return

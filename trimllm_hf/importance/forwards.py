@@ -1,4 +1,4 @@
-"""Looking into a forward pass: the blocks' own forward replaced for a time."""
+"""Observing a forward pass by temporarily replacing the blocks' own forward."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Forward = Callable[..., Any]
 
 @contextmanager
 def replaced_forwards(blocks: Sequence[nn.Module], make: Callable[[int, Forward], Forward]) -> Iterator[None]:
-    """Give each block another `forward`. What hangs on the block itself (attributes, hooks) stays in force."""
-    had = [vars(block).get("forward") for block in blocks]  # a wrapper's own forward, if there is one
+    """Give each block another `forward`. Attributes and hooks of the block itself remain in effect."""
+    had = [vars(block).get("forward") for block in blocks]  # a forward set by a wrapper, if there is one
     try:
         for position, block in enumerate(blocks):
             block.forward = make(position, block.forward)
@@ -30,7 +30,7 @@ def replaced_forwards(blocks: Sequence[nn.Module], make: Callable[[int, Forward]
 
 @contextmanager
 def without_hooks(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Take the hooks off the blocks: what gathers a block's parameters before its forward need not gather them."""
+    """Remove the blocks' hooks temporarily: an engine then does not gather parameters before each block's forward."""
     names = ("_forward_pre_hooks", "_forward_hooks")
     had = [{name: vars(block)[name] for name in names} for block in blocks]
     try:
@@ -43,7 +43,7 @@ def without_hooks(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def refuse_not_run(ran: Collection[int], depth: int) -> None:
-    """Refuse a forward pass that has left blocks out.
+    """Refuse a forward pass that skipped blocks.
 
     Raises:
         ValueError: Naming them.

@@ -27,21 +27,21 @@ def taylor(
 ) -> torch.Tensor:
     """Sum |w * dL/dw| over a layer's weights, L the mean loss: Shortened LLaMA's Taylor (arXiv 2402.02834, §2.2).
 
-    Here L is the loss per token on the calibration set. `TrimCallback` takes the gradient that training has just computed
-    instead, where there is one: no pass at all. The parameters' own gradients are left as they were.
+    Here L is the loss per token on the calibration set. `TrimCallback` instead uses the gradient that training has just
+    computed, if there is one, which needs no extra pass. The parameters' own gradients are left as they were.
 
     Args:
         model: The model, in evaluation mode.
-        batches: This process's batches, as many as on every other.
-        num_counted: How many of them count; those behind are for the others' sake.
+        batches: This process's batches, the same number on every process.
+        num_counted: How many of them count; the rest only keep the processes in step.
         unit: "block".
         process_group: The processes of the run.
-        loss: Gives a batch's mean loss, and the number of labels that it is the mean of.
-        part: Of an encoder-decoder, the stack that the layers are of.
+        loss: Returns a batch's mean loss, and the number of labels that it is the mean of.
+        part: For an encoder-decoder, the stack that the layers belong to.
 
     Raises:
-        ValueError: If a batch has no labels, a layer has no gradient, a score is not a number, or the engine keeps gradients
-            to itself (ZeRO).
+        ValueError: If a batch has no labels, a layer has no gradient, a score is not finite, or the engine does not expose
+            gradients (ZeRO).
     """
     refuse_no_gradient(process_group)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -56,12 +56,12 @@ def taylor(
         for position, batch in enumerate(batches):
             with torch.enable_grad():
                 mean, count = loss(model, batch)
-                scale = scale or max(process_group.gather(count)) or 1.0  # keeps gradients in the size of a mean's
+                scale = scale or max(process_group.gather(count)) or 1.0  # keeps the gradients at the scale of a mean
                 counted = count if position < num_counted else 0.0
                 total += counted / scale
                 if counted and not torch.isfinite(mean):
                     wrong.append((layers, position))
-                # sharded gradients come as the mean over the processes
+                # sharded gradients are averaged over the processes
                 copies = process_group.world_size if any(map(is_sharded, parameters)) else 1
                 (mean * (counted / scale * copies)).backward()
         total = sum(process_group.gather(total))
@@ -74,7 +74,7 @@ def taylor(
             )
         for parameter in parameters:
             if process_group.world_size > 1 and not is_sharded(parameter):
-                # an expert may have had tokens on another process only
+                # an expert may have had tokens only on another process
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 process_group.sum_in_place(parameter.grad)
         scores = process_group.all_reduce(weights_times_gradients(model, unit, process_group.world_size, part)) / total
@@ -86,10 +86,10 @@ def taylor(
 
 
 def refuse_no_gradient(process_group: ProcessGroup) -> None:
-    """Refuse an engine under which no gradient can be had beside training.
+    """Refuse an engine that provides no gradients outside of training.
 
     Raises:
-        ValueError: Saying what to use instead.
+        ValueError: With what to use instead.
     """
     if not process_group.free_backward:
         raise ValueError(
@@ -99,7 +99,7 @@ def refuse_no_gradient(process_group: ProcessGroup) -> None:
 
 
 def refuse_frozen(model: nn.Module, unit: str, part: str | None = None) -> None:
-    """Refuse layers with weights that do not train, which have no gradient: their share would be missing in the score.
+    """Refuse layers with frozen weights, which have no gradient: their share would be missing from the score.
 
     Raises:
         ValueError: Naming the layers.
@@ -115,10 +115,10 @@ def refuse_frozen(model: nn.Module, unit: str, part: str | None = None) -> None:
 
 @torch.no_grad()
 def weights_times_gradients(model: nn.Module, unit: str, world_size: int, part: str | None = None) -> torch.Tensor:
-    """Sum |w * dL/dw| over each unit's weights, by the gradients that the parameters hold now: this process's share.
+    """Sum |w * dL/dw| over each unit's weights, from the parameters' current gradients: this process's share.
 
-    The shares add up to the sum over all weights, whether they are sharded or each process holds a whole copy. A unit none
-    of whose weights has a gradient did not run: its sum is not 0 but not a number.
+    The shares add up to the sum over all weights, whether they are sharded or each process holds a whole copy. A unit
+    without any gradients did not run: its sum is NaN, not 0.
     """
     units, blocks = _units(model, unit, part)
     totals = []
@@ -135,7 +135,7 @@ def _units(model: nn.Module, unit: str, part: str | None) -> tuple[list[Unit], n
 
 
 def _without_gradient(units: Sequence[Unit], blocks: nn.ModuleList) -> set[int]:
-    """Which units have no gradient at all."""
+    """The units that have no gradients at all."""
     return {i for i, unit in enumerate(units) if (held := _parameters(unit, blocks)) and all(p.grad is None for p in held)}
 
 

@@ -1,4 +1,4 @@
-"""Choosing several layers with few passes: block influence says who is looked at, and old scores who is looked at again."""
+"""Chooses several layers with few passes: block influence selects candidates, and earlier scores which to measure again."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .forwards import replaced_forwards
 from .metrics import Metric, get_metric
 from .scores import score_layers
 
-Cost = Callable[[Collection[int]], float]  # of the model without the layers at these positions
+Cost = Callable[[Collection[int]], float]  # the cost of the model without the layers at these positions
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """Layers that were left out one after the other.
+    """Layers left out one after another.
 
     Attributes:
         layers: Their positions, in the order in which they were chosen.
-        cost: What was measured of the model without all of them; lower is better.
+        cost: The measure of the model without all of them; lower is better.
         evaluations: How many models were measured.
     """
 
@@ -51,22 +51,22 @@ def greedy_layers(
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,
 ) -> Greedy:
-    """Choose several blocks of a model by leaving them out one after the other, with few passes: see `lazy_greedy`.
+    """Choose several blocks of a model by leaving them out one after another, with few passes; see `lazy_greedy`.
 
     Args:
-        model: A transformers model, unwrapped; nothing of it changes.
+        model: A transformers model, unwrapped; it is not changed.
         batches: Dicts of model inputs, with labels.
-        count: How many blocks go.
-        candidates: Positions of those that may go. Default: all but the first and the last.
-        width: How many of the candidates are looked at for each, those of the lowest block influence. None: all, beginning
+        count: How many blocks to choose.
+        candidates: Positions of the blocks that may be chosen. Default: all but the first and the last.
+        width: How many candidates are considered in each step, those of the lowest block influence. None: all, beginning
             with a scan of the whole model.
-        metric: What is measured of the model without blocks; see `score_layers`.
-        part: Of an encoder-decoder, whose blocks.
+        metric: What is measured on the model without the blocks; see `score_layers`.
+        part: For an encoder-decoder, the stack that the blocks belong to.
         process_group: The processes of the run, for example an engine; None in one process.
         filler_batch: A batch for the forward passes of a process whose share is empty; it does not count.
 
     Raises:
-        ValueError: If fewer blocks may go than have to, or there is nothing to measure on.
+        ValueError: If there are fewer candidates than `count`, or there are no batches to measure on.
     """
     found, passed = get_metric(metric), PassedOver(model, part)
     processes: dict[str, Any] = {"process_group": process_group, "filler_batch": filler_batch}
@@ -87,22 +87,22 @@ def greedy_layers(
 def lazy_greedy(
     cost: Cost, order: Sequence[int], count: int, *, width: int, of_each: Mapping[int, float] | None = None
 ) -> Greedy:
-    """Leave out one layer after the other, each time that without which the cost is lowest, and measure few models for it.
+    """Leave out layers one after another, each time the one whose removal gives the lowest cost, with few measurements.
 
-    Looked at are the first `width` of `order` that are still there (a filter: an order by block influence). One of them that
-    was measured before is measured again only while what it added to the cost then says that it may be the cheapest now
-    (Minoux 1978, "Accelerated greedy algorithms for maximizing submodular set functions"). That is exact where a layer adds
-    the more, the more others are gone; where it is not so, another layer that adds about as much may be taken.
+    Each step considers the first `width` layers of `order` that remain (a filter, for example by block influence). A layer
+    that was measured before is measured again only if, by the cost it added then, it may be the cheapest now (Minoux 1978,
+    "Accelerated greedy algorithms for maximizing submodular set functions"). That is exact if the cost a layer adds grows
+    with the number of layers removed; otherwise a layer that adds about as much may be chosen.
 
     Args:
         cost: Measures the model without some layers; lower is better.
-        order: Positions of the layers that may go, the likeliest first.
-        count: How many go.
-        width: How many are looked at; all of them: a greedy scan.
+        order: Positions of the layers that may be chosen, the most likely first.
+        count: How many to choose.
+        width: How many are considered in each step; with all of them it is a greedy scan.
         of_each: The cost without each layer alone, where a scan has measured it.
 
     Raises:
-        ValueError: If fewer than `count` layers may go, or the width is below 1.
+        ValueError: If fewer than `count` layers may be chosen, or the width is below 1.
     """
     if not 0 < count <= len(order) or width < 1:
         raise ValueError(
@@ -111,7 +111,7 @@ def lazy_greedy(
         )
     now, evaluations, gone = cost(()), 1, list[int]()
     added = {layer: value - now for layer, value in (of_each or {}).items()}
-    fresh = set(added)  # measured with the layers gone that are gone now
+    fresh = set(added)  # measured with the current set of removed layers
     while len(gone) < count:
         left = [layer for layer in order if layer not in gone][:width]
         while (cheapest := min(left, key=lambda layer: added.get(layer, -math.inf))) not in fresh:
@@ -125,21 +125,21 @@ def lazy_greedy(
 
 
 class PassedOver:
-    """Runs a model as if some blocks were not there: their inputs are handed on, and they do no work.
+    """Runs a model as if some blocks were absent: their inputs are passed on without computation.
 
     Args:
-        model: The model, unwrapped. It stays as it is.
-        part: Of an encoder-decoder, the stack that the blocks are of.
+        model: The model, unwrapped. It is not changed.
+        part: For an encoder-decoder, the stack that the blocks belong to.
     """
 
     def __init__(self, model: nn.Module, part: str | None = None) -> None:
         self._blocks = list(find_blocks(base_of(model), part).blocks)
-        self._rests: dict[int, tuple[Any, ...] | None] = {}  # what each block returns behind its hidden states
+        self._rests: dict[int, tuple[Any, ...] | None] = {}  # what each block returns after its hidden states
         self._must_run: set[int] = set()  # blocks that return further tensors (T5's position bias)
 
     @contextmanager
     def without(self, positions: Collection[int]) -> Iterator[None]:
-        """Pass over the blocks at these positions."""
+        """Skip the blocks at these positions."""
         positions = sorted(positions)
 
         def passing(number: int, forward: Callable[..., Any]) -> Callable[..., Any]:

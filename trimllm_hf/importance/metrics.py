@@ -1,4 +1,4 @@
-"""What a scan measures of a model without a unit: the loss, the accuracy on choices, or any `compute_metrics`."""
+"""What a scan measures on a model without a unit: the loss, the accuracy on choices, or any `compute_metrics`."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Metric:
     """A measure of a model on the calibration set.
 
     Attributes:
-        name: What it is called.
-        collect: What one batch adds, from the model, what `run` gave and the batch; in numbers or NumPy arrays, to be sent
-            between processes.
-        finish: The measure, from what all batches of all processes have added.
-        worse_is_greater: Whether a greater value is a worse one, as for a loss.
+        name: Its name.
+        collect: The contribution of one batch, from the model, the result of `run` and the batch; in numbers or NumPy
+            arrays, so that it can be sent between processes.
+        finish: The measure, from the contributions of all batches of all processes.
+        worse_is_greater: Whether a greater value is worse, as for a loss.
         check: Raises on a batch that cannot be measured.
-        of_labels: Whether it depends only on what is predicted where there are labels.
-        of_each_batch: Whether it says something of one batch alone, as a mean does.
-        run: What is computed of a batch, by calling the model: by default its output.
+        of_labels: Whether it depends only on the predictions at positions with labels.
+        of_each_batch: Whether it is defined for a single batch, as a mean is.
+        run: What is computed for a batch by calling the model; by default the model's output.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Metric:
     run: Callable[[nn.Module, Batch], Any] = model_output
 
     def importance(self, value: float) -> float:
-        """The importance of the unit without which the measure is `value`: higher = more important."""
+        """The importance of a unit, given the measure `value` without it: higher = more important."""
         return value if self.worse_is_greater else -value
 
 
@@ -61,7 +61,7 @@ class Metric:
 
 def _add_loss(model: nn.Module, output: Any, batch: Batch) -> tuple[float, float]:
     tokens = num_label_tokens(model, batch)
-    return (output.loss.item() * tokens if tokens else 0.0), tokens  # the mean over no labels is not a number
+    return (output.loss.item() * tokens if tokens else 0.0), tokens  # the mean over no labels is NaN
 
 
 def _mean_loss(parts: Sequence[tuple[float, float]]) -> float:
@@ -75,7 +75,7 @@ def _mean_loss(parts: Sequence[tuple[float, float]]) -> float:
 
 
 def num_label_tokens(model: nn.Module, batch: Batch) -> float:
-    """Number of labels that the model's mean loss is over.
+    """The number of labels that the model's loss averages over.
 
     Raises:
         ValueError: If the batch has no labels.
@@ -89,7 +89,7 @@ def num_label_tokens(model: nn.Module, batch: Batch) -> float:
 
 
 def labels_of(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The labels that the model's mean loss is over, of shape (labels,)."""
+    """The labels that the model's loss averages over, of shape (labels,)."""
     labels: torch.Tensor = batch["labels"]
     if is_causal(model):
         labels = labels[..., 1:]  # a causal model predicts each token but the first
@@ -97,7 +97,7 @@ def labels_of(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether the model's labels are its own input, each predicted at the token before it."""
+    """Whether the model's labels are its own input, each predicted at the previous token."""
     return type(base_of(model)).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
@@ -114,7 +114,7 @@ def own_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, float]:
 
 
 def from_loss(loss: Loss) -> Metric:
-    """The metric "loss" of a loss that the model does not compute itself, as a Trainer's `compute_loss`."""
+    """The metric "loss" for a loss that the model does not compute itself, such as a Trainer's `compute_loss`."""
 
     def collect(model: nn.Module, output: tuple[torch.Tensor, float], batch: Batch) -> tuple[float, float]:
         mean, count = output
@@ -127,7 +127,7 @@ def from_loss(loss: Loss) -> Metric:
 
 
 def _add_choices(model: nn.Module, output: Any, batch: Batch) -> list[tuple[int, bool, float]]:
-    """For each row its question, whether its choice is right, and the choice's log-likelihood."""
+    """For each row: its question, whether its choice is right, and the choice's log-likelihood."""
     labels = batch["labels"][:, 1:]
     logits = output.logits[:, :-1].transpose(1, 2).float()
     losses = nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
@@ -152,7 +152,7 @@ def _choice_accuracy(parts: Sequence[list[tuple[int, bool, float]]]) -> float:
         if any(np.isnan(score) for _, score in rows):
             return float("nan")
         best = max(score for _, score in rows)
-        answered += [right for right, score in rows if score == best] == [True]  # a tie with a wrong one is no answer
+        answered += [right for right, score in rows if score == best] == [True]  # a tie with a wrong choice does not count
     return answered / len(choices)
 
 
@@ -173,7 +173,7 @@ CHOICE_ACCURACY = Metric(
 # ---- any compute_metrics
 
 
-Predictions = tuple[Any, Any, Any]  # loss, logits and labels, as of `Trainer.prediction_step`
+Predictions = tuple[Any, Any, Any]  # loss, logits and labels, as returned by `Trainer.prediction_step`
 
 
 def from_compute_metrics(
@@ -187,17 +187,17 @@ def from_compute_metrics(
     with_losses: bool = False,
     batch_by_batch: bool = False,
 ) -> Metric:
-    """A metric of a Trainer's `compute_metrics`.
+    """A metric from a Trainer's `compute_metrics`.
 
     Args:
-        name: The key of what `compute_metrics` returns; "eval_" in front of it may be there or not.
+        name: A key in the result of `compute_metrics`, with or without the prefix "eval_".
         compute_metrics: As for the Trainer.
         preprocess_logits: As the Trainer's `preprocess_logits_for_metrics`. What it returns is kept for each unit and
             each example until the end: for a language model take the argmax here.
-        greater_is_better: None: by the name, as for `TrainingArguments.metric_for_best_model`: unless it ends in "loss".
+        greater_is_better: None: true unless the name ends in "loss", as for `TrainingArguments.metric_for_best_model`.
         predict: As `Trainer.prediction_step`; by default the model's own loss and logits, and the batch's labels.
-        inputs_of: The inputs of a batch, where `compute_metrics` wants them (`include_for_metrics`).
-        with_losses: Whether it wants a loss for each example (likewise).
+        inputs_of: Returns the inputs of a batch, if `compute_metrics` needs them (`include_for_metrics`).
+        with_losses: Whether it needs a loss for each example (likewise).
         batch_by_batch: Whether it is called for each batch, with `compute_result=True` at the last (`batch_eval_metrics`).
     """
     bare = name.removeprefix("eval_")
@@ -216,7 +216,7 @@ def from_compute_metrics(
 
     def finish(parts: Sequence[dict[str, Any]]) -> float:
         if batch_by_batch:
-            for part in parts:  # the Trainer gives tensors here
+            for part in parts:  # the Trainer passes tensors here
                 tensors = tree_map(lambda leaf: torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, part)
                 found = compute_metrics(_as_evaluated(tensors), compute_result=part is parts[-1])
         else:
@@ -251,7 +251,7 @@ def get_metric(metric: str | Metric) -> Metric:
     """The metric of that name.
 
     Raises:
-        ValueError: If it is none of those that need no function of the user's.
+        ValueError: If it is not one of the metrics that need no user-defined function.
     """
     if isinstance(metric, Metric):
         return metric
@@ -264,7 +264,7 @@ def get_metric(metric: str | Metric) -> Metric:
 
 
 def exponential(metric: Metric) -> Metric:
-    """The metric's exponential: of the mean loss, the perplexity."""
+    """The metric's exponential: for the mean loss, the perplexity."""
     return replace(metric, name="perplexity", finish=lambda parts: float(np.exp(metric.finish(parts))))
 
 

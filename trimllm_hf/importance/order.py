@@ -1,4 +1,4 @@
-"""From scores to the layers that go."""
+"""Chooses the layers to drop from their scores."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 @dataclass(frozen=True)
 class Chosen:
-    """The layers that go next.
+    """The layers to drop next.
 
     Attributes:
         positions: Their positions, ascending.
-        scores: Their scores, in that order. Of a window, each has the window's.
-        margin: By how much the score of the best candidate that stays is higher; None if there is none. About 0 means
-            that the choice was a toss-up on these calibration examples.
+        scores: Their scores, in that order. All layers of a window have the window's score.
+        margin: By how much the lowest score among the remaining candidates is higher; None if none remain. About 0
+            means that the choice was nearly arbitrary on these calibration examples.
     """
 
     positions: list[int]
@@ -34,16 +34,16 @@ def choose(
     candidates: Sequence[int] | None = None,
     spared: Sequence[int] = (),
 ) -> Chosen:
-    """The `count` lowest scores among the candidates. Of equal ones the lowest tie score goes, then the deepest.
+    """The `count` candidates with the lowest scores. Ties are broken by the lowest tie score, then by the greatest depth.
 
     Args:
         scores: Of shape (layers,).
-        count: How many layers go.
-        protect_first: Layers at the input side that stay.
-        protect_last: Layers at the output side that stay.
+        count: How many layers to choose.
+        protect_first: Number of layers at the input side to keep.
+        protect_last: Number of layers at the output side to keep.
         candidates: The positions to choose from; by default those outside the protected ends.
-        tie_scores: Makes the scores that break ties, of the same shape; called only if there is a tie to break.
-        spared: Candidates that go only when there is no other.
+        tie_scores: Returns the scores that break ties, of the same shape; called only if there is a tie to break.
+        spared: Candidates that are chosen only when no others are left.
     """
     if candidates is None:
         candidates = range(protect_first, len(scores) - protect_last)
@@ -60,7 +60,7 @@ def choose(
     if tie_scores is not None and len(lowest) > count and _equal(last_in, lowest[count]):
         breakers = tie_scores()
         ties = {position: breakers[position].item() for position in candidates}
-        # equal but for rounding: their order is the tie breaker's
+        # equal up to rounding: the tie breaker orders them
         values = {position: last_in if _equal(value, last_in) else value for position, value in values.items()}
     order = sorted(candidates, key=lambda position: (values[position], ties[position], -position))
     chosen = sorted(surely + order[:count])
@@ -69,13 +69,13 @@ def choose(
 
 
 def choose_window(scores: torch.Tensor, count: int, protect_first: int, protect_last: int) -> Chosen:
-    """The `count` successive layers whose window has the lowest score.
+    """The window of `count` successive layers with the lowest score.
 
     Args:
-        scores: Of each window, by its first layer: of shape (layers - count + 1,).
-        count: Layers of a window.
-        protect_first: Layers at the input side that stay.
-        protect_last: Layers at the output side that stay.
+        scores: The score of each window, by its first layer: of shape (layers - count + 1,).
+        count: Layers per window.
+        protect_first: Number of layers at the input side to keep.
+        protect_last: Number of layers at the output side to keep.
     """
     first = choose(scores, 1, protect_first, protect_last)
     (start,) = first.positions

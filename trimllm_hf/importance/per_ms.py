@@ -1,7 +1,7 @@
-"""Importance per millisecond: an attention and an MLP do not cost the same, and what a drop buys is time.
+"""Importance per millisecond: an attention and an MLP do not take the same time, and time is what a drop saves.
 
-TrimLLM leaves it to future work (arXiv 2412.11242). It takes a score that says what a layer's absence costs, so that 0
-means free to drop, and divides that cost by the time that the absence saves.
+TrimLLM leaves this to future work (arXiv 2412.11242). It takes a score that measures the cost of a layer's absence, with 0
+for a layer that is free to drop, and divides that cost by the time that the absence saves.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 
 
 def per_ms(scores: torch.Tensor, of_none: float, ms: Sequence[float]) -> torch.Tensor:
-    """What the model loses without each layer, for each ms that this saves; the lowest goes first.
+    """What the model loses without each layer, per ms saved; the layer with the lowest value is dropped first.
 
-    A layer without which the model is *better* has its gain times its ms, as a negative score: both speak for its going.
-    Where all layers take the same time, the order of the scores stays what it was.
+    If the model is *better* without a layer, the score is minus the gain times the ms, since both favour dropping it. If
+    all layers take the same time, the order of the scores is unchanged.
 
     Args:
         scores: Of shape (layers,), higher = more important.
@@ -24,7 +24,7 @@ def per_ms(scores: torch.Tensor, of_none: float, ms: Sequence[float]) -> torch.T
         ms: The time that each layer takes.
 
     Raises:
-        ValueError: If there is not a time above 0 for each layer.
+        ValueError: If there is not a positive time for each layer.
     """
     if len(ms) != len(scores) or not all(math.isfinite(time) and time > 0 for time in ms):
         raise ValueError(f"Expected a time above 0 ms for each of {len(scores)} layers, got {list(ms)}.")
@@ -33,10 +33,10 @@ def per_ms(scores: torch.Tensor, of_none: float, ms: Sequence[float]) -> torch.T
 
 
 def refuse_without_zero(name: str, with_zero: Collection[str]) -> None:
-    """Refuse a score of which it is not known what it says of a layer whose absence changes nothing.
+    """Refuse a score whose value for a layer without effect is unknown.
 
     Raises:
-        ValueError: With those that can be had per ms.
+        ValueError: With the scores that are available per ms.
     """
     if name not in with_zero:
         raise ValueError(

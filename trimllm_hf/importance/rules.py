@@ -1,4 +1,4 @@
-"""Scores that look only at a layer's position, or at nothing."""
+"""Scores that depend only on a layer's position, or on nothing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .calibration import Batch
 
 
 def last(model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None) -> tuple[torch.Tensor, float]:
-    """The deeper, the less important: the top layers go first ("Why Lift so Heavy?", arXiv 2402.11700)."""
+    """The deeper, the less important: the top layers are dropped first ("Why Lift so Heavy?", arXiv 2402.11700)."""
     return torch.arange(len(list_units(model, unit, part)), 0, -1, dtype=torch.float64), 1.0
 
 
 def deepest_except_last(
     model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None
 ) -> tuple[torch.Tensor, float]:
-    """As `last`, but the last layer stays: the "simple" rule of Gromov et al. (arXiv 2403.17887, §4.4)."""
+    """As `last`, but the last layer is kept: the "simple" rule of Gromov et al. (arXiv 2403.17887, §4.4)."""
     scores, count = last(model, batches, unit, part)
     positions = [candidate.position for candidate in list_units(model, unit, part)]
     at_end = [position == max(positions) for position in positions]
@@ -27,10 +27,10 @@ def deepest_except_last(
 
 
 def first(model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None) -> tuple[torch.Tensor, float]:
-    """The deeper, the more important: the bottom layers go first. A baseline that a score has to beat by far."""
+    """The deeper, the more important: the bottom layers are dropped first. A baseline that a score must beat by far."""
     return torch.arange(len(list_units(model, unit, part)), dtype=torch.float64), 1.0
 
 
 def random(model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None) -> tuple[torch.Tensor, float]:
-    """Uniform noise, by the seed of the scoring: the baseline that a score has to beat."""
+    """Uniform noise, drawn with the seed of the scoring: the baseline that a score must beat."""
     return torch.rand(len(list_units(model, unit, part)), dtype=torch.float64), 1.0

@@ -1,4 +1,4 @@
-"""Leave-one-out: what a measure of the model becomes when a unit is left out."""
+"""Leave-one-out: measures the model with each unit left out."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class ScanSettings:
     """How a scan runs. Only `metric` changes a score beyond rounding.
 
     Attributes:
-        metric: What is measured of the model without a unit.
-        memory_gb: Memory for the candidates beside that of a forward pass, in 10^9 bytes; None: half of what is free.
+        metric: What is measured on the model without a unit.
+        memory_gb: Memory for the candidates in addition to a forward pass, in 10^9 bytes; None: half of the free memory.
         process_group: The processes of the run.
         progress: Whether to show a bar with the candidates scored.
-        of_batches: Is given the scores on each batch of all processes, if the metric says something of one.
+        of_batches: Called with the scores on each batch of all processes, if the metric is defined for a single batch.
     """
 
     metric: Metric
@@ -52,7 +52,7 @@ class ScanSettings:
 def sensitivity(metric: Metric) -> Metric:
     """The metric on the calibration set without the unit: TrimLLM's sensitivity scan (arXiv 2412.11242, §3.2).
 
-    The paper's metric is the accuracy, in which layers tie (hence its tie-breaker); the loss on the answer does not.
+    The paper's metric is the accuracy, for which layers tie (hence its tie-breaker); for the loss on the answer they do not.
     """
     return metric
 
@@ -82,11 +82,11 @@ def scan(
 
     Args:
         model: The model, in evaluation mode.
-        batches: This process's batches, as many as on every other: each makes the same forward passes.
-        num_counted: How many of them count; those behind are for the others' sake.
+        batches: This process's batches, the same number on every process: all make the same forward passes.
+        num_counted: How many of them count; the rest only keep the processes in step.
         unit: "block".
-        settings: How to go about it.
-        part: Of an encoder-decoder, the stack that the units are of.
+        settings: How the scan runs.
+        part: For an encoder-decoder, the stack that the units belong to.
     """
     scanner = _Scanner(model, unit, settings, part)
     metric, units = settings.metric, scanner.units
@@ -121,7 +121,7 @@ def _of_each_batch(metric: Metric, everyones: Sequence[list[list[Any]]]) -> Iter
 
 
 def _not_finite(parts: list[list[Any]]) -> list[tuple[list[int], int]]:
-    """Which units' parts hold what is not finite, in which batch."""
+    """The units with values that are not finite, and the batch."""
     bad: dict[int, list[int]] = {}
     for position, of_unit in enumerate(parts):
         for number, part in enumerate(of_unit):
@@ -131,7 +131,7 @@ def _not_finite(parts: list[list[Any]]) -> list[tuple[list[int], int]]:
 
 
 def _refuse_too_much(part: Any, times: int) -> None:
-    """Refuse to keep more predictions than there is memory for."""
+    """Refuse to keep more predictions than fit in memory."""
     need, free = sum(getattr(leaf, "nbytes", 0) for leaf in tree_leaves(part)) * times, psutil.virtual_memory().available
     if need > free / 2:
         raise ValueError(
@@ -142,9 +142,9 @@ def _refuse_too_much(part: Any, times: int) -> None:
 
 
 class _Scanner:
-    """Yields what the metric runs without each unit: by sweeps, or one by one where a model or a loss does not allow them.
+    """Runs the metric without each unit: in sweeps, or one by one where a model or a loss does not allow sweeps.
 
-    What it decides, it decides with the other processes: each of them makes the same forward passes.
+    Decisions are made jointly with the other processes, since all make the same forward passes.
     """
 
     def __init__(self, model: nn.Module, unit: str, settings: ScanSettings, part: str | None) -> None:
@@ -159,10 +159,10 @@ class _Scanner:
         self.only_labels = self.metric.of_labels
 
     def outputs(self, batch: Batch) -> Iterator[tuple[Any, Batch]]:
-        """What the metric runs on the batch without each unit, and what of the batch it is for."""
+        """Yield the metric's run on the batch without each unit, and the part of the batch it is for."""
         reference = None
         if not self.checked and not self.one_by_one:
-            with self.process_group.gathered(()):  # what an engine has fetched ahead for training would stay gathered
+            with self.process_group.gathered(()):  # what an engine has prefetched for training would stay gathered
                 pass
             reference = self.sweep.learn(lambda: self._without(0, batch))
         if not self.one_by_one:
@@ -193,7 +193,7 @@ class _Scanner:
                 yield self._without(position, batch), batch
 
     def _checked(self, batch: Batch, reference: Any) -> Iterable[tuple[Any, Batch]] | None:
-        """The sweep's outputs if the first is right, on the positions that count or else on all; None if neither is."""
+        """The sweep's outputs if the first is correct, on the labelled positions or else on all; None if neither is."""
         if self._any(not self.sweep.is_right()):
             return None
         tolerance = self.sweep.tolerance
@@ -209,7 +209,7 @@ class _Scanner:
                 right = right and alike(first[0].loss, reference.loss, tolerance)
             if not self._any(not right):
                 return chain([first], outputs)
-            outputs.close()  # gives the blocks their own forward back
+            outputs.close()  # restores the blocks' own forward
         return None
 
     def _part(self, batch: Batch) -> Labelled:
@@ -230,14 +230,14 @@ class _Scanner:
 
 
 def _figures(output: Any) -> list[torch.Tensor]:
-    """What of an output is compared: of a model's its loss and logits, which are what follows the blocks."""
+    """The tensors of an output to compare: a model's loss and logits, which are computed after the blocks."""
     if isinstance(output, ModelOutput) and "logits" in output:
         return [output["logits"]]
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on a device now, in bytes."""
+    """Memory currently available on a device, in bytes."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

@@ -1,8 +1,8 @@
-"""Importance: a number for each layer, higher = keep. A registry of plain functions, by name.
+"""Importance: one score per layer, higher = keep. A registry of plain functions by name.
 
-A score is a mean over tokens (or examples). A function of `statistics.py` or `rules.py`, or one of the user's own, returns
-its *totals* over the batches that it was given and the number of tokens, so that processes with shares of different size
-agree on the mean over all of them. One of `scan.py` says what is measured of the model without a layer.
+A score is a mean over tokens (or examples). A function in `statistics.py` or `rules.py`, or a user-defined one, returns its
+*totals* over the batches it was given and the number of tokens, so that processes with shares of different sizes agree on
+the overall mean. A function in `scan.py` defines what is measured on the model without a layer.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from .rules import deepest_except_last, first, last, random
 from .scan import ScanSettings, perplexity, scan, sensitivity
 from .statistics import activation_norm, angular, block_influence, layer_redundancy, relative_magnitude
 
-Importance = Callable[..., tuple[torch.Tensor, float]]  # of a model, batches and a unit; of a part, where it takes one
+Importance = Callable[..., tuple[torch.Tensor, float]]  # takes a model, batches and a unit; optionally a part
 
 _SCANS: dict[str, Callable[[Metric], Metric]] = {"sensitivity": sensitivity, "perplexity": perplexity}
 _GRADIENTS = {"taylor": taylor}
-_FROM_ZERO = {*_SCANS, *_GRADIENTS, "block_influence", "relative_magnitude"}  # 0, or the model as it is: free to drop
+_FROM_ZERO = {*_SCANS, *_GRADIENTS, "block_influence", "relative_magnitude"}  # 0, or the full model's value: free to drop
 _RULES: dict[str, Importance] = {
     "last": last,
     "deepest_except_last": deepest_except_last,
@@ -52,14 +52,14 @@ _REGISTRY: dict[str, Importance] = {
 
 
 def register_importance(name: str, function: Importance) -> None:
-    """Make a score of your own usable as `TrimConfig(importance=name)`.
+    """Make a custom score usable as `TrimConfig(importance=name)`.
 
     Args:
-        name: The name; one that is taken is refused.
+        name: The name; it must not be taken.
         function: Takes the model (in evaluation mode, no gradients), the batches (dicts of tensors on the model's
             device) and the unit; returns the totals, a tensor of shape (layers,), and the count by which to divide the
-            sum of the totals of all processes. Higher = more important. Where it has a parameter `part`, it is told the
-            stack of an encoder-decoder; where it has none, only the default stack can be scored.
+            sum of the totals of all processes. Higher = more important. If it has a parameter `part`, it is passed the
+            stack of an encoder-decoder; otherwise only the default stack can be scored.
 
     Raises:
         ValueError: If the name is taken.
@@ -75,10 +75,10 @@ def known() -> list[str]:
 
 
 def needs_data(name: str) -> bool:
-    """Whether the score looks at calibration examples at all.
+    """Whether the score uses calibration examples.
 
     Raises:
-        ValueError: If there is no score of that name; lists those that there are.
+        ValueError: If there is no score of that name; lists the existing ones.
     """
     if name not in known():
         raise ValueError(f"Expected an importance among {known()}, got {name!r}. Add it: register_importance.")
@@ -86,22 +86,22 @@ def needs_data(name: str) -> bool:
 
 
 def goes_by_loss(name: str) -> bool:
-    """Whether the score says what a layer does for the loss (or another measure of the labels)."""
+    """Whether the score measures a layer's effect on the loss (or another measure of the labels)."""
     return name in _SCANS or name in _GRADIENTS
 
 
 def refuse_not_per_ms(*names: str) -> None:
-    """Refuse scores that cannot be had per millisecond.
+    """Refuse scores that are not available per millisecond.
 
     Raises:
-        ValueError: Naming those that can.
+        ValueError: Naming those that are.
     """
     for name in names:
         refuse_without_zero(name, _FROM_ZERO)
 
 
 def is_joint(name: str) -> bool:
-    """Whether the score is of layers that go together, successive ones, and not of each by itself."""
+    """Whether the score is for windows of successive layers that are dropped together, not for each layer."""
     return name == "angular"
 
 
@@ -127,36 +127,36 @@ def score_layers(
 
     Args:
         model: A transformers model, unwrapped.
-        batches: Dicts of model inputs, moved to the model's device here; with labels, where the score needs a loss.
+        batches: Dicts of model inputs, moved to the model's device here; with labels, if the score needs a loss.
         importance: Name of the score.
         unit: "block"; or "sublayer": a score for each attention and each MLP, in the order of `LayerMap.sublayers`
             (attention, then MLP of each block; 2n for a base of n blocks).
-        metric: For a scan: what is measured of the model without a layer. "loss", "choice_accuracy" (rows as
+        metric: For a scan: what is measured on the model without a layer. "loss", "choice_accuracy" (rows as
             `QuestionEncoder.rows` makes them), or one made by `from_compute_metrics`.
-        window: For `angular`: how many successive layers go together.
-        seed: For scores that draw. Global random state is left as it was.
-        memory_gb: For a scan: memory for its candidates, in 10^9 bytes, beside that of a forward pass. None: half of
-            what is free.
-        unit_ms: The time that each layer takes. Scores are then what the model loses without a layer, for each ms that
-            this saves: of a scan, by how much the metric is worse than that of the model as it is (one more pass over the
-            batches), of `block_influence`, `relative_magnitude` and `taylor` the score itself. A layer without which the
-            model is better has its gain times its ms, as a negative score. Other scores are refused.
+        window: For `angular`: how many successive layers are dropped together.
+        seed: For scores that draw random numbers. Global random state is left as it was.
+        memory_gb: For a scan: memory for its candidates, in 10^9 bytes, in addition to a forward pass. None: half of
+            the free memory.
+        unit_ms: The time that each layer takes, in ms. Scores are then what the model loses without a layer, per ms saved:
+            for a scan, by how much the metric is worse than that of the unchanged model (one more pass over the batches);
+            for `block_influence`, `relative_magnitude` and `taylor`, the score itself. If the model is better without a
+            layer, the score is minus the gain times the ms. Other scores are refused.
         progress: For a scan: whether to show a bar with the candidates scored.
-        part: Of an encoder-decoder, whose layers to score: "decoder" or "encoder"; see `drop_layers`.
+        part: For an encoder-decoder, the stack to score: "decoder" or "encoder"; see `drop_layers`.
         process_group: The processes of the run, for example an engine; None in one process.
         filler_batch: A batch for the forward passes of a process whose share is empty; it does not count.
-        loss: Computes the loss, for scores that go by it: takes the model and a batch, and returns the mean loss as a tensor
-            with the number of labels or examples that it is the mean of. By default the loss that the model computes itself.
-            With it a batch may be anything that it takes.
-        of_batches: A list that is given the scores on each batch, of all processes, where a batch alone has some: of a
-            scan by the loss, and of statistics. For `standard_error`.
+        loss: Computes the loss, for scores that use it: takes the model and a batch, and returns the mean loss as a tensor
+            and the number of labels or examples that it is the mean of. By default the loss that the model computes itself.
+            If given, a batch may be anything that this function accepts.
+        of_batches: A list to which the scores on each batch of all processes are appended, if they are defined for a single
+            batch: for a scan by the loss, and for statistics. For `standard_error`.
 
     Returns:
-        Scores of shape (layers,), or by sublayers (sublayers,), float64 on the CPU, the same on every process. Higher =
-        more important. For `angular` of shape (layers - window + 1,): of each window, by its first layer.
+        Scores of shape (layers,), or (sublayers,) for sublayers, float64 on the CPU, the same on every process. Higher =
+        more important. For `angular`, of shape (layers - window + 1,): one for each window, by its first layer.
 
     Raises:
-        ValueError: If the name is unknown, there is nothing to score on, or a score is not a number.
+        ValueError: If the name is unknown, there are no batches to score on, or a score is not finite.
     """
     with_data = needs_data(importance)
     batches, metric = list(batches), get_metric(metric)
@@ -185,10 +185,10 @@ def score_layers(
 
 
 def _of_part(name: str, function: Importance, model: nn.Module, part: str | None) -> Importance:
-    """The function for a stack: one that has no parameter `part` scores the stack that a model's config names by itself.
+    """The function for a stack. A function without a parameter `part` scores the stack that the model's config describes.
 
     Raises:
-        ValueError: If that is another stack, or the model has no such stack.
+        ValueError: If that is a different stack, or the model has no such stack.
     """
     config = base_of(model).config
     if "part" in inspect.signature(function).parameters:
@@ -219,7 +219,7 @@ def _mean(
     process_group: ProcessGroup,
     of_batches: list[torch.Tensor] | None,
 ) -> torch.Tensor:
-    """The mean of a function's totals over the batches of all processes; what is behind `num_counted` does not count."""
+    """The mean of a function's totals over the batches of all processes; batches after `num_counted` do not count."""
     sums: torch.Tensor | None = None
     wrong: list[tuple[list[int], int]] = []
     alone: list[torch.Tensor] = []
@@ -227,13 +227,13 @@ def _mean(
         totals, count = function(model, batch, unit)
         both = torch.cat([totals.double().cpu(), torch.tensor([count], dtype=torch.float64)])
         if batch and number >= num_counted:
-            both = torch.zeros_like(both)  # a pass for the others' sake
+            both = torch.zeros_like(both)  # a pass only to stay in step with the other processes
         elif both[-1] > 0:
             alone.append(both[:-1] / both[-1])
         sums = both if sums is None else sums + both
         if bad := (~torch.isfinite(both[:-1])).nonzero().flatten().tolist():
             wrong.append((bad, number))
-    assert sums is not None  # there is one pass at least
+    assert sums is not None  # there is at least one pass
     sums = process_group.all_reduce(sums)
     if sums[-1] <= 0:
         raise ValueError(

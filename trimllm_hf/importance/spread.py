@@ -1,4 +1,4 @@
-"""How far the scores of single batches lie apart: whether other examples would order the layers in another way."""
+"""How much scores vary between batches: whether other examples would rank the layers differently."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 
 def standard_error(of_batches: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The standard error of each layer's mean over batches, without what the layers of a batch have in common.
+    """The standard error of each layer's mean over batches, without the effects common to all layers of a batch.
 
-    Hard examples raise the loss without any layer alike, which orders no layers. So of each batch's scores their mean is
-    taken off, with Morey's factor for the freedom that this takes (Cousineau, TQMP 1, 2005; Morey, TQMP 4, 2008).
+    Hard examples raise the loss without any layer by the same amount, which does not affect the ranking. So the mean of each
+    batch's scores is subtracted, with Morey's correction factor (Cousineau, TQMP 1, 2005; Morey, TQMP 4, 2008).
 
     Args:
         of_batches: The scores on each batch, of shape (layers,).
 
     Returns:
-        Of shape (layers,); None of fewer than two batches or layers, of which nothing can be said.
+        Of shape (layers,); None for fewer than two batches or layers, where it is undefined.
     """
     if len(of_batches) < 2 or len(of_batches[0]) < 2:
         return None

@@ -1,7 +1,7 @@
-"""Scores from what flows through the layers, without a loss. Padding does not count.
+"""Scores from the layers' inputs and outputs, without a loss. Padding is ignored.
 
-Input x and output y of each block are caught as it runs: a model's last `hidden_states` is behind the final norm. Of an
-attention or an MLP they are the hidden states before and after its residual connection.
+Input x and output y of each block are recorded as it runs, since a model's last `hidden_states` come after the final norm.
+For an attention or an MLP they are the hidden states before and after its residual connection.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .labelled import headless
 
 Mask = torch.Tensor | None  # of shape (rows, tokens)
 Show = Callable[[int, torch.Tensor, torch.Tensor], None]  # number of a unit, its x and y of shape (rows, tokens, width)
-See = Callable[[int, torch.Tensor, torch.Tensor, Mask], None]  # the same in float32, and which tokens are real
+See = Callable[[int, torch.Tensor, torch.Tensor, Mask], None]  # the same in float32, and which tokens are not padding
 
 
 def block_influence(
@@ -38,7 +38,7 @@ def layer_redundancy(
 ) -> tuple[torch.Tensor, float]:
     """-cos(x, y): the negative of the Layer Redundancy of Dynamic LLM Slicing (arXiv 2411.03513, §3.1).
 
-    `block_influence` - 1, so both rank alike. The paper scales it to [0, 1] over the layers, which ranks alike too.
+    `block_influence` - 1, so both rank alike. The paper scales it to [0, 1] over the layers, which keeps the ranking.
     """
     totals, count = block_influence(model, batches, unit, part)
     return totals - count, count
@@ -47,11 +47,11 @@ def layer_redundancy(
 def activation_norm(
     model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None
 ) -> tuple[torch.Tensor, float]:
-    """Minus the norm of the output: TrimLLM holds the layer with the largest for the least important (2412.11242, eq. 4).
+    """Minus the norm of the output: in TrimLLM the layer with the largest norm is the least important (2412.11242, eq. 4).
 
     The paper takes the Frobenius norm of the whole activation, which grows with the number of tokens, padding included.
-    Here it is the norm of each token's row, mean over the real tokens. The output is what the layer's own module returns:
-    a block the hidden states y, an attention or an MLP what is added to them, y - x.
+    Here it is the norm of each token's row, averaged over the real tokens. The output is what the layer's own module
+    returns: the hidden states y for a block; what is added to them, y - x, for an attention or an MLP.
     """
     if unit == "block":
         return _mean_over_tokens(model, batches, unit, part, lambda x, y: -y.norm(dim=-1))
@@ -61,7 +61,7 @@ def activation_norm(
 def relative_magnitude(
     model: nn.Module, batches: Sequence[Batch], unit: str, part: str | None = None
 ) -> tuple[torch.Tensor, float]:
-    """||f(x)|| / ||x + f(x)|| of what a block adds, f(x) = y - x, mean over tokens.
+    """||f(x)|| / ||x + f(x)||, where f(x) = y - x is what a block adds, mean over tokens.
 
     Weight subcloning (Samragh et al., arXiv 2312.09299), as ShortGPT compares it (arXiv 2403.03853, §4).
     """
@@ -116,7 +116,7 @@ def _mean_over_tokens(
     def see(number: int, x: torch.Tensor, y: torch.Tensor, mask: Mask) -> None:
         nonlocal count
         of_tokens = distance(x, y)
-        # not times the mask: padding may be anything, NaN too
+        # not multiplied by the mask: padding may hold anything, even NaN
         of_tokens = of_tokens if mask is None else of_tokens.masked_fill(mask == 0, 0)
         totals[number] += of_tokens.sum().double().cpu()
         if number == 0:
@@ -128,7 +128,7 @@ def _mean_over_tokens(
 
 
 def _watch(model: nn.Module, batch: Batch, unit: str, part: str | None, see: See) -> None:
-    """Run the model on a batch, and show for each unit the hidden states before and after it, and which tokens are real.
+    """Run the model on a batch and call `see` for each unit with the hidden states before and after it and the token mask.
 
     Raises:
         ValueError: If a unit does not run.
@@ -150,7 +150,7 @@ def _watch(model: nn.Module, batch: Batch, unit: str, part: str | None, see: See
 
 
 def _blocks(show: Show) -> Callable[[int, Forward], Forward]:
-    """Shows each block's input and output."""
+    """Calls `show` with each block's input and output."""
 
     def make(position: int, forward: Forward) -> Forward:
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -164,10 +164,10 @@ def _blocks(show: Show) -> Callable[[int, Forward], Forward]:
 
 
 def _parts(show: Show, units: Sequence[Unit], blocks: list[nn.Module]) -> Callable[[int, Forward], Forward]:
-    """Shows the hidden states before and after each part of a block.
+    """Calls `show` with the hidden states before and after each part of a block.
 
-    A block without its second part gives the states between both. Which part is the second, or whether both work on the
-    block's input, shows when the block is put together again from its parts.
+    A block without its second part gives the states between the two. Which part is second, or whether both read the block's
+    input, is determined by recomputing the block's output from its parts.
     """
 
     def make(position: int, forward: Forward) -> Forward:
@@ -186,7 +186,7 @@ def _parts(show: Show, units: Sequence[Unit], blocks: list[nn.Module]) -> Callab
                 show(here[0], x, y)
             elif here:
                 one, other = here
-                # always the same four runs: under an engine they are a matter of all processes
+                # always the same four runs: under an engine they are collective
                 after_one, after_other = run_without(other, x, args, kwargs), run_without(one, x, args, kwargs)
                 one_first = _same(run_without(one, after_one, args, kwargs), y)
                 other_first = _same(run_without(other, after_other, args, kwargs), y)
@@ -202,50 +202,50 @@ def _parts(show: Show, units: Sequence[Unit], blocks: list[nn.Module]) -> Callab
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two states are equal but for rounding."""
+    """Whether two states are equal up to rounding."""
     difference = (one.float() - other.float()).abs().mean()
     return bool(difference <= (1e-3 if one.dtype == torch.float32 else 0.02) * other.float().abs().mean())
 
 
 def _mask(base: Any, part: str | None, inputs: Inputs, hidden: torch.Tensor) -> Mask:
-    """Which tokens of a stack's hidden states are real, of shape (rows, tokens): a decoder's are others than its encoder's.
+    """Which tokens of a stack's hidden states are real, of shape (rows, tokens); decoder and encoder have different tokens.
 
-    None where nothing says it, or what does is not by tokens: a mask over pairs, over an image's pixels.
+    None if there is no mask, or it is not over tokens but over pairs of tokens or an image's pixels.
     """
     labels = inputs.get("labels")
     mask: Any = inputs.get("attention_mask" if part != "decoder" else "decoder_attention_mask")
     if part == "decoder" and mask is None and inputs.get("decoder_input_ids") is None and labels is not None:
-        mask = labels != -100  # moved on by one, the labels are the tokens
+        mask = labels != -100  # the tokens are the labels, shifted by one
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         return None
-    if part != "decoder" and hasattr(base, "_get_feature_vector_attention_mask"):  # of audio: the mask is over samples
+    if part != "decoder" and hasattr(base, "_get_feature_vector_attention_mask"):  # audio: the mask is over samples
         mask = base._get_feature_vector_attention_mask(hidden.shape[1], mask)
-    if inputs.get("past_key_values") is not None:  # a prefix (PEFT) has a mask and no hidden states
+    if inputs.get("past_key_values") is not None:  # a prefix (PEFT) has a mask but no hidden states
         mask = mask[:, -hidden.shape[1] :]
     return mask if mask.shape == hidden.shape[:2] else None
 
 
 def real_tokens(model: nn.Module, batch: Batch, part: str | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The tokens that a stack's blocks work on, and which are real: a decoder's are others than those of its encoder."""
+    """The tokens that a stack's blocks process, and which of them are real; decoder and encoder have different tokens."""
     base, labels = base_of(model), batch.get("labels")
     stack = find_blocks(base, part)
     part = stack.part
     if part == "decoder" and "decoder_input_ids" in batch:
         tokens, mask = batch["decoder_input_ids"], batch.get("decoder_attention_mask")
     elif part == "decoder" and labels is not None and labels.dim() == 2 and not labels.is_floating_point():
-        # moved on by one, they are the tokens
+        # shifted by one, they are the tokens
         tokens, mask = labels, batch.get("decoder_attention_mask", labels != -100)
     elif "input_ids" in batch or "inputs_embeds" in batch:
         tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
         mask = batch.get("attention_mask")
-    else:  # images, audio: what the first block is given
+    else:  # images, audio: the input of the first block
         tokens = _first_states(model, stack.blocks[0], batch)
         mask = _mask(base, part, batch, tokens)
-    return tokens, mask if mask is not None and mask.dim() == 2 else None  # a mask over pairs says nothing of padding
+    return tokens, mask if mask is not None and mask.dim() == 2 else None  # a mask over pairs does not describe padding
 
 
 def _first_states(model: nn.Module, first: nn.Module, batch: Batch) -> torch.Tensor:
-    """The hidden states that the first block is given."""
+    """The hidden states at the input of the first block."""
     found: list[torch.Tensor] = []
 
     def note(block: nn.Module, args: tuple[Any, ...], kwargs: Inputs) -> None:
@@ -261,7 +261,7 @@ def _first_states(model: nn.Module, first: nn.Module, batch: Batch) -> torch.Ten
 
 
 def _last_tokens(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Of states of shape (rows, tokens, width), those of each row's last real token."""
+    """The states of each row's last real token, from states of shape (rows, tokens, width)."""
     if mask is None:
         return states[:, -1]
     positions = torch.arange(mask.shape[1], device=mask.device)

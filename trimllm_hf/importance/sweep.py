@@ -1,8 +1,8 @@
-"""Leave-one-out in one pass: every block runs once a batch, on the rows of all candidates at once.
+"""Leave-one-out in one pass: every block runs once per batch, on the rows of all candidates at once.
 
-At block i its input becomes a new candidate, "i skipped", which from there on is carried beside the model's own rows. So
-the weights are read (under ZeRO-3 or FSDP: gathered) once a batch, and the arithmetic is half of a forward pass for each
-candidate. What follows the last block is the model's own code, run once for each candidate with the blocks passed over.
+At block i its input becomes a new candidate, "i skipped", which from then on is carried beside the model's own rows. So
+the weights are read (under ZeRO-3 or FSDP: gathered) once per batch, and the arithmetic is half of a forward pass for each
+candidate. What follows the last block is the model's own code, run once for each candidate with the blocks skipped.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .calls import BROADCAST, PLAIN, Inputs, has_independent_rows, noted_calls, 
 from .forwards import Forward, refuse_not_run, replaced_forwards, without_hooks
 from .labelled import headless
 
-Run = Callable[[], Any]  # what is computed of a batch: it calls the model
-CPU_TOKENS = 1024  # tokens a call on the CPU: enough to use the cores, few enough to stay in the cache
+Run = Callable[[], Any]  # what is computed for a batch: it calls the model
+CPU_TOKENS = 1024  # tokens per call on the CPU: enough to use the cores, few enough to stay in the cache
 
 
 @dataclass
@@ -34,11 +34,11 @@ class Sweep:
     Attributes:
         model: The unwrapped model, in evaluation mode, without gradients and without a cache.
         blocks: Its blocks.
-        budget: Bytes that the candidates may take beside what a forward pass takes.
+        budget: Bytes that the candidates may take in addition to a forward pass.
         gathered: Keeps modules' parameters gathered while they are called, any number of times.
-        only_output: Whether what is computed is the model's output, of which a sweep needs no more than the blocks'.
+        only_output: Whether what is computed is the model's output, for which a sweep needs only the blocks' outputs.
         fits: Whether the blocks can be run on several candidates at once. If not, nothing was carried.
-        tolerance: Mean difference by which rounding alone may change the logits, as a share of their mean size.
+        tolerance: Mean change of the logits that rounding alone may cause, as a share of their mean magnitude.
     """
 
     model: nn.Module
@@ -48,21 +48,21 @@ class Sweep:
     only_output: bool = True
     fits: bool = True
     tolerance: float = 1e-3
-    _rests: list[tuple[Any, ...] | None] = field(default_factory=list)  # what a block returns behind its hidden states
-    _first: torch.Tensor | None = None  # the last block's hidden states without the first candidate, learned the plain way
-    _inputs: Inputs = field(default_factory=dict)  # what the model is called with
+    _rests: list[tuple[Any, ...] | None] = field(default_factory=list)  # what a block returns after its hidden states
+    _first: torch.Tensor | None = None  # the last block's hidden states without the first candidate, from a plain run
+    _inputs: Inputs = field(default_factory=dict)  # the model's inputs
     _rows: int = 0
     _state_bytes: int = 1  # of the hidden states of a batch, in float32
-    _chunks: list[torch.Tensor] = field(default_factory=list)  # the rows, as many together as one call takes
-    _per_chunk: int = 1  # candidates a call
+    _chunks: list[torch.Tensor] = field(default_factory=list)  # the rows, in chunks of one call each
+    _per_chunk: int = 1  # candidates per call
     # shapes of each block's arguments, for twice the rows
     _shapes: list[list[torch.Size | None]] = field(default_factory=list)
 
     def learn(self, run: Run) -> Any:
-        """Learn the form of what each block returns from a run without the first candidate; returns what `run` does.
+        """Learn the structure of each block's output from a run without the first candidate; returns the result of `run`.
 
         Raises:
-            ValueError: If a block does not run: there is nothing to score it by.
+            ValueError: If a block does not run, since it cannot be scored then.
         """
         self._rests = [None] * len(self.blocks)
         ran: set[int] = set()
@@ -74,7 +74,7 @@ class Sweep:
                 if hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
                     self.tolerance = 0.05
                 output = forward(*args, **kwargs)
-                if isinstance(output, tuple):  # tensors in it, like attention weights, are not passed on to any block
+                if isinstance(output, tuple):  # its tensors, such as attention weights, are not passed on to any block
                     self._rests[position] = tuple(None if _tensors(item) else item for item in output[1:])
                 self._first = block_output(output)
                 return output
@@ -87,7 +87,7 @@ class Sweep:
         return found
 
     def look(self, run: Run, batch: Batch) -> None:
-        """See how `run` calls the model of a batch: once, on rows that are independent, or else they do not fit."""
+        """Check how `run` calls the model for a batch: it fits only if called once, on independent rows."""
         if self.only_output:
             self._take(model_inputs(batch))
             return
@@ -112,10 +112,10 @@ class Sweep:
         self._inputs = inputs
 
     def widen(self) -> None:
-        """See the shapes of every block's arguments for the batch taken twice: what differs from once is one entry per row.
+        """Record the shapes of every block's arguments for the doubled batch: what differs has one entry per row.
 
-        The blocks are passed over, so it costs what stands around them. A rule by size would be wrong wherever a
-        number of heads or of tokens happens to be that of the rows.
+        The blocks are skipped, so only the modules around them are computed. A rule by size would be wrong wherever the
+        number of heads or of tokens happens to equal the number of rows.
         """
         self._shapes = [[] for _ in self.blocks]
 
@@ -123,7 +123,7 @@ class Sweep:
             def note(*args: Any, **kwargs: Any) -> Any:
                 leaves = tree_leaves((args, kwargs))
                 if position == 0:
-                    self._state_bytes = block_input(args, kwargs).numel() * 2  # of half of the rows, in float32
+                    self._state_bytes = block_input(args, kwargs).numel() * 2  # for half of the rows, in float32
                 self._shapes[position] = [leaf.shape if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
                 return self._formed(position, block_input(args, kwargs))
 
@@ -133,7 +133,7 @@ class Sweep:
             self.model(**self._cheapest(repeated(self._inputs, self._rows)))
 
     def at_once(self, num_candidates: int) -> int:
-        """As many candidates a sweep as half of the budget holds; the other half is for the work on them."""
+        """The number of candidates per sweep that fit in half of the budget; the other half is working memory."""
         return max(1, min(num_candidates, int(self.budget / 2 // self._state_bytes) - 1))
 
     def run(self, candidates: Sequence[Unit]) -> None:
@@ -143,7 +143,7 @@ class Sweep:
 
         def carrying(position: int, forward: Forward) -> Forward:
             def carry(*args: Any, **kwargs: Any) -> Any:
-                # held by every process, whether or not the candidates fit on this one
+                # on every process, whether or not the candidates fit on this one
                 with self.gathered(self.blocks[position].modules()):
                     return carry_held(*args, **kwargs)
 
@@ -187,11 +187,11 @@ class Sweep:
             self.model(**self._cheapest(self._inputs))
 
     def outputs(self, run: Run, cut: Callable[[torch.Tensor], torch.Tensor]) -> Generator[Any, None, None]:
-        """For each carried candidate, what `run` computes without it.
+        """Yield what `run` computes without each carried candidate.
 
         Args:
             run: Calls the model on what was carried, or a part of its positions.
-            cut: The states of that part.
+            cut: Selects the states of that part.
         """
         current: torch.Tensor
 
@@ -205,7 +205,7 @@ class Sweep:
                 yield run()
 
     def is_right(self) -> bool:
-        """Whether the first candidate's hidden states are those that were learned the plain way."""
+        """Whether the first candidate's hidden states equal those of the plain run."""
         assert self._first is not None
         first, self._first = self._first, None
         return alike(next(iter(self._states())), first, self.tolerance)
@@ -214,7 +214,7 @@ class Sweep:
         return [state for chunk in self._chunks for state in chunk.split(self._rows)][1:]
 
     def forget(self) -> None:
-        """Let go of the candidates."""
+        """Release the candidates."""
         self._chunks = []
 
     def _cheapest(self, inputs: Inputs) -> Inputs:
@@ -222,7 +222,7 @@ class Sweep:
 
     @contextmanager
     def _passed_over(self, passing: Callable[[int, Forward], Forward]) -> Iterator[None]:
-        """The blocks do what `passing` makes of them; under an engine, each process any number of times."""
+        """Replace the blocks' forward by `passing`; under an engine, each process may call them any number of times."""
         with self.gathered(self._around()), without_hooks(self.blocks), replaced_forwards(self.blocks, passing):
             yield
 
@@ -268,7 +268,7 @@ class Sweep:
 
 @contextmanager
 def measured(block: nn.Module, on: bool) -> Iterator[list[int]]:
-    """Sizes in bytes of what the modules in a block return: an upper estimate of what one call needs."""
+    """Sizes in bytes of the outputs of the modules in a block: an upper estimate of the memory of one call."""
     sizes: list[int] = []
     modules = list(block.modules()) if on else []
     handles = [
@@ -293,6 +293,6 @@ def _repeated(tensor: torch.Tensor, times: int) -> torch.Tensor:
 
 
 def alike(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    """Whether two tensors are the same but for rounding."""
+    """Whether two tensors are equal up to rounding."""
     one, other = (torch.nan_to_num(each.float()) for each in (one, other))
     return bool((one - other).abs().mean() <= tolerance * other.abs().mean())

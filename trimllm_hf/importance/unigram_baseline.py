@@ -1,8 +1,8 @@
-"""Whether a model has learned anything of the labels yet: a scan of one that has not ranks noise.
+"""Whether a model has learned anything about the labels yet: otherwise a scan ranks noise.
 
-The bar is the loss of a model that knows only how frequent each label is, and was told so by other examples. For a
-classifier the labels are the classes, for a language model the tokens (a unigram model). A loss above 95% of that bar is
-at chance.
+The baseline is the loss of a model that knows only the frequency of each label, estimated from other examples. For a
+classifier the labels are the classes, for a language model the tokens (a unigram model). A loss above 95% of that baseline
+is at chance level.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .calibration import Batch
 from .evaluation import evaluate_metric
 from .metrics import labels_of
 
-LEFT_CHANCE = 0.95  # share of the bar below which a model has learned something
+LEFT_CHANCE = 0.95  # share of the baseline below which a model has learned something
 
 
 def loss_at_unigram_baseline(
@@ -31,9 +31,9 @@ def loss_at_unigram_baseline(
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,
 ) -> tuple[float, float] | None:
-    """The model's loss and the bar, if the loss is at chance; None if it is not, or if that cannot be told.
+    """The model's loss and the baseline, if the loss is at chance level; None if it is not, or if that is unknown.
 
-    It can be told of labels that are classes or tokens, and of regression (where the bar is the labels' variance).
+    It is known for labels that are classes or tokens, and for regression (where the baseline is the labels' variance).
 
     Args:
         model: The unwrapped model.
@@ -58,14 +58,14 @@ def loss_at_unigram_baseline(
 
 
 def frequency_loss(labels: Sequence[Any], classes: int) -> float:
-    """The mean loss of a model that knows only how frequent each label is, as the other labels tell.
+    """The mean loss of a model that knows only the frequency of each label, estimated from the other labels.
 
-    Each label is predicted by its share of the others; the labels that occur once tell how likely an unseen one is
-    (Good, Biometrika 1953), and that share is spread evenly over all classes.
+    Each label is predicted by its share among the others. The labels that occur once estimate the probability of unseen ones
+    (Good, Biometrika 1953), which is spread evenly over all classes.
 
     Args:
-        labels: Classes or tokens, one at least.
-        classes: How many there are.
+        labels: Classes or tokens, at least one.
+        classes: Number of classes.
     """
     counts, total = Counter(labels), len(labels)
     unseen = sum(count == 1 for count in counts.values()) / total

@@ -1,1 +1,1 @@
-"""What reads and writes checkpoints: the kept layers of a base, a base trimmed like a checkpoint, the Auto classes."""
+"""Reading and writing checkpoints: loading only the kept layers of a base, trimming like a checkpoint, the Auto classes."""

@@ -1,6 +1,6 @@
-"""What `import trimllm_hf` tells transformers: how to load what it cannot express, and whatever else `patches` adds.
+"""What `import trimllm_hf` registers with transformers: how to load what it cannot express, and the additions in `patches`.
 
-It is told when the module in question is imported, which takes seconds for transformers' Auto classes, and not before.
+Registration waits until the module in question is imported, because importing transformers' Auto classes takes seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ AUTO = "transformers.models.auto.configuration_auto"
 
 
 def register_when_imported(kinds: Mapping[str, str]) -> None:
-    """Register with AutoConfig and follow what is to be followed: now, where it is imported, else as soon as it is.
+    """Register with AutoConfig and patch the modules: now where a module is already imported, else as soon as it is.
 
     Args:
         kinds: By model type, where the `CustomModel` of its models is: a module, a colon, and its name there.
@@ -43,7 +43,7 @@ def register_when_imported(kinds: Mapping[str, str]) -> None:
 
 
 def register(kinds: Mapping[str, str]) -> None:
-    """Tell AutoConfig of the model types."""
+    """Register the model types with AutoConfig."""
     from transformers import AutoConfig
 
     for model_type, place in kinds.items():
@@ -51,11 +51,11 @@ def register(kinds: Mapping[str, str]) -> None:
 
 
 def _reader(kind: str, place: str) -> type[Any]:
-    """A config class that reads a config.json of a model type; what comes out is of the architecture's own class."""
+    """A config class that reads a config.json of a model type and returns an instance of the architecture's own class."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     class CustomConfig(PreTrainedConfig):
-        """Stands for a model type of ours in AutoConfig."""
+        """Stands for one of this package's model types in AutoConfig."""
 
         model_type = kind
 
@@ -70,14 +70,14 @@ def _reader(kind: str, place: str) -> type[Any]:
 
 
 class _Finder(MetaPathFinder):
-    """Finds nothing itself: it sees that a module is being imported, and lets what is wanted of it run behind it."""
+    """Finds no modules itself: it notices that a module is being imported, and runs the registered actions afterwards."""
 
     def __init__(self, wanted: dict[str, Callable[[ModuleType], None]]) -> None:
         self.wanted = wanted
-        self.looking: set[str] = set()  # for what others find
+        self.looking: set[str] = set()  # names being looked up by the other finders
 
     def told(self, module: ModuleType) -> None:
-        """Do what is wanted of a module, once."""
+        """Run the actions for a module, once."""
         self.wanted.pop(module.__name__)(module)
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:

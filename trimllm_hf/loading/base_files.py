@@ -1,4 +1,4 @@
-"""The files of a base model: which of them are the model, by transformers' own order, and what each of them holds."""
+"""The files of a base model: which of them hold the weights, in transformers' order of preference, and their contents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transformers.utils import (  # type: ignore[attr-defined]  # its types re-e
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 FILE_ARGUMENTS = ("use_safetensors", "variant")
 CODE_ARGUMENTS = ("trust_remote_code", "code_revision")
-# Other arguments of from_pretrained that say which file is read, or what its tensors are called.
+# Other arguments of from_pretrained that determine which file is read or how its tensors are named.
 _REFUSED = {
     "config": "it would be another than the base's, which is read",
     "from_flax": "only safetensors and PyTorch's files are read",
@@ -37,7 +37,7 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """Where a base is, and how it is read.
+    """The location of a base, and how it is read.
 
     Attributes:
         base: Hub id or folder.
@@ -49,17 +49,17 @@ class BaseFiles:
 
     @property
     def hub(self) -> dict[str, Any]:
-        """The arguments that say where on the Hub, or in its cache."""
+        """The arguments that locate files on the Hub, or in its cache."""
         return {name: self.arguments[name] for name in HUB_ARGUMENTS if self.arguments.get(name) is not None}
 
     @property
     def code(self) -> dict[str, Any]:
-        """The arguments that say whether code beside the weights is run: not, unless it is asked for."""
+        """The arguments that say whether code beside the weights is run; by default it is not."""
         given = {name: self.arguments[name] for name in CODE_ARGUMENTS if name in self.arguments}
         return {"trust_remote_code": False, **given}
 
     def find(self, name: str) -> Path | None:
-        """A file of the base, or None where it has none of that name."""
+        """A file of the base, or None if it has none of that name."""
         found = cached_file(
             self.base,
             name,
@@ -80,10 +80,10 @@ class BaseFiles:
                 raise ValueError(f"Expected no {name}= where only some layers are read, got one: {advice}.")
 
     def weights(self) -> dict[str, WeightFile]:
-        """The weight files that `from_pretrained` would read, by their names; their headers only.
+        """The weight files that `from_pretrained` would read, by name; only their headers are read.
 
         Raises:
-            ValueError: If there are none, or an index names what is no weight file of the base.
+            ValueError: If there are none, or an index names a file that is not a weight file of the base.
         """
         pickled = self.arguments.get("use_safetensors") is False
         one, many = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if pickled else (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
@@ -102,11 +102,11 @@ class BaseFiles:
         raise ValueError(f"Expected {expected} in {str(self.base)!r}, got {'neither' if one and many else 'none'}.{advice}")
 
     def download(self, file: WeightFile) -> WeightFile:
-        """A weight file that is on this machine.
+        """The weight file with a local path, downloaded if necessary.
 
         Raises:
             ValueError: If a folder lacks it.
-            OSError: If it is not to be had from the Hub.
+            OSError: If it cannot be downloaded from the Hub.
         """
         if file.path is None and Path(self.base).is_dir() and self.find(file.name) is None:
             raise ValueError(
@@ -115,12 +115,12 @@ class BaseFiles:
             )
         if file.path is None:
             found = cached_file(self.base, file.name, **self.hub)
-            assert found is not None  # it raises on a missing file
+            assert found is not None  # a missing file raises
             file = WeightFile(file.name, file.tensors, Path(found))
         return file
 
     def _named_by_config(self) -> str | None:
-        """The weight file that a config names outright."""
+        """The weight file that a config names explicitly."""
         config = self.find("config.json")
         named = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights") if config is not None else None
         if named is None:
@@ -156,7 +156,7 @@ class WeightFile:
     Attributes:
         name: In the base.
         tensors: The names of its tensors.
-        path: Where it is, once it is on this machine.
+        path: Its local path, once it is on this machine.
     """
 
     name: str
@@ -164,7 +164,7 @@ class WeightFile:
     path: Path | None = None
 
     def read(self, names: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Some of its tensors, under new names: `names` by the old ones. The others are not read.
+        """Read some of its tensors under new names; `names` maps old names to new ones. The others are not read.
 
         Raises:
             ValueError: If the file is damaged.
@@ -176,7 +176,7 @@ class WeightFile:
             return
         with self.path.open("rb", buffering=0) as opened:
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
             size = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(size))
             for old, new in names.items():
@@ -188,7 +188,7 @@ class WeightFile:
                 yield new, tensor
 
     def nbytes(self, names: Mapping[str, str]) -> int:
-        """How many bytes some of its tensors take; 0 where its header does not say it."""
+        """The size in bytes of some of its tensors; 0 if the header does not say."""
         assert self.path is not None
         if self.path.suffix != ".safetensors":
             return 0
@@ -197,7 +197,7 @@ class WeightFile:
         return sum(header[name]["data_offsets"][1] - header[name]["data_offsets"][0] for name in names if name in header)
 
     def header_metadata(self) -> dict[str, str]:
-        """What else stands in the header: quantizers keep there how a tensor is packed."""
+        """The header's metadata, where quantizers store how tensors are packed."""
         if self.path is None or self.path.suffix != ".safetensors":
             return {}
         with safe_open(self.path, framework="pt") as opened:
@@ -205,10 +205,10 @@ class WeightFile:
 
 
 def _read_into(tensor: torch.Tensor, file: io.RawIOBase, offset: int, size: int) -> None:
-    """Fill a tensor from a file: not by a mapping of it, through which the kernel reads the neighbours as well.
+    """Fill a tensor from a file, without memory mapping: through a mapping the kernel reads neighbouring tensors as well.
 
     Raises:
-        ValueError: If the file ends too soon, or its header contradicts itself.
+        ValueError: If the file is truncated, or its header contradicts itself.
     """
     bytes_of: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     view = memoryview(bytes_of) if tensor.numel() else memoryview(b"")
@@ -231,7 +231,7 @@ def _whole(name: str, path: Path, pickled: bool) -> WeightFile:
 
 
 def _of_variant(name: str, variant: str | None) -> str:
-    """A weight file's name with a variant in it, as transformers writes it: model.fp16.safetensors."""
+    """A weight file's name with a variant, in transformers' format: model.fp16.safetensors."""
     if not variant:
         return name
     stem, _, ending = name.rpartition(".")
@@ -239,5 +239,5 @@ def _of_variant(name: str, variant: str | None) -> str:
 
 
 def _inside(name: Any) -> bool:
-    """Whether a name from a file is that of a file in the folder or below it."""
+    """Whether a name read from a file stays within the folder or its subfolders."""
     return isinstance(name, str) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts

@@ -1,4 +1,4 @@
-"""What of a base lies beside its weights and goes along: tokenizer, processors, templates, code, licence, and more."""
+"""A base's files other than weights that are copied along: tokenizer, processors, templates, code, licence, and more."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from .base_files import BaseFiles
 
-# Written anew, or of weights, of a run, of other formats, or of the base alone.
+# Written anew, or belonging to weights, to a run, to other formats, or to the base alone.
 _LEFT_OUT = (
     *("*.index.json", "*.index.*.json", "*.safetensors", "*.gguf", "*.onnx*", "*.h5"),
     *("*.msgpack", "*.tflite", "*.mlmodel", "*.ot", "*.distcp"),
@@ -27,15 +27,15 @@ _PICKLE = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 
 def copy_beside_weights(files: BaseFiles, folder: Path, with_code: bool) -> list[str]:
-    """Copy a base's files that are neither weights nor a run's, pickles never.
+    """Copy a base's files that are neither weights nor written by a training run. Pickles are never copied.
 
     Args:
         files: The base.
-        folder: Where to, beside what has been written there.
+        folder: The destination; files already written there are kept.
         with_code: Whether its Python files are needed.
 
     Returns:
-        What was left behind, folders with a slash at the end.
+        What was not copied; folders end with a slash.
     """
     left_out: list[str] = []
     names = list(_names(files))
@@ -62,7 +62,7 @@ def copy_beside_weights(files: BaseFiles, folder: Path, with_code: bool) -> list
 
 
 def _names(files: BaseFiles) -> Iterable[str]:
-    """The names of all files of a base: in its folder, or on the Hub; without network, those that are in the cache."""
+    """The names of all files of a base, in its folder or on the Hub; offline, those in the cache."""
     subfolder = files.hub.get("subfolder") or ""
     if not Path(files.base).is_dir():
         try:
@@ -79,7 +79,7 @@ def _names(files: BaseFiles) -> Iterable[str]:
 
 
 def _modules(files: BaseFiles) -> list[str]:
-    """The folders of the modules that Sentence Transformers puts around a model: they may have weights of their own."""
+    """The folders of the modules that Sentence Transformers adds around a model, which may have weights of their own."""
     found = files.find("modules.json")
     try:
         listed = json.loads(found.read_text(encoding="utf-8")) if found is not None else []
@@ -89,7 +89,7 @@ def _modules(files: BaseFiles) -> list[str]:
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether a file is a pickle by what it holds, whatever it is called."""
+    """Whether a file's contents are a pickle, whatever its name."""
     with path.open("rb") as opened:
         if opened.read(2) in _PICKLE:
             return True

@@ -1,4 +1,4 @@
-"""Which checkpoint folders are complete: a killed save leaves half of one behind."""
+"""Finds the complete checkpoint folders: an interrupted save leaves a partial one behind."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ logger = logging.get_logger("transformers.trimllm_hf")
 
 
 def complete_checkpoints(output_dir: str | Path, rank: int = 0, world_size: int = 1) -> list[Path]:
-    """The checkpoint folders whose save was finished, the newest first; unfinished ones are named in the log.
+    """The checkpoint folders whose save was completed, newest first; incomplete ones are named in the log.
 
     Args:
         output_dir: The run's folder.
         rank: This process's number.
-        world_size: Number of processes that ask, each for itself.
+        world_size: Number of processes that make this check, each for its own files.
     """
     numbered = [
         (int(number), folder)
@@ -38,7 +38,7 @@ def complete_checkpoints(output_dir: str | Path, rank: int = 0, world_size: int 
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:
-    """The newest checkpoint folder whose save was finished.
+    """The newest checkpoint folder whose save was completed.
 
     Raises:
         ValueError: If there is none.
@@ -49,7 +49,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
 
 
 def run_of(folder: str | Path) -> dict[str, Any]:
-    """What TrimCallback noted of its run in a checkpoint; empty where the Trainer had none.
+    """What TrimCallback recorded about its run in a checkpoint; empty if the Trainer had no TrimCallback.
 
     Raises:
         ValueError: If the checkpoint's state cannot be read.
@@ -63,15 +63,15 @@ def run_of(folder: str | Path) -> dict[str, Any]:
 def unfinished(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
     """Why a checkpoint of a trimmed run is not complete; None if it is.
 
-    The main process writes trainer_state.json last, when it has written everything else. The other processes' last file is
-    that of their random state, for which it does not wait: where as many ask as have saved, each asks for its own, which
-    may lie on another disk.
+    The main process writes trainer_state.json last, after everything else. The last file of each other process is that of
+    its random state, for which the main process does not wait. If as many processes check as have saved, each checks for
+    its own file, which may be on another disk.
     """
     try:
         processes = run_of(folder).get("num_processes") or 1
     except ValueError as error:
         return str(error)
-    if processes > 1 and any(folder.glob("rng_state_*.pth")):  # none at all: only the model was to be saved
+    if processes > 1 and any(folder.glob("rng_state_*.pth")):  # if there are none at all, only the model was saved
         for number in [rank] if processes == world_size else range(processes):
             if not zipfile.is_zipfile(folder / f"rng_state_{number}.pth"):
                 return f"process {number} had not saved its random state"
@@ -79,6 +79,6 @@ def unfinished(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
 
 
 def processes_of(folder: str | Path) -> int | None:
-    """How many processes made a checkpoint; None if it does not say."""
+    """The number of processes that wrote a checkpoint; None if unknown."""
     processes: int | None = run_in(json_at(Path(folder) / TRAINER_STATE)).get("num_processes")
     return processes

@@ -1,4 +1,4 @@
-"""Weights of another depth are refused, where a Trainer would load them by index with a warning."""
+"""Refuses weights of another depth, which a Trainer would load by index with only a warning."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..surgery.blocks import find_blocks
 def refuse_other_depths(model: nn.Module, part: str | None = None) -> RemovableHandle:
     """Make `model.load_state_dict` raise on weights with another number of blocks than the model has.
 
-    A Trainer loads checkpoints with strict=False: by index, with a warning, layers would end up in the wrong places. So
-    does PEFT with an adapter. A copy of the model looks at its own blocks.
+    A Trainer loads checkpoints with strict=False, and PEFT loads adapters in the same way: layers are matched by index and,
+    with only a warning, would end up in the wrong places. A copy of the model checks against its own blocks.
 
     Returns:
-        What takes the check off again.
+        A handle that removes the check.
 
     Raises:
         ValueError: If the model is in the wrapper that `torch.compile(model)` returns, or has no list of blocks.
@@ -37,7 +37,7 @@ def refuse_other_depths(model: nn.Module, part: str | None = None) -> RemovableH
         )
     model = base_of(model)
     find_blocks(model, part)
-    # a function of the module alone: a copy, or what torch.load reads, has it without the first model's blocks
+    # a function of the module alone, so that a copy or an unpickled model does not refer to the first model's blocks
     handle: RemovableHandle = model.register_load_state_dict_pre_hook(partial(_check, part))
     return handle
 
@@ -49,7 +49,7 @@ def _check(part: str | None, module: nn.Module, state_dict: dict[str, Any], pref
         name.removeprefix(start).partition(".")
         for name, tensor in state_dict.items()
         if name.startswith(start)
-        and (not isinstance(tensor, torch.Tensor) or tensor.numel())  # the stop in an adapter's file
+        and (not isinstance(tensor, torch.Tensor) or tensor.numel())  # the stop tensor in an adapter's file
     ]
     numbers = sorted({int(number) for number, _, _ in found})
     if not numbers:
@@ -62,7 +62,7 @@ def _check(part: str | None, module: nn.Module, state_dict: dict[str, Any], pref
             raise ValueError(wrong_depth(range(depth), numbers))
         return
     rest = {f"{prefix}{name}" for name, _ in module.named_parameters() if not name.startswith(f"{stack.name}.")}
-    # one file of a sharded checkpoint holds a part of the blocks: only a number beyond the depth is wrong in it
+    # one file of a sharded checkpoint holds only some blocks, so only a number beyond the depth is wrong
     whole = rest <= state_dict.keys()
     if numbers[-1] >= depth or (whole and len(numbers) < depth):
         raise ValueError(wrong_depth(range(depth), numbers))
@@ -79,17 +79,17 @@ def _check(part: str | None, module: nn.Module, state_dict: dict[str, Any], pref
 
 
 def _holds(module: nn.Module) -> bool:
-    """Whether a module has something in a state dict."""
+    """Whether a module has entries in the state dict."""
     return any(True for _ in module.parameters())
 
 
 def refuse_another_depth(config: PreTrainedConfig, as_written: Callable[[], PreTrainedConfig] | None = None) -> None:
-    """Refuse to load a trimmed model at another depth than its map's: a shorter one, or one with random layers.
+    """Refuse to load a trimmed model at a depth other than its map's, which would drop layers or add random ones.
 
     Args:
         config: The config to load it with.
-        as_written: Reads the config as it stands in the file. If that contradicts its map as well, it is damaged, which is
-            said where the model is used.
+        as_written: Reads the config as it is in the file. If that contradicts its map as well, the file is damaged, which
+            is reported where the model is used.
 
     Raises:
         ValueError: If the config's depth is not that of its map.
@@ -112,7 +112,7 @@ def refuse_another_depth(config: PreTrainedConfig, as_written: Callable[[], PreT
 
 
 def refuse_adapter_of_other_layers(model: nn.Module, folder: str | Path) -> None:
-    """Refuse to put an adapter's weights onto a model that keeps other layers than the one that it was trained on.
+    """Refuse to load an adapter's weights into a model that keeps other layers than the one it was trained on.
 
     Raises:
         ValueError: If a local folder's map is not the model's.
@@ -130,7 +130,7 @@ def _layers(layer_map: LayerMap) -> tuple[Any, ...]:
 
 
 def wrong_depth(of_model: Sequence[int] | LayerMap, of_checkpoint: Sequence[int] | LayerMap) -> str:
-    """What to say when a checkpoint keeps other layers than the model."""
+    """The message for a checkpoint that keeps other layers than the model."""
     (number, layers), (other_number, others) = (
         (each.num_layers, str(each)) if isinstance(each, LayerMap) else (len(each), str(list(each)))
         for each in (of_model, of_checkpoint)

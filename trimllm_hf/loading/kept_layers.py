@@ -1,4 +1,4 @@
-"""A trimmed model straight from the files of its base: the dropped layers are never read."""
+"""Loads a trimmed model directly from the files of its base, without reading the dropped layers."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .base_files import FILE_ARGUMENTS, HUB_ARGUMENTS, BaseFiles, WeightFile
 
 @dataclass(frozen=True)
 class KeptLayers:
-    """What is read of a base's files.
+    """What is read from a base's files.
 
     Attributes:
         model_class: The class of the trimmed model.
         config: Its config.
-        files: The weight files that hold something of it, by their names.
-        names: For each, which of its tensors are kept, and their names in the trimmed model.
-        per_layer: By the name of a tensor that holds a slice for each layer, along which dimension.
+        files: The weight files that hold any of its tensors, by name.
+        names: For each file, the tensors that are kept, and their names in the trimmed model.
+        per_layer: For each tensor that holds a slice per layer, by its name, the dimension of the layers.
         kept_layers: The layers that stay.
-        depth: How many the base has.
-        prefix: What stands before a layer's number in the names.
-        generation: The fields of the base's generation config that name layers, as they are for the trimmed model.
+        depth: The number of layers of the base.
+        prefix: The part of the names before a layer's number.
+        generation: The fields of the base's generation config that name layers, adjusted to the trimmed model.
     """
 
     model_class: type[PreTrainedModel]
@@ -47,7 +47,7 @@ class KeptLayers:
     generation: dict[str, Any]
 
     def tensors(self, files: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """File by file: a kept tensor's name in the trimmed model, and the tensor as it is there."""
+        """Yield, file by file, each kept tensor's name in the trimmed model and its value there."""
         for file in self.files if files is None else files:
             for name, tensor in self.files[file].read(self.names[file]):
                 dimension = self.per_layer.get(name)
@@ -61,15 +61,15 @@ def load_kept_layers(
     part: str | None = None,
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
-    """Load only some layers of a base model; of its files nothing else is read.
+    """Load only some layers of a base model; nothing else is read from its files.
 
     Args:
-        base: Hub id or folder of the base model, in safetensors, in one file or many. Of a Hub model only the files that
-            hold kept tensors are downloaded. Which files are the model, transformers' order decides.
+        base: Hub id or folder of the base model, in safetensors, in one or more files. From the Hub, only the files that
+            hold kept tensors are downloaded. Weight files are chosen in transformers' order of preference.
         kept_layers: The layers to keep, in the base's numbering.
-        auto_class: The Auto class to load by, e.g. `AutoModelForSequenceClassification`; by default the class that the
+        auto_class: The Auto class to load with, e.g. `AutoModelForSequenceClassification`; by default the class that the
             base's config names, else `AutoModelForCausalLM`.
-        part: Of an encoder-decoder, whose layers `kept_layers` are: "decoder" (the default there) or "encoder".
+        part: For an encoder-decoder, the stack that `kept_layers` refers to: "decoder" (the default there) or "encoder".
         **from_pretrained_kwargs: As for `from_pretrained`: `dtype`, `device_map`, `quantization_config`, `revision`,
             `variant`, `trust_remote_code`, … Pickled weights are read only with `use_safetensors=False`.
 
@@ -77,7 +77,7 @@ def load_kept_layers(
         The trimmed model, with its map in `config.trim`.
 
     Raises:
-        ValueError: If a layer is out of range or repeated, the architecture cannot be trimmed so, the base has no
+        ValueError: If a layer is out of range or repeated, the architecture cannot be trimmed in this way, the base has no
             safetensors weights, or an argument would choose other files.
         OSError: If the base cannot be found.
     """
@@ -94,7 +94,7 @@ def load_kept_layers(
 def plan_kept_layers(
     files: BaseFiles, kept_layers: Sequence[int], auto_class: Any = None, part: str | None = None, portable: bool = False
 ) -> KeptLayers:
-    """Check everything on a model without memory, and find the tensors by the files' headers.
+    """Check everything on a model on the meta device, and locate the tensors by the files' headers.
 
     Raises:
         ValueError: As `load_kept_layers`.
@@ -111,7 +111,7 @@ def plan_kept_layers(
     model.config._commit_hash = extract_commit_hash(None if found is None else str(found), None)  # for the map
     stack = find_blocks(model, part)
     depth = len(stack)
-    LayerMap(depth, tuple(kept_layers))  # raises on what is no list of layers
+    LayerMap(depth, tuple(kept_layers))  # raises unless it is a valid list of layers
     if getattr(config, "trim", None) is not None and LayerMap.from_config(config).unit != "block":
         raise ValueError("Expected a base of whole blocks, got one trimmed by sublayers. Load it with from_pretrained.")
     weights = files.weights()
@@ -120,7 +120,7 @@ def plan_kept_layers(
     names = {file: renumbered(held.tensors, prefix, kept_layers) for file, held in weights.items()}
     per_layer: dict[str, int] = {}
     generation: dict[str, Any] = {}
-    if file := files.find("generation_config.json"):  # which goes along with a class that cannot generate as well
+    if file := files.find("generation_config.json"):  # it is kept even for a class that cannot generate
         model.generation_config = transformers.GenerationConfig.from_pretrained(file.parent)
     dropped = [layer for layer in range(depth) if layer not in set(kept_layers)]
     if dropped:
@@ -135,7 +135,7 @@ def plan_kept_layers(
 
 
 def renumbered(names: Iterable[str], prefix: str, kept_layers: Sequence[int]) -> dict[str, str]:
-    """The names that stay when layers go, each with its name in the trimmed model."""
+    """The names of the tensors that remain after a drop, each with its name in the trimmed model."""
     place: Mapping[str, int] = {str(old): new for new, old in enumerate(kept_layers)}
     found: dict[str, str] = {}
     for name in names:
@@ -148,7 +148,7 @@ def renumbered(names: Iterable[str], prefix: str, kept_layers: Sequence[int]) ->
 
 
 def _layer_prefix(names: Sequence[str], stack_name: str, depth: int, behind: int) -> str:
-    """What stands before a layer's number in a checkpoint's names: in some files another prefix than in the model.
+    """The part of a checkpoint's names before a layer's number; in some files it differs from the model's.
 
     Layers for multi-token prediction, `behind` of them, may follow; transformers does not load them.
     """

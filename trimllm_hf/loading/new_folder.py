@@ -1,4 +1,4 @@
-"""A new or empty folder that is written whole, or stays as it was."""
+"""A new or empty folder that is either written completely or left as it was."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_UNFINISHED = ".trimllm_unfinished"  # in the folder, until all is written
+_UNFINISHED = ".trimllm_unfinished"  # in the folder, until everything is written
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A place in a new or empty folder to write to; what is in it at the end moves up, config.json last.
+    """Yield a temporary subfolder of a new or empty folder; at the end its files are moved up, config.json last.
 
     On an error the folder is as it was.
 
     Raises:
         ValueError: If the folder holds something.
-        OSError: If it cannot be made or written.
+        OSError: If it cannot be created or written.
     """
     unfinished = folder / _UNFINISHED
     if folder.exists() and (not folder.is_dir() or any(path.name != _UNFINISHED for path in folder.iterdir())):
         raise ValueError(f"Expected a new or empty folder to write to, got {str(folder)!r}. Name another, or empty it.")
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by an interrupted run
     try:
         unfinished.mkdir(parents=True)
         yield unfinished

@@ -18,13 +18,13 @@ MOVED: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def keep_old_paths() -> None:
-    """Make `import` find the old module names."""
+    """Make the old module names importable."""
     if not any(isinstance(finder, _OldPaths) for finder in sys.meta_path):
         sys.meta_path.append(_OldPaths())
 
 
 class _OldPaths(MetaPathFinder, Loader):
-    """Finds an old name and gives the module the new one's contents."""
+    """Finds a module by its old name and fills it with the contents of the new one."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self) if fullname in MOVED else None

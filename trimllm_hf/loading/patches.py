@@ -1,8 +1,8 @@
-"""What `import trimllm_hf` adds to methods of transformers and PEFT, each when its module is imported.
+"""The additions that `import trimllm_hf` makes to methods of transformers and PEFT, each when its module is imported.
 
-There is no seam where a config becomes a file, an adapter is saved, or a class is named outright; and an attribute of one
-object would not outlive a reload. So the methods that all share are followed. Models that are not trimmed go through them
-as ever. What the additions need is imported when they are first used, so that none of it costs an import anything.
+There is no hook for writing a config, saving an adapter or loading by a concrete class, and an attribute set on one object
+would not survive a reload. So the shared methods are wrapped. For models that are not trimmed they behave as before. What
+the additions need is imported when they are first used, so that they do not slow down any import.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .tokenizer_words import use_older_words
 
 
 def follow_configs(module: ModuleType) -> None:
-    """Write older spellings into a trimmed model's config.json, and refuse another depth than its map's beside a load."""
+    """Write older spellings into a trimmed model's config.json, and refuse to load it at a depth other than its map's."""
     kind = module.PreTrainedConfig
     write, read = kind.to_json_file, kind.from_dict.__func__
 
@@ -48,7 +48,7 @@ def follow_configs(module: ModuleType) -> None:
 
 
 def follow_tokenizers(module: ModuleType) -> None:
-    """Save a tokenizer into a trimmed model's folder in words that transformers 4 knows, whichever of them comes first."""
+    """Save a tokenizer beside a trimmed model in terms that transformers 4 knows, whichever of the two is saved first."""
     save: Callable[..., Any] = module.PreTrainedTokenizerBase.save_pretrained
 
     @wraps(save)
@@ -61,7 +61,7 @@ def follow_tokenizers(module: ModuleType) -> None:
 
 
 def follow_models(kinds: dict[str, str], module: ModuleType) -> None:
-    """Save the adapters in a trimmed model with its map; build what a folder is of where a stock class is named outright.
+    """Save the adapters in a trimmed model with its map; build a custom model where its folder is loaded by a stock class.
 
     Args:
         kinds: By model type, where the `CustomModel` of its models is: a module, a colon, and its name there.
@@ -85,7 +85,7 @@ def follow_models(kinds: dict[str, str], module: ModuleType) -> None:
         if custom is None:
             try:
                 return load(cls, name, *args, config=config, **kwargs)
-            except Exception:  # a depth that is no number shows in as many ways as there are architectures
+            except Exception:  # errors for an invalid depth differ between architectures
                 custom = _custom_at(kinds, name, kwargs) if config is None else None
                 if custom is None:
                     raise
@@ -103,7 +103,7 @@ def follow_peft_models(module: ModuleType) -> None:
 
 
 def follow_hotswap(module: ModuleType) -> None:
-    """Pass over the stop in an adapter's file on the right depth, and refuse another one before anything is swapped."""
+    """Ignore the stop tensor in an adapter's file at the right depth; refuse another depth before anything is swapped."""
     swap: Callable[..., Any] = module.hotswap_adapter
     swap_weights: Callable[..., Any] = module.hotswap_adapter_from_state_dict
 
@@ -139,7 +139,7 @@ def _follow_adapters(kind: Any) -> None:
 
 
 def _custom_at(kinds: dict[str, str], name: Any, arguments: dict[str, Any]) -> Any:
-    """The kind of the model in a folder or on the Hub, by its config.json; None for a stock one, or where none is found."""
+    """The custom kind of a model in a folder or on the Hub, by its config.json; None for a stock model or no config."""
     from transformers import PreTrainedConfig
 
     from .base_files import HUB_ARGUMENTS

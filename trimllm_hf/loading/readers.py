@@ -1,9 +1,9 @@
-"""Which readers take a checkpoint for the model that it is: a verdict for each, from what each derives and what was tried.
+"""Which readers load a checkpoint correctly: a verdict for each, from what it derives from the config and what was tried.
 
-A reader that takes the kind of each layer from the config's list reads any trimmed model of a type that it reads. One that
-works kinds out from a layer's number is right where the list is what it works out. What nobody tried is not promised: the
-types below are those whose bases and trimmed models were read by that reader with the logits of transformers 5, and
-`tests/readers` reads them again.
+A reader that takes the kind of each layer from the config's list reads any trimmed model of the types it supports. One that
+derives kinds from a layer's number is right where the list is what it derives. Nothing is promised for untested types: the
+types below are those whose bases and trimmed models were read by that reader with the logits of transformers 5, which
+`tests/readers` repeats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RIGHT, WRONG, UNTRIED = "right", "not right", "not tried"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one reader makes of a checkpoint.
+    """How one reader handles a checkpoint.
 
     Attributes:
         reader: Its name, with the version that was tried.
@@ -36,19 +36,19 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Reader:
-    """What a reader was tried on, by model types.
+    """What a reader was tried on, by model type.
 
     Attributes:
         name: Its name, with the version that was tried.
-        by_list: Types whose layers it takes for what the config says of each, where it says it.
-        by_period: Types whose layers' kinds it works out from a layer's number and a period in the config.
-        by_number: Types whose layers' kinds it works out from a layer's number alone.
-        whole_period: Whether it needs as many layers as a period has.
-        heads: Whether it has models with other heads than a language model's.
-        by_head_width: Types whose attention it scales by the width of a head, whatever the config says.
-        by_depth: Of these, the depth at which it takes the model for a size whose attention is scaled by the width of the
-            model over its heads.
-        one_pass: Types that it reads rightly in one pass over a text, and not where it generates beyond the sliding window.
+        by_list: Types whose layers' kinds it takes from the config, where the config gives them.
+        by_period: Types whose layers' kinds it derives from a layer's number and a period in the config.
+        by_number: Types whose layers' kinds it derives from a layer's number alone.
+        whole_period: Whether it needs at least one full period of layers.
+        heads: Whether it has models with heads other than a language model's.
+        by_head_width: Types whose attention it scales by the head dimension, whatever the config says.
+        by_depth: For these types, the depth at which it assumes a model size whose attention is scaled by the hidden size
+            divided by the number of heads.
+        one_pass: Types that it reads correctly in one pass over a text, but not when generating beyond the sliding window.
     """
 
     name: str
@@ -108,10 +108,10 @@ READERS = (
 
 
 def readers_of(config: PreTrainedConfig) -> tuple[Verdict, ...]:
-    """For each reader, whether it takes a checkpoint with this config for the model that transformers 5 takes it for.
+    """For each reader, whether it reads a checkpoint with this config as the same model as transformers 5 does.
 
     Args:
-        config: The config of a trimmed model, or of one that is not.
+        config: The config of a model, trimmed or not.
 
     Raises:
         ValueError: If its map is damaged.
@@ -149,7 +149,7 @@ def _verdict(reader: Reader, config: PreTrainedConfig, holder: PreTrainedConfig)
 
 
 def _other_scale(reader: Reader, config: PreTrainedConfig) -> str:
-    """By what a reader scales attention, where that is not what the config says; else nothing."""
+    """What a reader scales attention by, if that differs from the config; else an empty string."""
     depth = reader.by_depth.get(config.model_type)
     by_heads = depth is not None and config.num_hidden_layers == depth
     width = config.hidden_size // config.num_attention_heads if by_heads else getattr(config, "head_dim", None)
@@ -160,7 +160,7 @@ def _other_scale(reader: Reader, config: PreTrainedConfig) -> str:
 
 
 def _without_period(config: PreTrainedConfig, whole: bool) -> list[str]:
-    """The lists of kinds that no period gives that could stand in the config, or none of at most the depth."""
+    """The lists of kinds that no period in the config can express, or no period of at most the depth if `whole`."""
     reader = ConfigReader(config)
     listed = {name: len(value) for name in KINDS if isinstance(value := (reader.now or {}).get(name), list)}
     found = list(periods(reader).values())

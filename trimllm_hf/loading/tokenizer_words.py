@@ -1,4 +1,4 @@
-"""A tokenizer beside a trimmed model, in words that transformers 4 and what is built on it (CTranslate2) know as well."""
+"""Writes a tokenizer beside a trimmed model in terms that transformers 4 and tools built on it (CTranslate2) also know."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ CONFIG = "tokenizer_config.json"
 
 
 def use_older_words(folder: Path) -> None:
-    """Let a tokenizer's config in a trimmed model's folder say its class and its special tokens as published ones do.
+    """Write a tokenizer's class and special tokens in a trimmed model's folder in the format of published tokenizers.
 
     transformers 5 writes the class `TokenizersBackend` and a list of `extra_special_tokens`, on which transformers 4 fails;
-    it reads the older words alike. A folder of no trimmed model is left alone.
+    transformers 5 reads the older format as well. A folder without a trimmed model is left alone.
     """
     described, model = folder / CONFIG, folder / "config.json"
     try:
@@ -20,7 +20,7 @@ def use_older_words(folder: Path) -> None:
             return
         plain = json.loads(described.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
-        return  # not both are there, or not readable
+        return  # one is missing or unreadable
     older = dict(plain)
     if plain.get("tokenizer_class") == "TokenizersBackend":
         older["tokenizer_class"] = "PreTrainedTokenizerFast"

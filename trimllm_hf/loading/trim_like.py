@@ -1,4 +1,4 @@
-"""Loading: the base trimmed like a checkpoint, and a trained model at a checkpoint's depth."""
+"""Trims a base like a checkpoint, and restores a trained model to a checkpoint's depth."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from ..utils import json_at
 
 
 def trim_like(model: nn.Module, checkpoint: str | Path) -> LayerMap:
-    """Drop from a model what a checkpoint's kept-layer map says, in place.
+    """Trim a model in place to the layers in a checkpoint's kept-layer map.
 
-    What a script calls before its Trainer is made, to resume a trimmed run with a plain `Trainer` and `TrimCallback`:
-    the weights of the layers that stay are the model's own until the Trainer loads the checkpoint's.
+    Call it before the Trainer is created, to resume a trimmed run with a plain `Trainer` and `TrimCallback`. The kept
+    layers retain the model's own weights until the Trainer loads the checkpoint's.
 
     Args:
         model: The full-depth base model, or one that still has all layers that the checkpoint keeps; not yet wrapped. It
             may have adapters already.
         checkpoint: A checkpoint folder of a run that trimmed, or the folder of a trimmed model or of an adapter for one:
-            with the base trimmed so, `PeftModel.from_pretrained(model, checkpoint)` is the model that was trained.
+            with the base trimmed this way, `PeftModel.from_pretrained(model, checkpoint)` is the trained model.
 
     Returns:
         The model's map after the drop. A checkpoint from before the first drop leaves the model as it is.
 
     Raises:
         ValueError: If the folder does not exist or contradicts itself, if the model lacks layers that the checkpoint
-            keeps, or if the checkpoint is an adapter that was trained on other weights. Nothing has changed then.
+            keeps, or if the checkpoint is an adapter that was trained on other weights. The model is left unchanged.
     """
     config = base_of(model).config
     of_checkpoint = LayerMap.from_checkpoint(checkpoint)
@@ -44,14 +44,14 @@ def trim_like(model: nn.Module, checkpoint: str | Path) -> LayerMap:
     positions = of_model.positions_to_drop(of_checkpoint)
     if positions:
         drop_layers(model, positions, of_model.common_unit(of_checkpoint), part=of_checkpoint.part)
-        base_of(model).config.trim = of_checkpoint.to_dict()  # its config is a copy now, if it was shared
+        base_of(model).config.trim = of_checkpoint.to_dict()  # a config that was shared is a copy by now
     return of_checkpoint
 
 
 def _refuse_other_weights(config: PreTrainedConfig, checkpoint: str | Path, layer_map: LayerMap) -> None:
-    """Refuse a base for an adapter that was trained on another model: on one that was trimmed and then trained further.
+    """Refuse a base for an adapter that was trained on other weights: on a model that was trimmed and then trained further.
 
-    PEFT notes the model that was loaded. Where that is the base of the map, trimming is all that has happened to it.
+    PEFT records the model that was loaded. If that is the base of the map, the model was only trimmed.
     """
     trained_on = json_at(Path(checkpoint) / "adapter_config.json", "base_model_name_or_path")
     if not isinstance(trained_on, str) or not trained_on or not layer_map.base_model:
@@ -72,8 +72,8 @@ def _place(name: str) -> str:
 def restore_layers_from(model: PreTrainedModel, checkpoint: str | Path, layer_map: LayerMap | None = None) -> LayerMap:
     """Give a trimmed model the blocks of a deeper checkpoint of the same run, in place, weights included.
 
-    The model and its container of blocks stay the same objects; the blocks are the checkpoint's. Its map is `layer_map`, or
-    what its config says.
+    The model and its container of blocks remain the same objects; the blocks are the checkpoint's. Its map is `layer_map`
+    or, by default, the one in the checkpoint's config.
 
     Raises:
         OSError: If the folder holds no model.
@@ -88,7 +88,7 @@ def restore_layers_from(model: PreTrainedModel, checkpoint: str | Path, layer_ma
     del own.blocks[:]
     own.blocks.extend(blocks)
     donors = dict(donor.named_modules())
-    for path, module in model.named_modules():  # some modules hold a config of their own
+    for path, module in model.named_modules():  # some modules have their own config
         theirs = getattr(donors[path], "config", None)
         if isinstance(theirs, PreTrainedConfig):
             for name, value in vars(theirs).items():

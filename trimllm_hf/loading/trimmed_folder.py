@@ -1,4 +1,4 @@
-"""Writes a trimmed checkpoint from a base's files: its weights, and whatever else of the base loading needs."""
+"""Writes a trimmed checkpoint from a base's files: its weights, and the other files needed for loading."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ def write_kept_layers(
     portable: bool = False,
     **hub_kwargs: Any,
 ) -> LayerMap:
-    """Write a trimmed checkpoint from a base's files, one file at a time: memory holds one file's kept tensors.
+    """Write a trimmed checkpoint from a base's files, one file at a time: only one file's kept tensors are in memory.
 
-    Tensors keep their bytes, and their names but for the layers' numbers. The base's other files go along as they are,
-    tokenizer, processors and licence among them; what stays behind (other weights, an optimizer's, pickles, the base's
-    card) is said in the log.
+    Tensors keep their bytes, and their names except for the layers' numbers. The base's other files are copied unchanged,
+    including tokenizer, processors and licence. What is not copied (other weights, optimizer states, pickles, the base's
+    card) is listed in the log.
 
     Args:
         base: As for `load_kept_layers`.
         kept_layers: The layers to keep, in the base's numbering.
-        folder: Where to write: new, or empty; the current one, a link or a mount will do.
+        folder: Where to write: a new or empty folder; the current folder, a link or a mount point is allowed.
         auto_class: As for `load_kept_layers`.
         part: As for `load_kept_layers`.
-        portable: Whether to refuse layers whose kinds some runtimes would work out wrongly from their numbers.
+        portable: Whether to refuse layers whose kinds some runtimes would derive wrongly from their numbers.
         **hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `variant`, `trust_remote_code`, …
 
     Returns:
-        The map, which also stands in the written config.json.
+        The map, which is also stored in the written config.json.
 
     Raises:
-        ValueError: As `load_kept_layers`, or if the folder holds something, or an argument is of no use here. Nothing is
+        ValueError: As `load_kept_layers`, or if the folder holds something, or an argument does not apply here. Nothing is
             written then.
-        OSError: If the folder cannot be written, or has no room. Nothing stays in it then.
+        OSError: If the folder cannot be written, or has no space left. It is left as it was then.
     """
     known = (*HUB_ARGUMENTS, *FILE_ARGUMENTS, *CODE_ARGUMENTS)
     files = BaseFiles(base, hub_kwargs)
@@ -99,7 +99,7 @@ def _write_weights(plan: KeptLayers, folder: Path) -> None:
 
 
 def _header_metadata(plan: KeptLayers, file: str) -> dict[str, str]:
-    """What else stands in a file's header, without the dropped layers; quantizers keep there how each tensor is packed."""
+    """The metadata in a file's header, without the dropped layers; quantizers store there how each tensor is packed."""
     found = plan.files[file].header_metadata()
     names = renumbered(found, plan.prefix, plan.kept_layers)
     kept = {names[name]: text for name, text in found.items() if name in names}
@@ -108,12 +108,12 @@ def _header_metadata(plan: KeptLayers, file: str) -> dict[str, str]:
             try:
                 kept[name] = json.dumps(_renumbered_json(json.loads(text), plan))
             except ValueError:
-                continue  # a sentence, not names
+                continue  # plain text, not names
     return {"format": "pt", **kept}
 
 
 def _renumbered_json(value: Any, plan: KeptLayers) -> Any:
-    """Lists and dicts with names of tensors in them, for the layers that stay."""
+    """Lists and dicts that contain tensor names, adjusted to the kept layers."""
     if isinstance(value, str):
         return renumbered([value], plan.prefix, plan.kept_layers).get(value)
     if isinstance(value, list):

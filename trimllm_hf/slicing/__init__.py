@@ -1,1 +1,1 @@
-"""Slicing: each layer as wide as its redundancy allows."""
+"""Slicing: reduces the width of each layer according to its redundancy."""

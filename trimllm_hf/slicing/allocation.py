@@ -1,4 +1,4 @@
-"""How wide each layer becomes, by how redundant it is, so that the mean share that is cut is what was asked for."""
+"""Allocates a width to each layer by its redundancy, such that the mean share cut is the requested ratio."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 from .slice_map import LEAST_WIDTH
 
-LARGEST_SHARE = 0.6  # no layer loses more, unless the mean is higher
+LARGEST_SHARE = 0.6  # no layer loses more, unless the mean is larger
 
 
 def redundancy_of(influence: Sequence[float]) -> list[float]:
-    """The layers' redundancy, from 0 to 1, by their block influence: 1 minus its min-max over the layers.
+    """The layers' redundancy, from 0 to 1: 1 minus their block influence, min-max normalized over the layers.
 
-    Dynamic LLM Slicing (arXiv 2411.03513, section 3.1). Layers that are all alike are all redundant.
+    Dynamic LLM Slicing (arXiv 2411.03513, section 3.1). If all layers have the same influence, all are redundant.
     """
     lowest, highest = min(influence), max(influence)
     if highest <= lowest:
@@ -23,19 +23,19 @@ def redundancy_of(influence: Sequence[float]) -> list[float]:
 def shares_of(redundancy: Sequence[float], mean: float, spread: float) -> list[float]:
     """The share to cut of each layer: base + (mean - base) LR / mean(LR), with base = (1 - spread) mean.
 
-    By Dynamic LLM Slicing (arXiv 2411.03513, section 3.2). What it lacks: shares are kept within 0 and `LARGEST_SHARE`,
-    and what that takes away is given to the other layers, so that their mean holds.
+    Follows Dynamic LLM Slicing (arXiv 2411.03513, section 3.2). In addition, shares are clipped to between 0 and
+    `LARGEST_SHARE`, and the difference is redistributed over the other layers, so that the mean is kept.
 
     Args:
         redundancy: The layers' redundancy, at least 0.
-        mean: The mean share, within 0 and 1.
+        mean: The mean share, between 0 and 1.
         spread: From 0 (uniform) to 1 (a layer without redundancy keeps its width).
     """
     average = sum(redundancy) / len(redundancy)
     base = (1 - spread) * mean if average > 0 else mean
     shares = [base + (mean - base) * value / average if average > 0 else mean for value in redundancy]
     largest = max(LARGEST_SHARE, mean)
-    for _ in shares:  # each turn clips at least one layer more, or ends
+    for _ in shares:  # each iteration clips at least one more layer, or ends
         excess = sum(share - min(share, largest) for share in shares)
         shares = [min(share, largest) for share in shares]
         room = [largest - share for share in shares]
@@ -46,12 +46,12 @@ def shares_of(redundancy: Sequence[float], mean: float, spread: float) -> list[f
 
 
 def widths_of(shares: Sequence[float], width: int, multiple: int) -> list[int]:
-    """Widths in multiples of a number, that together keep what the shares keep.
+    """Widths rounded to multiples of a number, whose sum is what the shares leave.
 
     Args:
         shares: The share to cut of each layer.
-        width: What every layer is wide now.
-        multiple: What widths are multiples of; only a layer that keeps all of a width that is none may be another one.
+        width: The current width of every layer.
+        multiple: What widths are multiples of. Only a layer that keeps its full width may have a width that is not.
 
     Raises:
         ValueError: If a layer would be narrower than 8.
@@ -83,18 +83,18 @@ def allocate(
     multiple: int = 8,
     cost: Callable[[Sequence[int]], float] | None = None,
 ) -> list[int]:
-    """The layers' widths.
+    """Compute the width of each layer.
 
     Args:
         redundancy: The layers' redundancy, from 0 to 1.
-        width: What every layer is wide now.
-        ratio: The mean share to cut: of the layers' widths, or, with `cost`, of what it counts.
+        width: The current width of every layer.
+        ratio: The mean share to cut: of the layers' widths, or, with `cost`, of what `cost` counts.
         spread: See `shares_of`.
         multiple: See `widths_of`.
-        cost: The share of the layers' parameters that is left at such widths. None: the mean is that of the layers.
+        cost: Returns the share of the layers' parameters that is left at given widths. None: the mean is over the layers.
 
     Raises:
-        ValueError: If a layer would be narrower than 8, or no widths cost so little.
+        ValueError: If a layer would be narrower than 8, or no widths have a cost that low.
     """
     if cost is None:
         return widths_of(shares_of(redundancy, ratio, spread), width, multiple)

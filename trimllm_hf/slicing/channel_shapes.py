@@ -1,4 +1,4 @@
-"""An MLP's channels: which rows and columns of its matrices hold them, and how some of them are kept."""
+"""An MLP's channels: which rows and columns of its matrices hold them, and how to keep a subset of them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class Channels:
 
     Attributes:
         block: The block's name in the model.
-        readers: What writes them, each with how many runs of them it holds: two where gate and value are one matrix.
-        writer: What reads them.
+        readers: The matrices that produce them, each with the number of times it holds them: 2 where gate and up projection
+            are one matrix.
+        writer: The matrix that takes them as its input.
         width: How many there are.
     """
 
@@ -35,7 +36,7 @@ def find_channels(model: nn.Module) -> list[Channels]:
     """Each block's channels.
 
     Raises:
-        ValueError: If the MLPs are no matrices that read the hidden states and one that writes them.
+        ValueError: If the MLPs do not consist of matrices that read the hidden states and one that writes them.
     """
     stack = find_blocks(model)
     full: int = stack.config.hidden_size
@@ -81,7 +82,7 @@ def keep(module: nn.Module, channels: Channels, kept: torch.Tensor) -> None:
 
 
 def shape_channels(model: nn.Module, widths: Sequence[int]) -> None:
-    """Give a stock model MLPs of other widths, in place; the values of its weights mean nothing then."""
+    """Give a stock model MLPs of other widths, in place; the values of its weights are meaningless afterwards."""
     for channels, width in zip(find_channels(model), widths, strict=True):
         module = model.get_submodule(channels.block)
         for name, runs in channels.readers:

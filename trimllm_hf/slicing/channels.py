@@ -1,7 +1,7 @@
-"""MLP channels: each block's MLP as wide as its redundancy allows, the channels that stay refitted in closed form.
+"""MLP channels: cuts each block's MLP according to its redundancy and refits the remaining channels in closed form.
 
-A channel is one number between an MLP's two products: a row of what reads (in a gated MLP, one of the gate and one beside
-it), a column of what writes. Where all widths are the same, what is left is a stock model.
+A channel is one dimension of an MLP's intermediate state: a row of its input matrix (in a gated MLP, of both the gate and
+the up projection) and a column of its output matrix. Where all widths are the same, the result is a stock model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .principal import Covariance
 from .signals import Calls, at, observe
 from .slice_map import SliceMap
 
-RIDGE = 0.01  # of the mean of the diagonal
+RIDGE = 0.01  # relative to the mean of the diagonal
 TOLERANCE = 1e-4
 
 
@@ -97,7 +97,7 @@ def slice_channels(
 
 
 def _next(module: nn.Module, number: int, channels: Channels, calls: list[Calls], width: int, done: Any) -> tuple[Any, Any]:
-    """What stays of a block's channels, when all blocks in front of it are cut; and the calls of the next block."""
+    """The channels of a block to keep, once all earlier blocks are cut; also moves the calls on to the next block."""
     kept, weight = choose(module, channels, *gather(calls, number, module, channels, done), width)
     shared = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
     cut = copy.deepcopy(module, shared)
@@ -114,9 +114,9 @@ def _cut(module: nn.Module, channels: Channels, kept: torch.Tensor, weight: torc
 
 
 def width_name(model: PreTrainedModel, found: Sequence[Channels], width: int) -> str | None:
-    """The config's field by which each MLP gets that many channels, and nothing else changes; None if there is none.
+    """The config field that gives each MLP that many channels and changes nothing else; None if there is none.
 
-    Each field that holds their number now, or nothing (GPT-2's `n_inner`), is tried on a skeleton.
+    Each field that holds the current number of channels, or None (GPT-2's `n_inner`), is tried on a skeleton.
     """
     now = found[0].width
     holder = part_config(model.config)
@@ -137,7 +137,7 @@ def width_name(model: PreTrainedModel, found: Sequence[Channels], width: int) ->
 
 
 def _scale(shapes: dict[str, tuple[int, ...]], name: str, old: int, new: int) -> None:
-    """Write a new size into a shape; a square matrix is told apart by the other checks."""
+    """Write a new size into a shape; the other checks cover the ambiguity of a square matrix."""
     if name in shapes:
         sizes = list(shapes[name])
         sizes[sizes.index(old)] = new
@@ -145,22 +145,22 @@ def _scale(shapes: dict[str, tuple[int, ...]], name: str, old: int, new: int) ->
 
 
 def built_with(model: PreTrainedModel, field: str, value: int) -> nn.Module | None:
-    """A model without memory of the same class, with another value in its config; None if there is no such model."""
+    """A model of the same class on the meta device, with another value in its config; None if it cannot be built."""
     config = copy.deepcopy(model.config)
     setattr(part_config(config), field, value)
     try:
         with torch.device("meta"):
             return type(model)(config)
-    except Exception:  # a field that means something else fails in its own way
+    except Exception:  # a field with another meaning may fail with any exception
         return None
 
 
 @torch.no_grad()
 def refuse_unordered(model: PreTrainedModel, found: Sequence[Channels], calls: Calls) -> None:
-    """Refuse an MLP whose channels are not independent: with them in another order, each block has to do the same.
+    """Refuse an MLP whose channels are not independent: permuting them must not change the output of any block.
 
     Raises:
-        ValueError: If one does not.
+        ValueError: If the output of a block changes.
     """
     for number, channels in enumerate(found):
         module = model.get_submodule(channels.block)
@@ -179,7 +179,7 @@ def refuse_unordered(model: PreTrainedModel, found: Sequence[Channels], calls: C
 
 @torch.no_grad()
 def gather(calls: Sequence[Calls], number: int, module: nn.Module, channels: Channels, done: Any) -> tuple[Covariance, Any]:
-    """The covariance of a block's channels over the real tokens, and their mean size."""
+    """The covariance of a block's channels over the real tokens, and their mean absolute value."""
     found = Covariance(channels.width, calls[0].states.device)
     size = torch.zeros(channels.width, dtype=torch.float64, device=calls[0].states.device)
 
@@ -198,11 +198,11 @@ def gather(calls: Sequence[Calls], number: int, module: nn.Module, channels: Cha
 
 
 def choose(module: nn.Module, channels: Channels, found: Covariance, size: torch.Tensor, width: int) -> tuple[Any, Any]:
-    """The channels that stay, ascending, and the writer's weight for them.
+    """Choose the channels to keep, in ascending order, and compute the writer's weight for them.
 
-    A channel counts by mean|a| times the norm of its column in what writes (as Wanda, arXiv 2306.11695, scores a weight).
-    The writer's weight is W C[:, K] (C[K, K] + ridge)^-1, C the covariance of the channels, K those that stay: the least
-    squares fit of what it wrote by what is left.
+    A channel's score is mean|a| times the norm of its column in the output matrix (as Wanda, arXiv 2306.11695, scores a
+    weight). The writer's new weight is W C[:, K] (C[K, K] + ridge)^-1, with C the covariance of the channels and K the kept
+    ones: the least-squares fit of its previous output from the kept channels.
     """
     writer: Any = module.get_submodule(channels.writer)
     weight = writer.weight.data if isinstance(writer, nn.Linear) else writer.weight.data.T  # (width of the states, channels)

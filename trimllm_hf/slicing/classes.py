@@ -1,4 +1,4 @@
-"""The classes of sliced models: what their map says, and what they are built of."""
+"""The classes of sliced models, built from the map in the config."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _sizes(matrix: Any) -> tuple[int, int, bool]:
 def _filled(
     sizes: dict[str, Any], norms: list[str], blocks: dict[str, Any], model: PreTrainedModel, width: int
 ) -> tuple[str, dict[str, str]]:
-    """The code, and the values of its marks."""
+    """The code, and the values of its placeholders."""
     values: dict[str, dict[str, Any]] = {
         "SIZES": sizes,
         "NORMS": {name: model.get_submodule(name).eps for name in norms},

@@ -1,8 +1,8 @@
-"""What a sliced model is made of: norms without gain, matrices of other sizes, and a shortcut a block.
+"""The modules of a sliced model: norms without gain, resized matrices, and one shortcut per block.
 
-A block's own `forward` stays what it is. Its attention reads and writes in the basis of the block's input; what its MLP adds
-is in the basis of the next block. So that result is held back, and behind the block the hidden states go through the
-shortcut, from the one basis into the other, before it is added. In a parallel block both halves are held back.
+A block's own `forward` is unchanged. Its attention reads and writes in the basis of the block's input; the output of its
+MLP is in the basis of the next block. So the MLP's output is held back: after the block, the shortcut moves the hidden
+states from one basis to the other, and then the output is added. In a parallel block both halves are held back.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from transformers.pytorch_utils import Conv1D
 from .slice_map import next_widths
 from .wiring import Block, Wiring
 
-SHORTCUT = "shortcut"  # the name in each block
+SHORTCUT = "shortcut"  # its name in each block
 _BLOCKS: dict[type, type[nn.Module]] = {}
-DROPOUTS = ("dropout", "hidden_dropout", "residual_dropout")  # by which a block that has no such module names the rate
+DROPOUTS = ("dropout", "hidden_dropout", "residual_dropout")  # attributes for the rate in a block without a dropout module
 
 
 class SlicedNorm(nn.Module):
-    """x / sqrt(sum(x^2) / width + eps): RMSNorm of what was `width` numbers wide before the slicing.
+    """x / sqrt(sum(x^2) / width + eps): RMSNorm of hidden states that had size `width` before slicing.
 
-    Gains, and a LayerNorm's mean, are in the matrices around it.
+    Gains, and a LayerNorm's mean subtraction, are folded into the matrices around it.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -44,7 +44,7 @@ def norm_eps(norm: nn.Module) -> float:
     """A norm's epsilon.
 
     Raises:
-        ValueError: If it names none.
+        ValueError: If it has none.
     """
     for name in ("eps", "variance_epsilon", "epsilon"):
         value = getattr(norm, name, None)
@@ -54,32 +54,32 @@ def norm_eps(norm: nn.Module) -> float:
 
 
 def replace_norm(root: nn.Module, name: str, width: int) -> None:
-    """Put a norm without gain in a norm's place."""
+    """Replace a norm with one without gain."""
     root.set_submodule(name, SlicedNorm(width, norm_eps(root.get_submodule(name))))
 
 
 def assign(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Give a module other values, of any size, in a parameter of its own."""
+    """Give a module new values, of any size, in a new parameter."""
     path, _, attribute = name.rpartition(".")
     module: Any = root.get_submodule(path)
     held = getattr(module, attribute)
-    like = module.weight if held is None else held  # a bias that it did not have
+    like = module.weight if held is None else held  # a bias it did not have before
     setattr(module, attribute, nn.Parameter(tensor.to(like.dtype).contiguous(), like.requires_grad))
     if attribute == "weight":
         rename_sizes(module)
 
 
 def resize(module: Any, inputs: int | None = None, outputs: int | None = None, bias: bool = False) -> None:
-    """Make a matrix or a table of embeddings smaller: its first inputs and outputs stay, in tensors of their own.
+    """Shrink a matrix or an embedding table: its first inputs and outputs are kept, in new tensors.
 
     Args:
         module: A `Linear`, `Conv1D` or `Embedding`.
-        inputs: How many numbers it reads; None: as it does.
-        outputs: How many it writes.
+        inputs: Its new input size; None: unchanged.
+        outputs: Its new output size; None: unchanged.
         bias: Whether to give it a bias, of zeros, if it has none.
     """
     weight: torch.Tensor = module.weight.data
-    transposed = isinstance(module, Conv1D)  # which holds (inputs, outputs), as a table holds (rows, outputs)
+    transposed = isinstance(module, Conv1D)  # its weight is (inputs, outputs), as a table's is (rows, outputs)
     if isinstance(module, nn.Embedding):
         weight = weight[:, :outputs]
     else:
@@ -95,7 +95,7 @@ def resize(module: Any, inputs: int | None = None, outputs: int | None = None, b
 
 
 def rename_sizes(module: Any) -> None:
-    """Make a module's own attributes say the sizes of its weight."""
+    """Update a module's size attributes to match its weight."""
     rows, columns = module.weight.shape
     if isinstance(module, nn.Embedding):
         module.embedding_dim = columns
@@ -106,7 +106,7 @@ def rename_sizes(module: Any) -> None:
 
 
 def matrix_sizes(module: Any) -> tuple[int, int]:
-    """How many numbers a `Linear` or a `Conv1D` reads, and how many it writes."""
+    """The input and output sizes of a `Linear` or a `Conv1D`."""
     rows, columns = module.weight.shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
@@ -116,7 +116,7 @@ def _like(parameter: Any, data: torch.Tensor) -> nn.Parameter:
 
 
 def shape_model(model: nn.Module, wiring: Wiring, widths: tuple[int, ...]) -> None:
-    """Give a stock model the modules of a sliced one, in place; the values of its weights mean nothing then.
+    """Give a stock model the modules of a sliced one, in place; the values of its weights are meaningless afterwards.
 
     Args:
         model: The model; on the meta device nothing is allocated.
@@ -131,7 +131,7 @@ def shape_model(model: nn.Module, wiring: Wiring, widths: tuple[int, ...]) -> No
 
 
 def shape_head(model: nn.Module, wiring: Wiring, width: int) -> None:
-    """The norm behind the blocks and the head, for a sliced model."""
+    """Give the final norm and the head the shapes of a sliced model."""
     norm, head = model.get_submodule(wiring.norm), model.get_submodule(wiring.head)
     resize(head, inputs=width, bias=getattr(norm, "bias", None) is not None)
     replace_norm(model, wiring.norm, wiring.width)
@@ -143,9 +143,9 @@ def shape_block(module: Any, block: Block, full: int, width: int, after: int) ->
     Args:
         module: The block.
         block: What reads and writes the hidden states in it.
-        full: How wide they were.
-        width: How wide they are in it.
-        after: How wide they are in the next.
+        full: Their original width.
+        width: Their width in this block.
+        after: Their width in the next block.
     """
     shifted = {name: getattr(module.get_submodule(name), "bias", None) is not None for name in block.norms}
     for half, outputs in ((block.attention, after if block.parallel else width), (block.mlp, after)):
@@ -161,27 +161,28 @@ def shape_block(module: Any, block: Block, full: int, width: int, after: int) ->
 
 
 def held_back(block: Block) -> dict[str, bool]:
-    """The modules whose results are held back, by name; and whether dropout is to be applied to each behind it."""
+    """The modules whose outputs are held back, by name, and whether dropout is to be applied to each afterwards."""
     halves = [block.attention, block.mlp] if block.parallel else [block.mlp]
     return {_outermost(half.last): half.last == half.writer for half in halves}
 
 
 def _outermost(name: str) -> str:
-    """An adapter may stand in the place of a matrix: what holds it is safer."""
+    """The module that contains a matrix; safer than the matrix, which an adapter may replace."""
     return name.partition(".")[0]
 
 
 def connect(module: Any, held: dict[str, bool]) -> None:
-    """Make a block hold back what these modules of it return, and add it behind its shortcut."""
+    """Make a block hold back the outputs of these modules and add them after its shortcut."""
     rate = next((name for name in DROPOUTS if isinstance(vars(module).get(name), float)), None)
     module.held_back = {name: rate if applied else None for name, applied in held.items()}
     module.__class__ = block_class(type(module))
 
 
 class SlicedBlockMixin:
-    """What is added to an architecture's block class.
+    """Added to an architecture's block class to apply the shortcut.
 
-    It is a `forward`, and no hooks on the block: gradient checkpointing runs a forward again, and all of this belongs in it.
+    It overrides `forward` instead of using hooks on the block: gradient checkpointing runs the forward again, and all of
+    this must be part of it.
     """
 
     stock_class: ClassVar[type[nn.Module]]
@@ -192,11 +193,11 @@ class SlicedBlockMixin:
         return _finish(block, super().forward(*args, **kwargs))  # type: ignore[misc]  # the architecture's
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (self.stock_class,), vars(self)  # pickle cannot find a class made here by its name
+        return _empty, (self.stock_class,), vars(self)  # pickle cannot find this dynamically created class by name
 
 
 def block_class(stock: type[nn.Module]) -> type[nn.Module]:
-    """The class of a sliced block. It bears the architecture's name, by which transformers and engines know blocks."""
+    """The class of a sliced block. It keeps the architecture's name, by which transformers and engines identify blocks."""
     if stock not in _BLOCKS:
         names = {"stock_class": stock, "__module__": stock.__module__}
         _BLOCKS[stock] = type(stock.__name__, (SlicedBlockMixin, stock), names)
@@ -211,7 +212,7 @@ def _empty(stock: type[nn.Module]) -> nn.Module:
 def _begin(block: Any) -> None:
     for name in block.held_back:
         module = block.get_submodule(name)
-        if not getattr(module, "holds", False):  # new, or an adapter has taken its place
+        if not getattr(module, "holds", False):  # new, or replaced by an adapter
             for inner in module.modules():
                 inner.holds = inner is module
             if not any(hook is _hold for hook in module._forward_hooks.values()):
@@ -220,7 +221,7 @@ def _begin(block: Any) -> None:
 
 
 def _hold(module: Any, _: Any, output: Any) -> Any:
-    """Keep what a module returns, and return in its place a zero, which changes nothing when it is added."""
+    """Store a module's output and return zero instead, which changes nothing when it is added."""
     if not module.holds:
         return None
     result = output[0] if isinstance(output, tuple) else output

@@ -1,4 +1,4 @@
-"""What is refused before a model is sliced."""
+"""Checks before a model is sliced."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refuse_model(model: nn.Module) -> PreTrainedModel:
         The model.
 
     Raises:
-        ValueError: Saying why.
+        ValueError: With the reason.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -88,7 +88,7 @@ def refuse_model(model: nn.Module) -> PreTrainedModel:
 
 
 def refuse_tied(model: nn.Module) -> None:
-    """Refuse a model whose head is tied to its embedding: both are rotated, each by a basis of its own.
+    """Refuse a model whose head is tied to its embedding: the two are rotated by different bases.
 
     Raises:
         ValueError: If it is.
@@ -111,15 +111,15 @@ def _is_trained(model: nn.Module) -> bool:
 
 
 def on_device(batches: Sequence[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """The batches where the model is."""
+    """The batches, moved to the model's device."""
     return [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in batches]
 
 
 def real_tokens(batches: Sequence[dict[str, Any]], width: int) -> int:
-    """How many tokens there are that are no padding.
+    """The number of tokens that are not padding.
 
     Raises:
-        ValueError: If they are too few for that many directions, or a batch has none, or no input_ids.
+        ValueError: If there are too few for that many directions, or a batch has none, or a batch has no input_ids.
     """
     counts = []
     for number, batch in enumerate(batches):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-DAMPING = 0.01  # of the mean of the diagonal
+DAMPING = 0.01  # relative to the mean of the diagonal
 
 
 def refuse_not_finite(values: torch.Tensor) -> None:
-    """Refuse sums of hidden states that are no finite numbers.
+    """Refuse sums of hidden states that are not finite.
 
     Raises:
         ValueError: If some are not.
@@ -21,7 +21,7 @@ def refuse_not_finite(values: torch.Tensor) -> None:
 
 
 class Covariance:
-    """The sum of x xᵀ over tokens: in float64, of products of a few thousand tokens that are made in float32."""
+    """The sum of x xᵀ over tokens: accumulated in float64, from products over a few thousand tokens in float32."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.sum = torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -31,7 +31,7 @@ class Covariance:
 
         Args:
             states: Of shape (rows, tokens, width).
-            mask: Of shape (rows, tokens): 0 where padding is.
+            mask: Of shape (rows, tokens); 0 at padding.
         """
         rows = states.flatten(0, 1) if mask is None else states[mask.to(states.device) != 0]
         for part in rows.split(4096):
@@ -39,16 +39,16 @@ class Covariance:
             self.sum += wide.T @ wide
 
     def basis(self, width: int, centred: bool = False) -> torch.Tensor:
-        """The directions that hold most of the states, the most important first: of shape (full width, width), float64.
+        """The directions with the largest second moments, the largest first: of shape (full width, width), float64.
 
         Eigenvectors of the sum, damped on the diagonal as SliceGPT does (arXiv 2401.15024, section 3.3).
 
         Args:
             width: How many directions.
-            centred: Whether the mean over each token's numbers does not count: a LayerNorm takes it away.
+            centred: Whether to remove the mean over each token's hidden state first, as a LayerNorm does.
 
         Raises:
-            ValueError: If states were no finite numbers.
+            ValueError: If states were not finite.
         """
         refuse_not_finite(self.sum)
         total = self.sum
@@ -62,6 +62,6 @@ class Covariance:
 
 
 def random_basis(width: int, seed: int) -> torch.Tensor:
-    """A random rotation, float64."""
+    """A random rotation in float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator)).Q

@@ -1,8 +1,9 @@
 """The weights of a sliced model: gains folded, hidden states rotated into other bases and cut (SliceGPT, arXiv 2401.15024).
 
-All products are made in float64. With Q of a block's input, Q' of the next one's, g and b a norm's gain and shift:
-what reads becomes W diag(g) Q, with the bias W b; what writes Q'ᵀ W, the shortcut Qᵀ Q'. Around a LayerNorm what writes
-loses its mean over the hidden states first, so that the norm only has to divide. A basis of fewer columns cuts.
+All products are computed in float64. With Q the basis of a block's input, Q' that of the next block's, and g and b a norm's
+gain and shift: a matrix that reads becomes W diag(g) Q, with the bias W b; one that writes becomes Q'ᵀ W; the shortcut is
+Qᵀ Q'. Before a LayerNorm, the mean over the hidden dimension is first removed from the matrices that write, so that the
+norm only has to divide. A basis with fewer columns cuts.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from transformers.pytorch_utils import Conv1D
 from .modules import SHORTCUT
 from .wiring import Block
 
-ROWS = 1024  # of a table, at a time in float64
+ROWS = 1024  # of a table, processed at a time in float64
 
 
 @dataclass(frozen=True)
 class Gain:
-    """What a norm does beside dividing.
+    """What a norm does besides dividing.
 
     Attributes:
         gain: Of shape (width,), float64.
@@ -37,7 +38,7 @@ class Gain:
 
 
 def read_gain(norm: nn.Module, width: int, eps: float) -> Gain:
-    """What a norm does beside dividing, learned by asking it: some multiply by their weight, some by 1 + weight.
+    """Find what a norm does besides dividing by probing it: some multiply by their weight, some by 1 + weight.
 
     Raises:
         ValueError: If it is neither an RMSNorm nor a LayerNorm.
@@ -116,7 +117,7 @@ def rotated_embedding(module: Any, basis: torch.Tensor, centred: bool) -> torch.
 
 
 def rotated_reader(module: Any, gain: Gain, basis: torch.Tensor) -> Tensors:
-    """The weight, and the bias if there is one, of a matrix that reads behind a norm."""
+    """The weight, and the bias if there is one, of a matrix that reads a norm's output."""
     weight: torch.Tensor = module.weight.data
     rows = weight.T if isinstance(module, Conv1D) else weight
     made = _rows(rows, gain.gain.to(basis.device)[:, None] * basis, False)

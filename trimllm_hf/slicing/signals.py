@@ -1,4 +1,4 @@
-"""The hidden states of calibration batches, block by block: as they are, and as a sliced model has them."""
+"""The hidden states of calibration batches, block by block, in the stock model and in the sliced one."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ INFLUENCE_TOKENS = 16_384  # over which block influence is averaged, if there ar
 
 
 class _Reached(Exception):
-    """Ends a forward pass where all that is asked of it has been seen."""
+    """Ends a forward pass once everything needed has been recorded."""
 
 
 class Calls:
-    """What the blocks were called with for one batch.
+    """The arguments of the blocks' calls for one batch.
 
-    Between the blocks the hidden states take 16 bits: those of all batches are most of what is needed beside the model.
+    Between blocks, hidden states are stored in 16 bits: those of all batches take most of the memory besides the model.
 
     Attributes:
         arguments: The other arguments of each block, positional and named.
-        mask: Which tokens are real, of shape (rows, tokens); None: all.
+        mask: Which tokens are not padding, of shape (rows, tokens); None: all.
     """
 
     def __init__(
@@ -39,27 +39,27 @@ class Calls:
 
     @property
     def states(self) -> torch.Tensor:
-        """The hidden states in front of the block that is next, of shape (rows, tokens, width)."""
+        """The hidden states at the input of the next block, of shape (rows, tokens, width)."""
         return self._states.to(self._dtype)
 
     @states.setter
     def states(self, states: torch.Tensor) -> None:
-        self._states.copy_(states)  # in its place: memory that is given back in between is not always used again
+        self._states.copy_(states)  # in place: freed memory is not always reused
 
     def run(self, number: int, block: nn.Module, states: torch.Tensor | None = None) -> torch.Tensor:
-        """A block's result, for the states or for others."""
+        """A block's output for the stored states, or for other ones."""
         args, kwargs = self.arguments[number]
         return _first(block(self.states if states is None else states, *args, **kwargs))
 
 
 @torch.no_grad()
 def record(model: PreTrainedModel, batch: dict[str, Any], see: Callable[[int, torch.Tensor, Any], None] | None) -> Calls:
-    """Run a model on a batch, up to its last block, and note what its blocks are called with.
+    """Run a model on a batch, up to its last block, and record the arguments of its blocks.
 
     Args:
         model: The stock model, in evaluation mode.
-        batch: What it is called with; labels are left out.
-        see: Is shown each block's number, input and output. None: the blocks only hand on what they are given.
+        batch: The model's inputs; labels are left out.
+        see: Called with each block's number, input and output. None: the blocks are skipped and pass their input on.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     mask = inputs.get("attention_mask")
@@ -95,12 +95,12 @@ def record(model: PreTrainedModel, batch: dict[str, Any], see: Callable[[int, to
 def observe(
     model: PreTrainedModel, batches: Sequence[dict[str, Any]], done: Callable[[int], Any]
 ) -> tuple[list[Calls], list[float]]:
-    """What the blocks are called with, and each one's block influence: 1 - cosine of input and output, mean over tokens.
+    """Record the blocks' arguments and each block's influence: 1 - cosine of input and output, mean over tokens.
 
-    Of many batches some are enough for the influence, evenly spread. `done` is told how many blocks a batch went through.
+    With many batches, an evenly spaced subset is used for the influence. `done` is called with the number of blocks run.
 
     Raises:
-        ValueError: If hidden states are no finite numbers.
+        ValueError: If hidden states are not finite.
     """
     depth = len(find_blocks(model))
     sums = torch.zeros(depth, dtype=torch.float64)
@@ -112,7 +112,7 @@ def observe(
 
         def see(block: int, x: torch.Tensor, output: Any, mask: torch.Tensor | None = mask) -> None:
             nonlocal every
-            if isinstance(output, tuple):  # what else is in it only the block knows
+            if isinstance(output, tuple):  # only the block knows the other elements
                 every = 1
             distance = 1 - torch.cosine_similarity(x.float(), _first(output).float(), dim=-1)
             sums[block] += (distance if mask is None else distance.masked_fill(mask == 0, 0)).sum().double().cpu()
@@ -121,13 +121,13 @@ def observe(
         calls.append(record(model, batch, see if seen else None))
         count += counts[number] if seen else 0.0
         done(depth)
-    refuse_not_finite(sums)  # a cosine is none of a state that is no number
+    refuse_not_finite(sums)  # a cosine is undefined for states that are not finite
     return calls, (sums / count).tolist()
 
 
 @torch.no_grad()
 def gather(calls: Sequence[Calls], number: int, module: nn.Module, block: Block, done: Callable[[], Any]) -> Covariance:
-    """The covariance of the hidden states that a block reads: at its first norm, and, if it is another, at its second.
+    """The covariance of the hidden states that a block reads: at its first norm and, if there is another, at its second.
 
     `done` is called after each batch.
     """
@@ -155,9 +155,9 @@ def gather(calls: Sequence[Calls], number: int, module: nn.Module, block: Block,
 def advance(
     calls: Sequence[Calls], number: int, module: nn.Module, block: Block, basis: torch.Tensor, done: Callable[[], Any]
 ) -> None:
-    """Move the states behind a block that works in a basis: what it reads, and what its attention adds, is cut to it.
+    """Run a block in a reduced basis: its input, and what its attention adds, are projected onto the basis.
 
-    What its MLP adds is whole: the next basis is found with it. `done` is called after each batch.
+    What its MLP adds is not projected, since the next basis is computed from it. `done` is called after each batch.
     """
     cut = (basis @ basis.T).to(next(module.parameters()).dtype)
     for call in calls:
@@ -179,14 +179,14 @@ def advance(
 
 
 def _first(output: Any) -> torch.Tensor:
-    """The hidden states of what a block returns: they alone, or in front of others."""
+    """The hidden states in a block's output: the output itself, or its first element."""
     found: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return found
 
 
 @contextmanager
 def at(module: nn.Module, name: str, do: Callable[[torch.Tensor], Any]) -> Iterator[None]:
-    """Show what a module inside a block reads to a function, which may return something else for it."""
+    """Call a function with the input of a module inside a block; it may return a replacement."""
     handle = module.get_submodule(name).register_forward_pre_hook(lambda _, args: do(args[0]))
     try:
         yield
@@ -196,7 +196,7 @@ def at(module: nn.Module, name: str, do: Callable[[torch.Tensor], Any]) -> Itera
 
 @contextmanager
 def instead(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Another function in place of a module's forward."""
+    """Replace a module's forward with another function."""
     had = vars(module).get("forward")
     module.forward = forward
     try:

@@ -1,4 +1,4 @@
-"""`SliceMap`: how wide each layer of a sliced model is."""
+"""`SliceMap`: the width of each layer of a sliced model."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ MOST_WIDTH = 1_000_000  # a map from a hostile file must not fill the memory
 class SliceMap:
     """The width of each layer of a sliced model.
 
-    It stands as a plain dict in `config.slicing` (hence in config.json). There the widths are spelled as transformers' own
-    `per_layer_config` spells what single layers have of their own.
+    It is stored as a plain dict in `config.slicing` (hence in config.json). There the widths are written in the format of
+    transformers' own `per_layer_config` for values that differ between layers.
 
     Attributes:
-        width: What every layer of the base is wide: its hidden size; or its MLPs' inner size.
-        widths: What each layer of the model is wide. Of hidden states: those that its attention and its MLP read; the
-            embedding and the head are as wide as the first layer (some architectures take both for equal).
+        width: The width of every layer of the base: its hidden size, or its MLPs' intermediate size.
+        widths: The width of each layer of the model. For hidden states: those that its attention and its MLP read; the
+            embedding and the head are as wide as the first layer (some architectures assume that both are equal).
         what: "hidden", the hidden states; or "mlp", the MLPs' channels.
-        ratio: The mean share that was asked to be cut.
+        ratio: The requested mean share to cut.
         allocation: "redundancy", or "uniform".
-        spread: How far shares follow redundancy, from 0 (uniform) to 1.
-        mean: Whether the mean share is one of "layers" or of the blocks' "parameters".
-        redundancy: The layers' block influence, by which shares were given: 1 - cosine of input and output; or None.
+        spread: How strongly shares follow redundancy, from 0 (uniform) to 1.
+        mean: Whether the mean share is over "layers" or over the blocks' "parameters".
+        redundancy: The layers' block influence, which determined the shares: 1 - cosine of input and output; or None.
         tokens: Number of calibration tokens.
         base_model: Hub id or path of the base model, if known.
         base_revision: Commit of the base model, if known.
@@ -144,7 +144,7 @@ class SliceMap:
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> SliceMap | None:
-        """The map of a model by its config, or None of one that is not sliced.
+        """The map in a model's config, or None if the model is not sliced.
 
         Raises:
             ValueError: If `config.slicing` is damaged, or does not fit the config's depth and width.
@@ -169,7 +169,7 @@ class SliceMap:
 
 
 def next_widths(widths: Sequence[int]) -> tuple[int, ...]:
-    """How wide the hidden states are behind each layer: as in the next; behind the last, as in the first."""
+    """The width of the hidden states after each layer: that of the next layer; after the last, that of the first."""
     return (*widths[1:], widths[0])
 
 

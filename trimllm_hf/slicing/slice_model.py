@@ -1,4 +1,4 @@
-"""`slice_model`: makes each layer of a model as wide as its redundancy allows, before it is trained."""
+"""`slice_model`: reduces the width of each layer of a model according to its redundancy, before training."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from .wiring import Block, Wiring, find_wiring
 
 @dataclass(frozen=True)
 class PlannedSlice:
-    """A slicing that has passed all checks. Applying it cannot fail halfway: it only computes and assigns.
+    """A slicing that has passed all checks. Applying it cannot fail partway: it only computes and assigns.
 
     Attributes:
         model: The stock model.
         wiring: What reads and writes its hidden states.
         gains: Of its norms, by their names in the model.
-        bases: Of each block, and of the head: Q of shape (width, kept), orthonormal, float32.
+        bases: Of each block and of the head: Q of shape (width, kept), orthonormal, float32.
         slice_map: The map after it.
     """
 
@@ -59,35 +59,36 @@ def slice_model(
     untie: bool = True,
     progress: bool = True,
 ) -> SliceMap:
-    """Cut the hidden states of a model to their principal components, each layer to a width of its own, in place.
+    """Cut the hidden states of a model to their principal components, in place, with a separate width for each layer.
 
-    SliceGPT (arXiv 2401.15024) with the widths of Dynamic LLM Slicing (arXiv 2411.03513): what a layer reads and writes is
-    rotated, so that the first components hold most of it, and the rest is cut off. A layer that changes the hidden states
-    little loses more. The head is untied from the embedding, unless that is refused. To be called before the model is
-    wrapped or trained.
+    SliceGPT (arXiv 2401.15024) with the widths of Dynamic LLM Slicing (arXiv 2411.03513): the inputs and outputs of a layer
+    are rotated such that the first components hold most of the signal, and the rest is cut off. A layer that changes the
+    hidden states less loses more. The head is untied from the embedding, unless `untie` is False. Call it before the
+    model is wrapped or trained.
 
-    With `what="mlp"` the hidden states stay, and channels of the MLPs go, by the same widths; the matrices behind them are
-    refitted in closed form. With allocation="uniform" what is left is a stock model, which every runtime loads.
+    With `what="mlp"` the hidden states keep their width, and channels of the MLPs are removed, with widths allocated in the
+    same way; the matrices that read them are refitted in closed form. With allocation="uniform" the result is then a stock
+    model, which every runtime loads.
 
     Args:
-        model: A causal language model with norms in front of its attentions and MLPs, on any device.
-        batches: Calibration batches: `input_ids` and, where there is padding, `attention_mask`. Padding does not count.
-        ratio: The mean share to cut, within 0 and 1.
+        model: A causal language model with pre-norm attention and MLP modules, on any device.
+        batches: Calibration batches: `input_ids` and, where there is padding, `attention_mask`. Padding is ignored.
+        ratio: The mean share to cut, between 0 and 1.
         allocation: "redundancy", or "uniform": the same share for all.
-        spread: How far shares follow redundancy: from 0 (uniform) to 1 (the least redundant layer keeps its width).
-        mean: Whether `ratio` is the mean over the "layers", or the share of the blocks' "parameters", shortcuts counted.
+        spread: How strongly shares follow redundancy: from 0 (uniform) to 1 (the least redundant layer keeps its width).
+        mean: Whether `ratio` is the mean over the "layers", or the share of the blocks' "parameters", shortcuts included.
         multiple: What widths are multiples of: 8, or 64 for a GPU's tiles.
         what: "hidden", the hidden states; or "mlp", the MLPs' channels.
-        untie: Whether a head that is tied to the embedding may become a matrix of its own. False: such a model is refused.
+        untie: Whether a head that is tied to the embedding may be untied. False: such a model is refused.
         progress: Whether to show a progress bar.
 
     Returns:
-        The widths. They also stand in `model.config.slicing`, unless the model is a stock one.
+        The widths. They are also stored in `model.config.slicing`, unless the result is a stock model.
 
     Raises:
-        ValueError: If an argument is out of range, the batches hold too few tokens, or the model cannot be sliced: one
-            whose logits do not stay the same when its hidden states are rotated, a wrapped, quantized, adapted or already
-            sliced one, one without memory (meta), or one that is being trained. Nothing has changed then.
+        ValueError: If an argument is out of range, the batches hold too few tokens, or the model cannot be sliced: its
+            logits change when its hidden states are rotated; it is wrapped, quantized, already sliced, or on the meta
+            device; it has adapters; or it is being trained. The model is left unchanged.
     """
     refuse_arguments(ratio, allocation, spread, mean, multiple, what)
     if what == "mlp":
@@ -107,7 +108,7 @@ def plan(
     multiple: int,
     progress: bool = False,
 ) -> PlannedSlice:
-    """Check a slicing and find its bases without changing anything; see `slice_model`.
+    """Check a slicing and compute its bases without changing anything; see `slice_model`.
 
     Raises:
         ValueError: As `slice_model`.
@@ -116,7 +117,7 @@ def plan(
     wiring = find_wiring(type(stock), stock.config)
     tokens = real_tokens(batches, wiring.width)
     layer_map = LayerMap.from_config(stock.config)
-    allocate([1.0] * len(wiring.blocks), wiring.width, ratio, 0.0, multiple)  # raises on a ratio that leaves too little
+    allocate([1.0] * len(wiring.blocks), wiring.width, ratio, 0.0, multiple)  # raises if the ratio leaves too little
     batches = on_device(batches, next(stock.parameters()).device)
     rounds = len(wiring.blocks) * len(batches)
     with torch.no_grad(), evaluating([stock]), tqdm(total=3 * rounds, desc="Slicing", disable=not progress) as bar:
@@ -143,10 +144,10 @@ def plan(
 
 
 def read_gains(model: nn.Module, wiring: Wiring) -> dict[str, Gain]:
-    """What each norm does beside dividing, by its name in the model.
+    """What each norm does besides dividing, by its name in the model.
 
     Raises:
-        ValueError: If one is neither an RMSNorm nor a LayerNorm, or both kinds are there.
+        ValueError: If one is neither an RMSNorm nor a LayerNorm, or the model has both kinds.
     """
     names = [f"{block.name}.{norm}" for block in wiring.blocks for norm in block.norms] + [wiring.norm]
     norms = {name: model.get_submodule(name) for name in names}
@@ -161,7 +162,7 @@ def read_gains(model: nn.Module, wiring: Wiring) -> dict[str, Gain]:
 def find_bases(
     model: nn.Module, wiring: Wiring, gains: dict[str, Gain], calls: list[Calls], widths: Sequence[int], bar: Any
 ) -> tuple[torch.Tensor, ...]:
-    """The principal components of what each block reads when all in front of it are sliced, and of what the head reads."""
+    """The principal components of each block's input, with all earlier blocks sliced, and of the head's input."""
     centred = any(gain.centred for gain in gains.values())
     bases = []
     for number, (block, width) in enumerate(zip(wiring.blocks, widths, strict=True)):
@@ -177,7 +178,7 @@ def find_bases(
 
 
 def _cost(model: nn.Module, wiring: Wiring) -> Any:
-    """The share of the blocks' parameters that is left at widths."""
+    """A function that returns the share of the blocks' parameters left at given widths."""
     sizes = [_linear_size(model.get_submodule(block.name), block, wiring.width) for block in wiring.blocks]
     full = sum(sum(p.numel() for p in model.get_submodule(block.name).parameters()) for block in wiring.blocks)
 
@@ -192,7 +193,7 @@ def _cost(model: nn.Module, wiring: Wiring) -> Any:
 
 
 def _linear_size(module: Any, block: Block, full: int) -> tuple[int, int, int]:
-    """A block's parameters: those that stay, and how many there are for each number of its own width, and of the next."""
+    """A block's parameter counts: fixed ones, those per unit of its own width, and those per unit of the next width."""
     own = after = 0
     norms = sum(p.numel() for norm in block.norms for p in module.get_submodule(norm).parameters())
     for half, first in ((block.attention, not block.parallel), (block.mlp, False)):
@@ -207,7 +208,7 @@ def _linear_size(module: Any, block: Block, full: int) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def apply(planned: PlannedSlice) -> SliceMap:
-    """Slice a model as planned, in place: a block after the other, so that little memory is needed beside its own."""
+    """Slice a model as planned, in place: one block after another, so that little extra memory is needed."""
     model, wiring, gains, bases = planned.model, planned.wiring, planned.gains, planned.bases
     widths = planned.slice_map.widths
     centred = any(gain.centred for gain in gains.values())
@@ -218,7 +219,7 @@ def apply(planned: PlannedSlice) -> SliceMap:
         shape_block(module, block, wiring.width, width, after)
         for name, tensor in tensors.items():
             assign(module, name, tensor)
-    # behind the blocks, which are smaller now; a tied head gets a tensor of its own before the table goes
+    # after the blocks, which are smaller now; a tied head gets its own tensor before the table is replaced
     head = rotated_reader(model.get_submodule(wiring.head), gains[wiring.norm], bases[-1].double())
     for kind, tensor in dict(head).items():
         assign(model, f"{wiring.head}.{kind}", tensor)

@@ -1,7 +1,7 @@
-"""Whether a model's function stays the same under rotations: its own logits against those of rotated copies of its parts.
+"""Checks that rotations leave a model's function unchanged: compares its logits with those of rotated copies of its parts.
 
-The model's own code runs; each block is copied, rotated and run only when its turn comes, so that little memory is needed
-and the model is not changed.
+The model's own code is run. Blocks are copied, rotated and run one at a time, so that little memory is needed and the model
+is not changed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .rotation import ROWS, Gain, rotated_block, rotated_embedding, rotated_read
 from .signals import instead
 from .wiring import Block, Wiring
 
-TOLERANCE = 1e-4  # of the largest logit, or of 1
+TOLERANCE = 1e-4  # relative to the largest logit, or to 1
 TOKENS = 32
 
 
 def refuse_unequal(model: PreTrainedModel, wiring: Wiring, gains: dict[str, Gain], input_ids: torch.Tensor) -> float:
-    """Refuse a model that is another one when its hidden states are rotated.
+    """Refuse a model whose function changes when its hidden states are rotated.
 
     Args:
         model: The stock model.
@@ -48,7 +48,7 @@ def refuse_unequal(model: PreTrainedModel, wiring: Wiring, gains: dict[str, Gain
     turned = _logits(model, wiring, tokens, gains)
     difference = (own - turned).abs().max().item()
     allowed = TOLERANCE * max(1.0, own.abs().max().item())
-    if not difference <= allowed:  # nor if it is no number
+    if not difference <= allowed:  # also true if it is NaN
         raise ValueError(
             f"Expected the logits of {type(model).__name__} to stay the same when its hidden states are rotated, got a "
             f"difference of {difference:.3g} where {allowed:.3g} is allowed: something in this architecture reads or writes "
@@ -61,7 +61,7 @@ def refuse_unequal(model: PreTrainedModel, wiring: Wiring, gains: dict[str, Gain
 def _logits(model: PreTrainedModel, wiring: Wiring, tokens: torch.Tensor, gains: dict[str, Gain] | None) -> torch.Tensor:
     """Logits in float32, of the model or of its rotated parts."""
 
-    @lru_cache(maxsize=2)  # a block's own and the next
+    @lru_cache(maxsize=2)  # the block's own and the next one's
     def basis(number: int) -> torch.Tensor:
         return random_basis(wiring.width, number).to(tokens.device)
 
@@ -96,7 +96,7 @@ def _logits(model: PreTrainedModel, wiring: Wiring, tokens: torch.Tensor, gains:
 
 
 def _turned(module: nn.Module, block: Block, gains: dict[str, Gain], basis: torch.Tensor, after: torch.Tensor) -> nn.Module:
-    """A block's copy in float32 that works in other bases. What is rotated is not copied before."""
+    """A float32 copy of a block that works in other bases. Weights to be rotated are not copied first."""
     own = {norm: gains[f"{block.name}.{norm}"] for norm in block.norms}
     parts = [*block.norms, *(name for half in (block.attention, block.mlp) for name in (*half.readers, half.writer))]
     replaced = {p for name in parts for p in module.get_submodule(name).parameters()}
@@ -111,7 +111,7 @@ def _turned(module: nn.Module, block: Block, gains: dict[str, Gain], basis: torc
 
 
 def _some_rows_at_a_time(head: Any, states: torch.Tensor, turn: tuple[Gain, torch.Tensor] | None) -> torch.Tensor:
-    """What a head makes in float32, as it is or rotated; its weight is never whole in float32."""
+    """A head's output in float32, rotated or not; its weight is never held in float32 as a whole."""
     weight = head.weight.T if isinstance(head, Conv1D) else head.weight
     held = getattr(head, "bias", None)
     found = states.new_empty(*states.shape[:-1], len(weight))
@@ -125,7 +125,7 @@ def _some_rows_at_a_time(head: Any, states: torch.Tensor, turn: tuple[Gain, torc
 
 
 def _table(module: Any, gains: dict[str, Gain] | None, basis: Callable[[int], torch.Tensor]) -> Any:
-    """A table of embeddings in float32, of the rows that are asked for alone."""
+    """An embedding lookup in float32; only the requested rows are converted."""
     look_up = module.forward
 
     def run(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -140,7 +140,7 @@ def _table(module: Any, gains: dict[str, Gain] | None, basis: Callable[[int], to
 
 
 def _kept_configs(module: nn.Module) -> dict[int, Any]:
-    """What a copy shares with the module."""
+    """The configs that a copy shares with the module."""
     return {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
 
 

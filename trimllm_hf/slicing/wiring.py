@@ -1,7 +1,8 @@
 """Which modules read and write a model's hidden states, without a table of architectures.
 
-A skeleton without memory is run, and it is watched which object each module is given: what gets the very result of a norm
-reads it, and the last matrix of an attention or an MLP writes. Whether that is all, the check of the logits shows.
+A skeleton on the meta device is run, and the objects passed to each module are recorded: a module that gets the very output
+of a norm reads it, and the last matrix of an attention or an MLP writes. The comparison of logits shows whether that is
+complete.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Half:
         norm: The norm whose result it reads.
         readers: The matrices that read it.
         writer: The matrix whose result is added to the hidden states.
-        last: Where that result comes out: the writer, or the dropout behind it.
+        last: The module that returns that result: the writer, or the dropout after it.
     """
 
     norm: str
@@ -56,7 +57,7 @@ class Block:
 
     @property
     def norms(self) -> tuple[str, ...]:
-        """The norms; both halves may read one."""
+        """The norms; both halves may share one."""
         return tuple(dict.fromkeys((self.attention.norm, self.mlp.norm)))
 
 
@@ -65,11 +66,11 @@ class Wiring:
     """What reads and writes a model's hidden states, by name.
 
     Attributes:
-        width: Their size.
-        embeddings: The tables whose rows are added up to the first block's input.
+        width: The hidden size.
+        embeddings: The tables whose rows are summed to form the first block's input.
         blocks: The blocks.
-        norm: The norm behind them.
-        head: The matrix that makes logits.
+        norm: The final norm.
+        head: The matrix that produces the logits.
     """
 
     width: int
@@ -80,14 +81,14 @@ class Wiring:
 
 
 def find_wiring(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Wiring:
-    """What reads and writes the hidden states of a model of that class and config.
+    """Find what reads and writes the hidden states of a model of that class and config.
 
     Args:
         model_class: The architecture's own class.
         config: Its config.
 
     Raises:
-        ValueError: If the model is not made of blocks with an attention and an MLP behind norms, or runs otherwise.
+        ValueError: If the model does not consist of pre-norm blocks with an attention and an MLP, or cannot be traced.
     """
     config = copy.deepcopy(config)
     verbosity = logging.get_verbosity()
@@ -100,7 +101,7 @@ def find_wiring(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
             skeleton(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=True)
     except (_NotUnderstood, ValueError):
         raise
-    except Exception as error:  # what cannot run shows it in as many ways as there are architectures
+    except Exception as error:  # failures differ between architectures
         raise _refusal(model_class, f"one that does not run without memory ({type(error).__name__}: {error})") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -111,7 +112,7 @@ def find_wiring(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
 
 
 class _NotUnderstood(Exception):
-    """Why a model's wiring is not what can be sliced."""
+    """Why a model's wiring cannot be sliced."""
 
 
 def _refusal(model_class: type, got: str) -> ValueError:
@@ -131,13 +132,13 @@ class _Call:
 
 
 class _Trace:
-    """The calls of a skeleton's modules, in their order; the tensors are kept, so that each is an object of its own."""
+    """The calls of a skeleton's modules, in order; the tensors are kept alive, so that each remains a distinct object."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.calls = model, list[_Call]()
         self.stack = find_blocks(model)
         self.width: int = self.stack.config.hidden_size
-        self.entries: dict[str, Any] = {}  # what each block was given
+        self.entries: dict[str, Any] = {}  # the input of each block
         blocks = {f"{self.stack.name}.{number}" for number in range(len(self.stack))}
         for name, module in model.named_modules():
             if name in blocks:
@@ -247,7 +248,7 @@ def _is_used(module: nn.Module, head: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module, width: int) -> bool:
-    """Whether a module has nothing but vectors of that width."""
+    """Whether a module has only vectors of that width."""
     parameters = list(module.parameters())
     named = "norm" in type(module).__name__.lower()
     return named and all(tuple(parameter.shape) == (width,) for parameter in parameters)
