@@ -7,11 +7,11 @@
 | `blocks` | `find_blocks`, `find_sublayers` |
 | `candidate_configs`, `verify` | candidates for the trimmed config, and the comparison that picks one |
 | `from_config` | `build_from_config`: the model that a config describes, on the meta device |
-| `position_constraints`, `per_layer_tensors`, `unshare_config` | what no field of a config shows |
+| `position_constraints`, `per_layer_tensors`, `unshare_config` | what the fields of a config do not show |
 | `adapters` | `base_of`, `adapters_of`: PEFT's wrapper and the configs of its adapters |
-| `feasibility` | which layers can be dropped, and how far, by the config alone |
+| `feasibility` | which layers can be dropped, and how many, from the config alone |
 | `units` | the blocks or sublayers of a model as candidates for a score |
-| `sublayers` | an attention or an MLP that is dropped alone |
+| `sublayers` | dropping an attention or an MLP alone |
 """
 
 from .adapters import adapters_of, base_of

@@ -1,9 +1,9 @@
-"""Adapters of a trimmed model are saved with its kept-layer map, and with a stop for deeper bases.
+"""Saves the adapters of a trimmed model with its kept-layer map, and with a stop tensor for deeper bases.
 
-PEFT matches an adapter to modules by their names, so one that was trained on a trimmed model would be put on the first
-layers of the full one. Its folder therefore gets the kept-layer map, and its weights a tensor without elements, by the
-name of a parameter of the first layer, or the first sublayer of one, that the trimmed model does not have: PEFT passes over
-it on the trimmed base, and on another one raises an error of sizes that do not match, with or without this package.
+PEFT matches an adapter to modules by name, so an adapter trained on a trimmed model would be loaded into the first layers of
+the full one. Its folder therefore gets the kept-layer map, and its weights get an empty tensor, the stop tensor. It is named
+after a parameter of the first layer, or of the first sublayer, that the trimmed model does not have: PEFT ignores it on the
+trimmed base, and on another base raises a size mismatch error, with or without this package.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from ..layer_map import ADAPTER_MAP, LayerMap
 from .adapters import adapters_of, base_of, names_layers
 from .blocks import find_blocks
 
-_PREFIX = "base_model.model."  # PEFT's, before each name in an adapter's file
+_PREFIX = "base_model.model."  # PEFT's prefix of each name in an adapter's file
 _WEIGHTS = "adapter_model.safetensors"  # peft.utils.SAFETENSORS_WEIGHTS_NAME
 _PICKLED = "adapter_model.bin"  # peft.utils.WEIGHTS_NAME
-_STOP = torch.empty(0, 0, 0)  # of no weight's shape, and not to be copied into one
+_STOP = torch.empty(0, 0, 0)  # no weight has this shape, and it cannot be copied into one
 
 
 def patch_adapter_save(base: nn.Module, stack: str, layer_map: LayerMap, adapters: Mapping[str, Any] | None = None) -> None:
-    """Make the adapters of a model save its kept-layer map, and the stop for deeper bases, beside their configs.
+    """Make the adapters of a model save its kept-layer map and the stop tensor beside their configs.
 
-    PEFT saves an adapter's config last, by the config's own method.
+    PEFT saves an adapter's config last, with the config's own method.
 
     Args:
         base: The transformers model.
@@ -48,7 +48,7 @@ def patch_adapter_save(base: nn.Module, stack: str, layer_map: LayerMap, adapter
     layers = f"{_PREFIX}{stack}."
     blocks = list(base.get_submodule(stack).children())
     names = [{name for name, _ in block.named_parameters()} for block in blocks]
-    in_all = sorted(set.intersection(*names) or set.union(*names))  # adapters may be in some layers only
+    in_all = sorted(set.intersection(*names) or set.union(*names))  # adapters may be in only some layers
     for adapter, config in (adapters_of(base) if adapters is None else adapters).items():
         of_base = next((name for name in in_all if f".{adapter}." not in name), in_all[0])
         missing = next((_of_sublayer(number, blocks, names, adapter) for number, _ in layer_map.missing_sublayers), None)
@@ -56,7 +56,7 @@ def patch_adapter_save(base: nn.Module, stack: str, layer_map: LayerMap, adapter
 
 
 def patch_all(model: nn.Module) -> None:
-    """Make the adapters of a model save so, if it is trimmed: also those that were added after the drop."""
+    """Patch all adapters of a trimmed model, including those added after the drop; see `patch_adapter_save`."""
     peft = sys.modules.get("peft")
     base = base_of(model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model)
     adapters: Any = getattr(model, "peft_config", None)
@@ -69,7 +69,7 @@ def patch_all(model: nn.Module) -> None:
 
 
 def without_stop(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An adapter's tensors without the stop for deeper bases, for a model of the right depth.
+    """An adapter's tensors without the stop tensor, for a model of the right depth.
 
     Raises:
         ValueError: If the model is deeper.
@@ -94,7 +94,7 @@ def without_stop(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[
 
 
 def _of_sublayer(number: int, blocks: Sequence[nn.Module], names: Sequence[set[str]], adapter: str) -> str | None:
-    """A parameter of the sublayer that a block lacks, by its name in the others; the adapter's own if it has one there."""
+    """A parameter of a sublayer that a block lacks, by its name in other blocks; the adapter's parameter if it has one."""
     empty = {name for name, child in blocks[number].named_children() if not any(True for _ in child.parameters())}
     gone = sorted(name for name in set.union(*names) if name.partition(".")[0] in empty)
     own = [name.replace(f".{adapter}.", ".") for name in gone if f".{adapter}." in name]
@@ -102,7 +102,7 @@ def _of_sublayer(number: int, blocks: Sequence[nn.Module], names: Sequence[set[s
 
 
 def _save_with_stock_class(config: Any, library: str, save_directory: str, **kwargs: Any) -> None:
-    """Save a config; the class that it names is the architecture's own, which PEFT imports, and which builds ours."""
+    """Save a config that names the architecture's own class, which PEFT imports and which builds the custom class."""
     if mapping := kwargs.get("auto_mapping_dict"):
         kwargs["auto_mapping_dict"] = {**mapping, "parent_library": library}
     type(config).save_pretrained(config, save_directory, **kwargs)
@@ -140,8 +140,8 @@ def _add_stop(
     tensors: dict[str, torch.Tensor], config: Any, layers: str, of_base: str, missing: str | None, layer_map: LayerMap
 ) -> None:
     of_layers = [name.removeprefix(layers).partition(".")[2] for name in sorted(tensors) if name.startswith(layers)]
-    # where every layer has the same, the name of an adapter's own tensor will do, which other readers expect
+    # if all layers have the same names, use the name of an adapter's own tensor, which other readers expect
     rest = of_layers[0] if of_layers and not names_layers(config) else of_base
     tensors[f"{layers}{missing or f'{layer_map.num_layers}.{rest}'}"] = torch.empty(
         0, 0, 0
-    )  # of no weight's shape, nor one to copy into
+    )  # no weight has this shape, and it cannot be copied into one

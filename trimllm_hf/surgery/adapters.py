@@ -1,4 +1,4 @@
-"""Adapters (PEFT): seen through, and renumbered with the layers that stay."""
+"""Adapters (PEFT): access to the model inside, and renumbering for the kept layers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _NUMBERED = re.compile(r"\d")
 
 
 def base_of(model: nn.Module) -> Any:
-    """The transformers model inside a PeftModel, a compiled model, or a module that wraps exactly one; others as they are.
+    """The transformers model inside a PeftModel, a compiled model, or a module that wraps exactly one; else the model.
 
-    A module that wraps one is a Sentence-Transformers model, or one of the user's own around an encoder.
+    A module that wraps one is, for example, a Sentence Transformers model, or a user-defined model around an encoder.
 
     Raises:
-        ValueError: If the adapter is of a kind that cannot lose layers: prompts and prefixes, or several kinds mixed; or if
-            a module wraps several transformers models.
+        ValueError: If the adapter does not support dropping layers (prompts, prefixes, several kinds mixed), or if a module
+            wraps several transformers models.
     """
     if is_compiled_module(model):
-        model = model._orig_mod  # type: ignore[assignment]  # a module, for all that torch's types say
+        model = model._orig_mod  # type: ignore[assignment]  # torch's types do not say that it is a module
     if not _is_peft(model):
         return inner_model(model)
     outer: Any = model
@@ -42,19 +42,19 @@ def base_of(model: nn.Module) -> Any:
 
 
 def _counts_layers(config: Any) -> bool:
-    """Whether an adapter is made for the model as a whole, or for so many of its last layers."""
+    """Whether an adapter applies to the model as a whole, or to a number of its last layers."""
     return bool(config.is_prompt_learning or config.is_adaption_prompt)
 
 
 def _is_peft(model: nn.Module) -> bool:
-    peft = sys.modules.get("peft")  # not imported: nothing can be of its classes
+    peft = sys.modules.get("peft")  # if it is not imported, there are no instances of its classes
     return peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel)
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The one transformers model in a module that is none itself; the module if it has none, or an engine wraps it.
+    """The single transformers model inside another module; the module itself if there is none, or an engine wraps it.
 
-    A PeftModel stays as it is: it is called as the model inside it.
+    A PeftModel is returned as it is: it is called like the model inside it.
 
     Raises:
         ValueError: If a module wraps several transformers models.
@@ -79,10 +79,10 @@ def adapters_of(base: nn.Module) -> dict[str, Any]:
 
 
 def inject(model: nn.Module, adapters: Mapping[str, Any]) -> nn.Module:
-    """Put adapters without weights into a model on the meta device.
+    """Add adapters without weights to a model on the meta device.
 
     Raises:
-        ValueError: If PEFT cannot put an adapter of this kind into a model layer by layer.
+        ValueError: If PEFT cannot add an adapter of this kind to a model layer by layer.
     """
     if not adapters:
         return model
@@ -95,14 +95,14 @@ def inject(model: nn.Module, adapters: Mapping[str, Any]) -> nn.Module:
                 "Expected adapters on the model's own layers, got layer_replication in the LoRA config, which shares them. "
                 "Layers cannot be dropped then: leave it out."
             )
-        for field in ("init_lora_weights", "init_weights"):  # some begin with a decomposition of the weights
+        for field in ("init_lora_weights", "init_weights"):  # some start from a decomposition of the weights
             if hasattr(config, field):
                 setattr(config, field, False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 peft.inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
-            except Exception as error:  # what cannot be made without memory shows it in many ways
+            except Exception as error:  # errors on the meta device differ between kinds of adapters
                 raise ValueError(
                     f"Expected an adapter that is made layer by layer, like LoRA, got "
                     f"{config.peft_type.value}: {type(error).__name__}: {error}. Layers cannot be dropped with it: use "
@@ -114,16 +114,16 @@ def inject(model: nn.Module, adapters: Mapping[str, Any]) -> nn.Module:
 def candidate_adapter_configs(
     adapters: Mapping[str, Any], full: nn.Module, stack: str, kept: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """What the adapters' configs may have to be when only the layers `kept` stay; the likeliest first.
+    """Candidates for the adapters' configs when only the layers `kept` remain; the most likely first.
 
-    The same, where no field names a layer by its number. Else numbers are renumbered, and patterns with numbers in them
-    are replaced by the names of the modules that they mean.
+    Unchanged if no field names a layer by its number. Otherwise numbers are renumbered, and patterns that contain numbers
+    are replaced by the names of the modules that they match.
 
     Args:
         adapters: The configs, by name. They are not changed.
         full: The model with all layers and its adapters.
         stack: The name of its list of blocks.
-        kept: Positions of the layers that stay, ascending.
+        kept: Positions of the kept layers, ascending.
     """
     if not adapters:
         yield {}
@@ -140,7 +140,7 @@ def candidate_adapter_configs(
 
 
 def renumber_statistics(model: nn.Module, names: LayerNames) -> None:
-    """Renumber what AdaLoRA has noted of its matrices, by their names, in PEFT's wrapper of a model."""
+    """Renumber the statistics that AdaLoRA stores by the names of its matrices, in PEFT's wrapper of a model."""
     allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
     for field in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
         if isinstance(noted := getattr(allocator, field, None), dict):
@@ -157,7 +157,7 @@ def names_layers(config: Any) -> bool:
 
 
 def _masks(config: Any, names: LayerNames) -> dict[str, Any]:
-    """AdaLoRA's masks of ranks, by the names of its matrices, for the layers that stay; no other adapter has any."""
+    """AdaLoRA's rank masks, by the names of its matrices, for the kept layers; other adapters have none."""
     pattern = getattr(config, "rank_pattern", None)
     if not pattern or not all(isinstance(value, list) for value in pattern.values()):
         return {}
@@ -167,7 +167,7 @@ def _masks(config: Any, names: LayerNames) -> dict[str, Any]:
 def _renumbered(
     adapter: str, config: Any, full: nn.Module, stack: str, kept: Sequence[int], names: LayerNames
 ) -> dict[str, Any]:
-    """The fields of a config that name layers by their numbers, for the layers that stay."""
+    """The fields of a config that name layers by number, renumbered for the kept layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     prefix, place = f"{stack}.", {str(old): str(new) for new, old in enumerate(kept)}
@@ -207,7 +207,7 @@ def _renumbered(
 
 
 def _copied(config: Any) -> Any:
-    """A copy of an adapter's config, without the mark."""
+    """A copy of an adapter's config without the patch marker."""
     copied = copy.copy(config)
     vars(copied).pop("save_pretrained", None)
     return copy.deepcopy(copied)

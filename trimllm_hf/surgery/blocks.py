@@ -21,7 +21,7 @@ class BlockStack:
         blocks: The `ModuleList` itself.
         config: The config that holds the depth: the model's own, or its text part.
         depth_name: The config's field that counts the blocks, "num_hidden_layers" in most.
-        part: Of an encoder-decoder, "decoder" or "encoder"; None in a model with one list of blocks.
+        part: For an encoder-decoder, "decoder" or "encoder"; None in a model with one list of blocks.
     """
 
     name: str
@@ -35,16 +35,16 @@ class BlockStack:
 
 
 def find_blocks(model: nn.Module, part: str | None = None) -> BlockStack:
-    """The list of blocks whose length is the depth in a model's config.
+    """Find the list of blocks whose length is the depth in a model's config.
 
     It is the `ModuleList` of that length whose items are `GradientCheckpointingLayer`s or are named in the model's
-    `_no_split_modules`, the two marks by which transformers itself recognizes a block. A few old architectures have
-    neither: there it is the only list of that length whose items are of one class. In a multimodal model it is the list
-    in the module that holds the text config, in an encoder-decoder the one below a module named after the part.
+    `_no_split_modules`, the two ways in which transformers itself marks a block. A few old architectures have neither;
+    there it is the only list of that length whose items are of one class. In a multimodal model it is the list in the
+    module that holds the text config; in an encoder-decoder, the one below a module named after the part.
 
     Args:
         model: A transformers model, unwrapped.
-        part: Of an encoder-decoder, "decoder" or "encoder": by default the one that was trimmed, else the decoder.
+        part: For an encoder-decoder, "decoder" or "encoder"; by default the one that was trimmed, else the decoder.
 
     Raises:
         ValueError: If the model is not a transformers model, or has no such list or more than one.
@@ -83,7 +83,7 @@ def find_blocks(model: nn.Module, part: str | None = None) -> BlockStack:
 
 
 def _part_of(name: str) -> str | None:
-    """The part of an encoder-decoder that a module belongs to, by the first word in its path that names one."""
+    """The part of an encoder-decoder that a module belongs to, from the first word in its path that names one."""
     words = (re.fullmatch(r"(?:\w+_)?(encoder|decoder)", word) for word in name.split("."))
     return next((word[1] for word in words if word), None)
 
@@ -105,14 +105,14 @@ class Sublayers:
     Attributes:
         attention: The modules that mix tokens (attention, or a state-space or convolution layer in its place), by their
             names in the block, in the order in which the block defines them.
-        mlp: The modules that transform each token alone (an MLP or a mixture of experts), by their names in the block.
+        mlp: The modules that transform each token separately (an MLP or a mixture of experts), by their names in the block.
     """
 
     attention: dict[str, nn.Module]
     mlp: dict[str, nn.Module]
 
 
-# By the names of a block's children, on which transformers' architectures agree; on class names they do not.
+# By the names of a block's children, which are consistent across transformers' architectures; class names are not.
 _ATTENTION = re.compile(r"(self_|linear_)?(attn|attention)|mamba|temporal_block|conv|mlstm_layer")
 _MLP = re.compile(r"(shared_)?(mlp|moe|ffn|feed_forward)|block_sparse_moe|mlp_block|intermediate|output|fc[12]")
 
@@ -121,7 +121,7 @@ def find_sublayers(block: nn.Module) -> Sublayers:
     """A block's attention and its MLP, without a table of model names.
 
     Raises:
-        ValueError: If the block is not made of an attention and an MLP.
+        ValueError: If the block does not consist of an attention and an MLP.
     """
     children = [(name, child) for name, child in block.named_children() if any(True for _ in child.parameters())]
     attention = {name: child for name, child in children if _ATTENTION.fullmatch(name)}

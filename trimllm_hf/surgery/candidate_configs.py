@@ -1,9 +1,9 @@
 """Candidates for a trimmed config: the values of its fields when some layers are removed.
 
 Most configs hold a depth and lists with one entry per layer. Others list layer numbers, count the first or the last
-layers, or repeat a pattern. The rules below go by the *form* of a value and by words in its name, not by model. Where
-more than one value is possible all are offered, and verification, which builds the model that each candidate describes,
-picks the right one. If none is right, the config has no fields for removing these layers.
+layers, or repeat a pattern. The rules below use the *form* of a value and words in its name, not the model type. If more
+than one value is possible, all are tried: verification builds the model that each candidate describes and picks the right
+one. If none is right, the config cannot express the removal of these layers.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _INDICES = re.compile(r".*(layers|layer_id|layers_id|layer_idx|layer_index|attn_
 def candidate_configs(
     config: PreTrainedConfig, depth_name: str, kept: Sequence[int], part: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Values to set in a config so that it describes only the layers `kept`; the likeliest candidate first.
+    """Values to set in a config so that it describes only the layers `kept`; the most likely candidate first.
 
     Args:
         config: The config that holds the depth. It is not changed.
         depth_name: The name of its field for the depth.
-        kept: Positions of the layers that stay, ascending.
-        part: Of an encoder-decoder, the part; fields that name the other one are left unchanged.
+        kept: Positions of the kept layers, ascending.
+        part: For an encoder-decoder, the part; fields that name the other one are left unchanged.
     """
     other = {"decoder": "encoder", "encoder": "decoder", None: None}[part]
     depth = getattr(config, depth_name)
-    # where the depth is the length of a list, the list is enough
+    # if the depth is the length of a list, the list is enough
     fixed: dict[str, Any] = {depth_name: len(kept)} if depth_name in vars(config) else {}
     choices: dict[str, list[Any]] = {}
     for name, value in vars(config).items():
@@ -52,7 +52,7 @@ def candidate_configs(
             continue
         options = _options(name, value, depth, kept)
         if other is not None and isinstance(value, list | tuple) and options and options[-1] != value:
-            options.append(value)  # LED: the other part, as deep as this one, may be meant
+            options.append(value)  # LED: it may refer to the other part if that is as deep
         if len(options) == 1:
             if options[0] != value:
                 fixed[name] = options[0]
@@ -71,12 +71,12 @@ def candidate_configs(
 
 
 def names_layers(name: str, value: Any, depth: int) -> bool:
-    """Whether a field of a config of so many layers may say something of layers by their places."""
+    """Whether a field of a config with that depth may describe layers by position."""
     return name.startswith("num_hidden_layers") or bool(_options(name, value, depth, range(depth)))
 
 
 def _others(likeliest: dict[str, Any], choices: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    """Change one choice, then two."""
+    """Combinations with one other choice, then with two."""
     for many in (1, 2):
         for names in combinations(choices, many):
             for values in product(*(choices[name][1:] for name in names)):
@@ -84,14 +84,14 @@ def _others(likeliest: dict[str, Any], choices: dict[str, list[Any]]) -> Iterato
 
 
 def _options(name: str, value: Any, depth: int, kept: Sequence[int]) -> list[Any]:
-    """The values that a field may take, the likeliest first; empty for a field that does not describe layers."""
+    """The values that a field may take, the most likely first; empty for a field that does not describe layers."""
     if isinstance(value, list | tuple) and value:
         return _list_options(name, value, depth, kept)
     if name == "scale_depth" and isinstance(value, int | float):  # MiniCPM: used as scale_depth / sqrt(depth)
         return [value * (len(kept) / depth) ** 0.5]
     if not isinstance(value, int) or isinstance(value, bool):
         return []
-    if LAYERS_BEHIND.fullmatch(name):  # for multi-token prediction, behind the blocks; transformers loads none of them
+    if LAYERS_BEHIND.fullmatch(name):  # for multi-token prediction, after the blocks; transformers does not load them
         return [0, value] if value else []
     below = sum(position < value for position in kept)
     if _FIRST.fullmatch(name) or _FIRST_OR_EXCLUSIVE_END.fullmatch(name):
@@ -127,7 +127,7 @@ def _list_options(name: str, value: list[Any] | tuple[Any, ...], depth: int, kep
 
 
 def _are_kinds_and_times(item: Any) -> bool:
-    """Whether an item is as in GPT-Neo's attention_types: kinds of layers, and how often they are repeated."""
+    """Whether an item has the form of GPT-Neo's attention_types: kinds of layers, and how often they are repeated."""
     return isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], list | tuple) and is_count(item[1])
 
 
@@ -139,7 +139,7 @@ def _ascending_indices(value: Sequence[Any], depth: int) -> bool:
 
 
 def _sparse_mlps(config: PreTrainedConfig, depth: int, kept: Sequence[int]) -> dict[str, Any]:
-    """`decoder_sparse_step` becomes 1, and `mlp_only_layers` lists the layers that the step had left without experts."""
+    """Set `decoder_sparse_step` to 1 and list in `mlp_only_layers` the layers that had no experts because of the step."""
     step, dense = getattr(config, "decoder_sparse_step", None), getattr(config, "mlp_only_layers", None)
     if not isinstance(step, int) or not hasattr(config, "mlp_only_layers") or not isinstance(dense, list | None) or step < 1:
         return {}
@@ -148,7 +148,7 @@ def _sparse_mlps(config: PreTrainedConfig, depth: int, kept: Sequence[int]) -> d
 
 
 def _stages(config: PreTrainedConfig, depth: int, kept: Sequence[int]) -> dict[str, Any]:
-    """A vision backbone's stages, which are its blocks: stage n is the output of block n - 1, stage 0 the stem."""
+    """A vision backbone's stages, which correspond to its blocks: stage n is the output of block n - 1, stage 0 the stem."""
     names, indices = getattr(config, "stage_names", None), getattr(config, "out_indices", None)
     if not isinstance(names, list | tuple) or len(names) != depth + 1 or not isinstance(indices, list | tuple):
         return {}
@@ -159,7 +159,7 @@ def _stages(config: PreTrainedConfig, depth: int, kept: Sequence[int]) -> dict[s
 
 
 def _put_exception_lists(config: PreTrainedConfig, depth: int, kept: Sequence[int], values: dict[str, Any]) -> None:
-    """Set values that follow from others: overrides by layer number, and the count of layers between two ends."""
+    """Set values that depend on others: overrides by layer number, and the number of layers between two ends."""
     spec = getattr(config, "_heterogeneity_spec", None)
     if spec is not None:
         overrides = spec.per_layer_overrides
@@ -170,7 +170,7 @@ def _put_exception_lists(config: PreTrainedConfig, depth: int, kept: Sequence[in
 
 
 def _patterns(config: PreTrainedConfig, depth_name: str, likeliest: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """Periods and offsets for which the lists that the config derives equal the cut ones; {} if there are none."""
+    """Periods and offsets from which the config derives the trimmed lists; {} if there are none."""
     wanted = {
         name: [value[position] for position in kept] for name, value in _derived(config, getattr(config, depth_name)).items()
     }
@@ -205,7 +205,7 @@ def _mismatches(config: PreTrainedConfig, depth_name: str, values: dict[str, Any
 
 
 def _derived(config: PreTrainedConfig, depth: int) -> dict[str, Any]:
-    """The lists with one entry per layer that a config derives by properties."""
+    """The lists with one entry per layer that a config derives through properties."""
     found = {}
     for base in type(config).__mro__:
         if base is PreTrainedConfig:

@@ -1,4 +1,4 @@
-"""transformers' own reader of configs, asked what it makes of a config in other words."""
+"""Reads variants of a config with transformers' own reader."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Plain = dict[str, Any]
 
 
 class ConfigReader:
-    """Reads variants of a config by its own class, as a load from config.json would.
+    """Reads variants of a config with its own class, as loading from config.json would.
 
     Args:
-        config: The config; it stays as it is.
-        values: Fields to set in it before.
+        config: The config; it is not changed.
+        values: Fields to set in it first.
 
     Attributes:
         plain: The config as a dict.
@@ -33,23 +33,23 @@ class ConfigReader:
         self.now = self.read()
 
     def read(self, more: Mapping[str, Any] = MappingProxyType({}), without: Iterable[str] = ()) -> Plain | None:
-        """The config as a dict, read with other names and without some; None if it cannot be read so."""
+        """The config as a dict, read with additional names and without some; None if it cannot be read that way."""
         left_out = set(without)
         plain = copy.deepcopy({**{name: value for name, value in self.plain.items() if name not in left_out}, **more})
         config_class = getattr(type(self.config), "stock_class", type(self.config))
         try:
             with _quiet():
                 read: Plain = config_class.from_dict(plain).to_dict()
-        except Exception:  # each class refuses values in its own way
+        except Exception:  # classes refuse values with different exceptions
             return None
         return read
 
     def says(self, name: str, more: Mapping[str, Any] = MappingProxyType({}), without: Iterable[str] = ()) -> Any:
-        """What is read for a name from others that stand in its place."""
+        """The value read for a name when others replace it."""
         return (self.read(more, [name, *without]) or {}).get(name)
 
     def changes_nothing(self, more: Mapping[str, Any]) -> bool:
-        """Whether further names beside all others leave what is read as it is."""
+        """Whether additional names leave what is read unchanged."""
         read = self.read(more)
         return (
             read is not None
@@ -62,7 +62,7 @@ class ConfigReader:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Reading a config tells it whole at INFO, and warns of older words."""
+    """Silence the log: reading a config logs it in full at INFO, and warns about older names."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,10 +1,10 @@
-"""Model and config classes for what stock transformers cannot express, made from any architecture's own when first needed.
+"""Model and config classes for what stock transformers cannot express, derived from any architecture's own on first use.
 
-In memory such a model is what it was: the config's `model_type` and the class's name stay, so that a Trainer, PEFT and
-generation treat it alike. The classes differ in how they store a config and in what they build from one.
+In memory such a model looks unchanged: the config's `model_type` and the class's name are kept, so that a Trainer, PEFT and
+generation treat it in the same way. The classes differ in how they store a config and in what they build from one.
 
-In config.json its `model_type` is not the base's, and where the depth stands there is a sentence. So stock transformers says
-that it does not know the type, and a class named outright (`LlamaForCausalLM.from_pretrained`) says that the depth is no
+In config.json its `model_type` differs from the base's, and the field for the depth holds a sentence. So stock transformers
+reports an unknown model type, and a concrete class (`LlamaForCausalLM.from_pretrained`) reports that the depth is not a
 number: neither can fill the gaps with random weights.
 """
 
@@ -28,21 +28,21 @@ from .older_spellings import file_of, with_older_spellings
 
 @dataclass(frozen=True, eq=False)
 class CustomModel:
-    """A kind of models with classes of their own.
+    """A kind of model with its own classes.
 
     Attributes:
-        model_type: Theirs, in config.json.
-        prefix: Of their classes' names.
-        warning: The sentence where the depth stands in config.json.
-        module: The module by whose attributes pickle finds the classes.
-        depth: The depth, by the map in a config.json that nobody vouches for; raises ValueError on a damaged one.
-        applies: Whether a config is of such a model; raises ValueError if its map does not fit it.
-        build: Gives a model that was built as a stock one the modules that it has.
-        check: Raises ValueError on what `from_pretrained` told of missing weights.
-        cannot: What to say of an architecture whose config cannot tell it.
-        summary: What such a model is, in a few words.
-        code: For `write_remote_code`: code with a function `build(model)`, with marks like <NAME>, and the values of these,
-            by a model without memory.
+        model_type: Its `model_type` in config.json.
+        prefix: Prefix of the class names.
+        warning: The sentence in place of the depth in config.json.
+        module: The module through whose attributes pickle finds the classes.
+        depth: Returns the depth from the map in an untrusted config.json; raises ValueError if it is damaged.
+        applies: Whether a config describes such a model; raises ValueError if its map does not fit it.
+        build: Replaces the modules of a model that was built as a stock one.
+        check: Raises ValueError based on the missing weights that `from_pretrained` reported.
+        cannot: The message for an architecture whose config cannot express it.
+        summary: A short description of such a model.
+        code: For `write_remote_code`: code with a function `build(model)` and placeholders like <NAME>, and their values,
+            from a model on the meta device.
     """
 
     model_type: str
@@ -62,10 +62,10 @@ class CustomModel:
     # ---- config.json
 
     def to_saved_config(self, plain: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
-        """The dict for config.json, from that of a stock config.
+        """The dict for config.json, from a stock config's dict.
 
         Raises:
-            ValueError: If the depth does not stand in the config as a number.
+            ValueError: If the depth is not a number in the config.
         """
         plain = copy.deepcopy(plain)
         holder: Any = plain
@@ -79,7 +79,7 @@ class CustomModel:
         return {**plain, **own}
 
     def from_saved_config(self, plain: dict[str, Any]) -> dict[str, Any]:
-        """The stock config's dict, from what stands in config.json; nothing in it is trusted.
+        """The stock config's dict, from the contents of config.json, which are not trusted.
 
         Raises:
             ValueError: If it is damaged.
@@ -98,7 +98,7 @@ class CustomModel:
     # ---- classes
 
     def cast(self, found: Any) -> Any:
-        """A stock config, or one with its unused arguments, as one of these models, if its map says so.
+        """Convert a stock config, or a pair of one and unused arguments, to this kind if its map says so.
 
         Raises:
             ValueError: If its map is damaged or does not fit it.
@@ -109,7 +109,7 @@ class CustomModel:
         return found
 
     def config_class(self, stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-        """The class for these models' configs; the Auto classes know from now on what to build from it."""
+        """The class for these models' configs; also registers it with the Auto classes."""
         stock = getattr(stock, "stock_class", stock)
         if stock in self.configs:
             return self.configs[stock]
@@ -126,9 +126,9 @@ class CustomModel:
         return made
 
     def model_class(self, stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-        """The class for these models. It bears the architecture's name, by which transformers knows much."""
+        """The class for these models. It keeps the architecture's name, on which transformers relies."""
         assert stock.config_class is not None
-        config = self.config_class(stock.config_class)  # which may have made this class as well
+        config = self.config_class(stock.config_class)  # this may already create the model class
         if stock not in self.models:
             names = {"__module__": self.module, "__qualname__": self.prefix + stock.__name__}
             fields = {"stock_class": stock, "custom": self, "config_class": config, **names}
@@ -136,7 +136,7 @@ class CustomModel:
         return self.models[stock]
 
     def class_named(self, name: str) -> Any:
-        """A class by its name, for pickle."""
+        """Look a class up by name, for pickle."""
         found = getattr(transformers, name.removeprefix(self.prefix), None) if name.startswith(self.prefix) else None
         if isinstance(found, type) and issubclass(found, PreTrainedConfig):
             return self.config_class(found)
@@ -146,7 +146,7 @@ class CustomModel:
 
 
 class CustomConfigMixin:
-    """What is added to an architecture's config class."""
+    """Added to an architecture's config class."""
 
     stock_class: ClassVar[type[PreTrainedConfig]]
     custom: ClassVar[CustomModel]
@@ -169,7 +169,7 @@ class CustomConfigMixin:
 
 
 class CustomModelMixin:
-    """What is added to an architecture's model class."""
+    """Added to an architecture's model class."""
 
     stock_class: ClassVar[type[PreTrainedModel]]
     custom: ClassVar[CustomModel]
@@ -180,7 +180,7 @@ class CustomModelMixin:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        return cls.stock_class.is_custom_code()  # its checkpoints are converted as the architecture's are
+        return cls.stock_class.is_custom_code()  # its checkpoints are converted like the architecture's
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -191,19 +191,19 @@ class CustomModelMixin:
 
 
 def class_for(model_type: type[PreTrainedModel], config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of a model of the same architecture and that config."""
+    """The class for a model of the same architecture with that config."""
     return class_as(model_type, getattr(type(config), "custom", None))
 
 
 def class_as(model_type: type[PreTrainedModel], custom: CustomModel | None) -> type[PreTrainedModel]:
-    """The class of a model of the same architecture that is of a kind, or is a stock one; not yet a wrapper's."""
+    """The class for a model of the same architecture of a custom kind, or stock; without wrapper classes."""
     own = _own(model_type)
     stock: type[PreTrainedModel] = getattr(own, "stock_class", own)
     return stock if custom is None else custom.model_class(stock)
 
 
 def update_classes(model: PreTrainedModel, custom: CustomModel | None) -> None:
-    """Make a model and its config instances of the classes that load what it is now."""
+    """Change the classes of a model and its config to those that can load it in its present form."""
     config: Any = model.config
     stock: Any = getattr(type(config), "stock_class", type(config))
     config.__class__ = stock if custom is None else custom.config_class(stock)
@@ -216,7 +216,7 @@ def refuse_sliced(config: PreTrainedConfig) -> None:
     """Refuse to drop layers of a sliced model.
 
     Raises:
-        ValueError: If its layers have widths of their own.
+        ValueError: If its layers have individual widths.
     """
     if getattr(config, "slicing", None) is not None:
         raise ValueError(
@@ -227,12 +227,12 @@ def refuse_sliced(config: PreTrainedConfig) -> None:
 
 
 def _own(found: type) -> Any:
-    """The class below those that a wrapper made."""
+    """The class beneath those that a wrapper created."""
     return next(base for base in found.__mro__ if not base.__module__.startswith("torch."))
 
 
 def _replaced(found: type, old: type, new: type) -> type:
-    """A class in which another one stands for one of its bases."""
+    """A class with one of its bases replaced."""
     if found is old or old is new:
         return new if found is old else found
     bases = tuple(new if base is old else base for base in found.__bases__)
@@ -240,7 +240,7 @@ def _replaced(found: type, old: type, new: type) -> type:
 
 
 def _path(config: PreTrainedConfig, holder: PreTrainedConfig) -> list[str]:
-    """The names by which a config is reached from the model's."""
+    """The attribute names that lead from the model's config to a config."""
     if holder is config:
         return []
     for name in config.sub_configs:

@@ -1,7 +1,7 @@
 """`drop_layers`: removes layers from a model and their traces from its config, or refuses before anything changes.
 
-A drop is planned on copies first: each candidate for the trimmed config (`candidate_configs.py`) is verified (`verify.py`)
-before the model changes.
+A drop is first planned on copies: each candidate for the trimmed config (`candidate_configs.py`) is verified (`verify.py`)
+before the model is changed.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from .verify import Renumbering, verify_drop
 
 @dataclass(frozen=True)
 class PlannedDrop:
-    """A drop that has been verified. `apply` cannot fail halfway: it only deletes and assigns.
+    """A drop that has been verified. `apply` cannot fail partway: it only deletes and assigns.
 
     Attributes:
         target: The model as it was when the drop was planned.
         layer_map: The map after the drop.
         positions: Positions of the blocks that are removed.
         config_values: The fields of the config that change, with their new values.
-        renumbering: What else changes with the numbers of the layers.
-        pass_throughs: By its name in the model, what each dropped sublayer returns from then on.
-        adapters: The configs of the adapters as they will be, by name.
-        references: What else names layers by number, in configs and the generation config.
+        renumbering: Module attributes and configs that change with the layer numbers.
+        pass_throughs: What each dropped sublayer returns after the drop, by its name in the model.
+        adapters: The configs of the adapters after the drop, by name.
+        references: Other values that name layers by number, in configs and the generation config.
     """
 
     target: TrimmableModel
@@ -69,7 +69,7 @@ class PlannedDrop:
         return self.target.model
 
     def dropped(self, unit: str) -> list[int]:
-        """Positions of the layers that go, blocks or sublayers, in the model as it was when the drop was planned."""
+        """Positions of the dropped layers, blocks or sublayers, in the model as it was when the drop was planned."""
         before, after = self.target.layer_map, self.layer_map
         if unit == "block":
             return sorted(self.positions)
@@ -81,7 +81,7 @@ class PlannedDrop:
         blocks = enumerate(self.target.stack.blocks)
         kept_blocks = {module for i, block in blocks if i not in self.positions for module in block.modules()}
         dropped = [self.target.stack.blocks[position] for position in sorted(self.positions)]
-        inside = {module for block in dropped for module in block.modules()} - kept_blocks  # two may be one module
+        inside = {module for block in dropped for module in block.modules()} - kept_blocks  # blocks may share modules
         dropped += (halves := [self.model.get_submodule(name) for name in self.pass_throughs])
         inside |= {module for half in halves for module in half.modules()}
         staying = {
@@ -93,13 +93,13 @@ class PlannedDrop:
         return list({id(p): p for module in dropped for p in module.parameters() if id(p) not in staying}.values())
 
     def apply(self, of_copy: bool = False) -> LayerMap:
-        """Drop the layers, in place. The model and its container of blocks stay the same objects.
+        """Drop the layers, in place. The model and its container of blocks remain the same objects.
 
-        So do its configs, unless another model holds one of them too: then this model gets copies.
+        So do its configs, unless another model shares one of them; then this model gets copies.
 
         Args:
-            of_copy: Whether the model is a copy that was built with configs of its own. Otherwise all live objects are
-                searched for models that share them.
+            of_copy: Whether the model is a copy with its own configs. Otherwise all live objects are searched for models
+                that share them.
         """
         stack, adapters = self.target.stack, self.target.adapters
         kept = [position for position in range(len(stack)) if position not in self.positions]
@@ -107,7 +107,7 @@ class PlannedDrop:
         for (name, key), dimension in self.renumbering.per_layer.items():
             parameter = self.model.get_submodule(name).get_parameter(key)
             parameter.data = cut(parameter.data, dimension, len(stack), kept)
-            parameter.grad = None  # of another shape
+            parameter.grad = None  # it has another shape
         if not of_copy:
             unshare_config(self.model)
         config = part_config(self.model.config, stack.part)
@@ -116,7 +116,7 @@ class PlannedDrop:
         for position in sorted(self.positions, reverse=True):
             del stack.blocks[position]
         modules = dict(self.model.named_modules())
-        changed = [modules[name].config for name, _ in self.renumbering.configs if name in modules]  # some are copies
+        changed = [modules[name].config for name, _ in self.renumbering.configs if name in modules]  # some hold copies
         for each in {id(held): held for held in [config, *changed]}.values():
             if type(each) is type(config):
                 _set_values(each, self.config_values)
@@ -124,8 +124,8 @@ class PlannedDrop:
             if name in modules and getattr(modules[name].config, field, None) == before:
                 setattr(modules[name].config, field, after)
         for (name, attribute), (before, after) in self.renumbering.attributes.items():
-            now = getattr(modules.get(name), attribute, None)  # a sublayer that is gone has no number
-            if (list(now) if isinstance(now, tuple) else now) == before:  # a value that the user changed stays
+            now = getattr(modules.get(name), attribute, None)  # a dropped sublayer has no number
+            if (list(now) if isinstance(now, tuple) else now) == before:  # a value changed by the user is kept
                 setattr(modules[name], attribute, after)
         for reference in self.references:
             reference.apply(self.model)
@@ -158,8 +158,8 @@ def plan_drop(
         step: Optimizer step of the drop, for the map's history.
         importance: Name of the score that chose the layers, for the history.
         scores: Their scores, in the order of `layers`, for the history.
-        part: As for `drop_layers`; of no effect where `model` is resolved already.
-        portable: Whether the kinds of the layers have to follow the architecture's own pattern afterwards.
+        part: As for `drop_layers`; no effect if `model` is already resolved.
+        portable: Whether the kinds of the layers must follow the architecture's own pattern afterwards.
 
     Raises:
         ValueError: As `drop_layers`.
@@ -181,7 +181,7 @@ def plan_drop(
             try:
                 renumbering = verify_drop(target, kept, values, configs) if gone else Renumbering({}, {})
             except ValueError as error:
-                refusal = refusal or error  # of the likeliest candidate
+                refusal = refusal or error  # of the most likely candidate
                 continue
             if not after.has_all_sublayers:
                 refuse_unloadable(base, values, after)
@@ -215,24 +215,24 @@ def drop_layers(model: nn.Module, layers: Sequence[int], unit: str = "block", pa
             `drop_prepared_layers`.
         layers: Positions in the model as it is now, from 0.
         unit: "block", a whole layer; or "sublayer", an attention or an MLP with its residual. Then `layers` are positions
-            in the model's sublayers: attention and MLP of the first block, of the second, and so on, without those that
-            are gone (`LayerMap.sublayers`). A block goes when both are gone.
-        part: Of an encoder-decoder (T5, BART), the part to drop from: "decoder" or "encoder". By default the one that
+            in the model's sublayers: attention and MLP of the first block, of the second, and so on, without those already
+            dropped (`LayerMap.sublayers`). A block is removed when both its sublayers are dropped.
+        part: For an encoder-decoder (T5, BART), the part to drop from: "decoder" or "encoder". By default the one that
             was trimmed before, else the decoder.
 
     Returns:
-        The kept-layer map, in the numbering of the base model. It also stands in `model.config.trim`.
+        The kept-layer map, in the numbering of the base model. It is also stored in `model.config.trim`.
 
     Raises:
         ValueError: If a layer is out of range, repeated, or all are named; if the architecture has no single list of
-            blocks, or its blocks are not made of an attention and an MLP; if its other part was trimmed before; or if the
-            trimmed config would describe another model than the trimmed one. Nothing has changed then.
+            blocks, or its blocks do not consist of an attention and an MLP; if its other part was trimmed before; or if the
+            trimmed config would describe a model other than the trimmed one. The model is left unchanged.
     """
     return plan_drop(model, layers, unit, part=part).apply()
 
 
 def _pass_throughs(target: TrimmableModel, after: LayerMap) -> dict[str, OutputSpec]:
-    """The pass-throughs for the sublayers that are dropped while their block stays."""
+    """The pass-throughs for the sublayers that are dropped while their block is kept."""
     model, stack, before = target.model, target.stack, target.layer_map
     if stack.part is not None:
         raise ValueError(
@@ -253,7 +253,7 @@ def _pass_throughs(target: TrimmableModel, after: LayerMap) -> dict[str, OutputS
 
 
 def _keep_an_attention(stack: BlockStack, kept: Sequence[int]) -> None:
-    """A hybrid model reads the length of its cache from its attention layers: without any it cannot generate."""
+    """Require an attention layer in a hybrid model, which needs one to read the length of its cache when generating."""
     types = getattr(stack.config, "layer_types", None)
     if not isinstance(types, list | tuple) or len(types) != len(stack):
         return

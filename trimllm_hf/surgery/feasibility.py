@@ -1,4 +1,4 @@
-"""Which layers of a model can be dropped, and how far, by its config alone: nothing is loaded and nothing changes."""
+"""Which layers of a model can be dropped, and how many, from its config alone: nothing is loaded or changed."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Feasibility:
     Attributes:
         num_layers: Its depth.
         alone: The positions of blocks that can be dropped alone.
-        portable: Those of them after whose drop the layers' kinds are still what runtimes work out from a layer's number.
-        refusals: Why the others cannot, by position.
+        portable: Those of them after whose drop the layers' kinds are still what runtimes derive from a layer's number.
+        refusals: The reasons for the others, by position.
         depths: The depths that can be reached, deepest first.
-        sublayers: Whether an attention or an MLP can be dropped alone; None: yes, else the reason why not.
+        sublayers: None if an attention or an MLP can be dropped alone, else the reason why not.
     """
 
     num_layers: int
@@ -43,11 +43,11 @@ class Feasibility:
 
 
 def feasible_drops(model: nn.Module, part: str | None = None) -> Feasibility:
-    """Try the drop of each block, of as many blocks as possible, and of a sublayer, on copies without memory.
+    """Try dropping each block, as many blocks as possible, and a sublayer, on copies on the meta device.
 
     Args:
-        model: A transformers model, unwrapped; one on the meta device will do.
-        part: Of an encoder-decoder, "decoder" or "encoder".
+        model: A transformers model, unwrapped; it may be on the meta device.
+        part: For an encoder-decoder, "decoder" or "encoder".
 
     Raises:
         ValueError: If the model has no single list of blocks.
@@ -74,16 +74,16 @@ def feasible_drops(model: nn.Module, part: str | None = None) -> Feasibility:
 
 
 def least_important(plan: Planner, scores: Mapping[int, float], most: int, usual: int = 1) -> PlannedDrop:
-    """Plan the drop of the least important layer that may go; where none may, of a few that lie next to one another.
+    """Plan to drop the least important layer that can be dropped; if none can, a few adjacent ones.
 
     Args:
         plan: Plans a drop of some positions, or raises a ValueError.
-        scores: The scores of the positions that are not protected; of equal ones the deepest goes first.
-        most: How many layers may go at once.
-        usual: How many had to go at once before: tried first.
+        scores: The scores of the positions that are not protected; among equal ones, the deepest is dropped first.
+        most: How many layers may be dropped at once.
+        usual: How many had to be dropped at once before; tried first.
 
     Raises:
-        ValueError: If nothing can be dropped; what was said of the least important layer.
+        ValueError: If nothing can be dropped; with the reason for the least important layer.
     """
     refusal: ValueError | None = None
     for size in sorted(range(1, most + 1), key=lambda size: (size != usual, size)):
@@ -98,7 +98,7 @@ def least_important(plan: Planner, scores: Mapping[int, float], most: int, usual
 
 
 def _depths(model: nn.Module, part: str | None) -> list[int]:
-    """The depths on the way down, the deepest block that may go first."""
+    """The depths that are reached when the deepest possible block is dropped each time."""
     base = base_of(model)
     copy: Any = build_from_config(base, {}, part, adapters_of(base))
     depth, size, found = len(find_blocks(copy, part)), 1, []

@@ -1,6 +1,6 @@
-"""What `forward` reads, found in the source: attributes of a module, and config fields that index layers or hidden states.
+"""Finds in the source what `forward` reads: attributes of a module, and config fields that index layers or hidden states.
 
-Verification compares modules as `__init__` has built them. What only `forward` reads is invisible to it.
+Verification compares modules as built by `__init__`. What only `forward` reads is invisible to it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _of_module(name: str) -> frozenset[str]:
 
 
 def fields_in_source(source: str) -> frozenset[str]:
-    """The same, of a file's source."""
+    """The same for a file's source."""
     found: set[str] = set()
     for each in ast.walk(ast.parse(source)):
         if isinstance(each, ast.ClassDef):
@@ -98,7 +98,7 @@ def _last_word(node: ast.AST) -> str:
 
 
 def _field(node: ast.AST, aliases: dict[str, str]) -> str | None:
-    """The field that an expression reads: `config.F`, `self.config.F`, or a name that stands for one."""
+    """The field that an expression reads: `config.F`, `self.config.F`, or a name that is bound to one."""
     if isinstance(node, ast.Attribute):
         if "config" in _last_word(node.value):
             return node.attr
@@ -115,7 +115,7 @@ def _fields(node: ast.AST, aliases: dict[str, str]) -> Iterator[str]:
 def forward_reads(module: nn.Module, attribute: str) -> bool:
     """Whether a module's forward, or a method that it calls, may read an attribute.
 
-    What only `__init__` reads has become a weight or a buffer, which is not changed by a drop.
+    What only `__init__` reads has already become a weight or a buffer, which a drop does not change.
     """
     return any(
         isinstance(node, ast.Attribute) and node.attr == attribute
@@ -125,9 +125,9 @@ def forward_reads(module: nn.Module, attribute: str) -> bool:
 
 
 def forward_computes_with(module: nn.Module, attribute: str, old: int, new: int) -> bool:
-    """Whether a module's forward may compute something else when an attribute that numbers a layer changes.
+    """Whether a module's forward may compute something different when an attribute that numbers a layer changes.
 
-    To index a cache by it, and to compare it where the result stays the same, is no computation.
+    Indexing a cache with it, or a comparison whose result stays the same, does not count.
     """
     stock = type(module).__module__.startswith("transformers.")
     for method in _forward_methods(type(module)):  # type: ignore[arg-type]  # a class is hashable
@@ -147,7 +147,7 @@ def forward_computes_with(module: nn.Module, attribute: str, old: int, new: int)
                 continue
             use = _use(node, parents)
             if isinstance(use, ast.Assign) and isinstance(use.targets[0], ast.Name):
-                names.add(use.targets[0].id)  # looked for in what follows
+                names.add(use.targets[0].id)  # tracked in the code that follows
             elif isinstance(use, ast.Compare) and _compares_alike(use, node, old, new):
                 continue
             elif not _is_harmless(use, stock, looped):
@@ -156,7 +156,7 @@ def forward_computes_with(module: nn.Module, attribute: str, old: int, new: int)
 
 
 def _running(node: ast.AST, module: nn.Module) -> Iterator[ast.AST]:
-    """The nodes of a method in the order of its text, without branches that a false flag of the module turns off."""
+    """The nodes of a method in source order, without branches that a false flag of the module disables."""
     yield node
     for child in ast.iter_child_nodes(node):
         if isinstance(node, ast.If) and child in node.body and _is_off(node.test, module):
@@ -178,7 +178,7 @@ def _use(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> ast.AST:
 
 
 def _is_harmless(use: ast.AST, stock: bool, looped: dict[str, str]) -> bool:
-    if isinstance(use, ast.Call):  # what transformers' own modules are given is known to be for a cache
+    if isinstance(use, ast.Call):  # transformers' own modules are known to use it for a cache
         return bool(_OF_A_CACHE.search(ast.unparse(use.func))) or (stock and ast.unparse(use.func).startswith("self."))
     if isinstance(use, ast.Subscript):
         text = ast.unparse(use.value)
@@ -204,7 +204,7 @@ def _compares_alike(use: ast.Compare, node: ast.AST, old: int, new: int) -> bool
     return len(results) == 1
 
 
-@cache  # reading a class's source takes 50 ms, and a plan asks for each numbered module of each block
+@cache  # reading a class's source takes 50 ms, and a plan needs it for each numbered module of each block
 def _forward_methods(kind: type) -> list[ast.FunctionDef]:
     """`forward` and the methods of a class that it calls, directly or through others."""
     methods: dict[str, ast.FunctionDef] = {}

@@ -1,4 +1,4 @@
-"""Builds the model that a config describes, as a load from config.json would, on the meta device by default."""
+"""Builds the model that a config describes, as loading from config.json would, on the meta device by default."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def build_from_config(
     adapters: Mapping[str, Any] = MappingProxyType({}),
     device: str | torch.device = "meta",
 ) -> nn.Module:
-    """The model and its adapters once `values` are set where the config holds the depth; weights are new, or none."""
+    """The model and its adapters with `values` set in the config that holds the depth; weights are new, or not allocated."""
     config = copy.deepcopy(model.config)
     for name, value in values.items():
         setattr(part_config(config, part), name, value)
-    # Through a dict and back, as a load from config.json would: derived values are derived again.
+    # Through a dict and back, as loading from config.json would: derived values are computed again.
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(max(verbosity, WARNING))  # building a model tells its whole config at INFO
+    logging.set_verbosity(max(verbosity, WARNING))  # building a model logs its whole config at INFO
     try:
         attention = {"": model.config._attn_implementation}
         for name in config.sub_configs:
             attention[name] = getattr(getattr(config, name), "_attn_implementation", None)
-        # classes that build a model without some sublayers have the architecture's own, which builds all
+        # classes that build a model without some sublayers refer to the architecture's own, which builds all
         config_class = getattr(type(config), "stock_class", type(config))
         config = config_class.from_dict(config.to_dict(), attn_implementation=attention)
         with torch.device(device):
@@ -49,11 +49,11 @@ def build_from_config(
 def _construct(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Module:
     """A model of the same class from a config.
 
-    Of a class that wants more than a config, what can be built from one: its nearest base class, or the one model inside
-    it that has the same config, under the same name.
+    For a class that needs more than a config, what can be built from one is built: its nearest base class, or the one model
+    inside it that has the same config, under the same name.
 
     Raises:
-        ValueError: If its `__init__` loads weights, or nothing of it can be built.
+        ValueError: If its `__init__` loads weights, or no part of it can be built.
     """
     kind: Any = getattr(type(model), "stock_class", type(model))
     _refuse_own_weights(kind)
@@ -95,7 +95,7 @@ def _construct_inside(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Mo
 
 
 def _takes_a_config(kind: type) -> bool:
-    """Whether a class can be made from a config and nothing else."""
+    """Whether a class can be built from a config alone."""
     _, *parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]  # of the class itself
     required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return len(required) <= 1
@@ -118,7 +118,7 @@ def _refuse_own_weights(kind: type) -> None:
 
 
 def _refuse_own_lists(model: PreTrainedModel, built: nn.Module) -> None:
-    """Refuse lists as long as the model is deep that only the user's class has: each layer may have its own item in them."""
+    """Refuse lists of the model's depth that only the user's class has, since they may hold one item per layer."""
     known = {name for name, _ in built.named_modules()}
     depth = num_hidden_layers(model.config)
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Names of modules with a layer's number in them (`model.layers.3.mlp`), as quantizers' skip lists hold them in a config."""
+"""Module names that contain a layer's number (`model.layers.3.mlp`), as in the skip lists of quantization configs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _REMOVED = object()
 
 
 class LayerNames:
-    """Renumbers names of a model's layers, in literal names and in regular expressions.
+    """Renumbers the layers in module names, both literal names and regular expressions.
 
     Args:
         model: The model, with all layers.
-        stack: The name of the list of blocks that some are dropped from.
-        kept: Positions of the blocks that stay, ascending.
+        stack: The name of the list of blocks from which some are dropped.
+        kept: Positions of the kept blocks, ascending.
     """
 
     def __init__(self, model: nn.Module, stack: str, kept: Sequence[int]) -> None:
@@ -33,7 +33,7 @@ class LayerNames:
         """A value with the names in it renumbered; names of dropped layers are removed from lists and dicts.
 
         Raises:
-            ValueError: If a text names dropped layers beside others, or its layers cannot be told.
+            ValueError: If a text names both dropped and kept layers, or its layers cannot be determined.
         """
         found = self._renumbered(value)
         if found is _REMOVED:
@@ -68,7 +68,7 @@ class LayerNames:
         return self._number.sub(lambda match: starts.get(match.start(), match[0]), text)
 
     def _is_ours(self, text: str, start: int) -> bool:
-        """Whether a name is of the trimmed blocks, by the words before the list's own name."""
+        """Whether a name refers to the trimmed blocks, by the words before the list's name."""
         before = re.split(r"[|(]|\.\*", text[:start])[-1]
         words = re.findall(r"\w+", before.replace("\\", ""))
         words = words[1:] if words[:1] == ["re"] else words
@@ -85,6 +85,6 @@ class LayerNames:
 
 
 def _may_be(words: Sequence[str], above: Sequence[str]) -> bool:
-    """Whether words before a list's name can be the path to it: its end, all of it below a wrapper, or in another order."""
+    """Whether words before a list's name can be its path: the path's end, the path below a wrapper, or in another order."""
     size = min(len(words), len(above))
     return list(words[len(words) - size :]) == list(above[len(above) - size :]) or sorted(words) == sorted(above)

@@ -1,7 +1,7 @@
-"""The pattern of the layers' kinds: whether others, who work it out from a layer's number, find what the config lists.
+"""The pattern of the layers' kinds: whether readers that derive it from a layer's number agree with the config's list.
 
-Gemma 3 has five sliding layers, then one that sees all. transformers 5 reads the kind of each layer from the config's
-list; some runtimes take every sixth layer for a full one, whatever layers are left.
+Gemma 3 has five sliding-window layers, then one with full attention. transformers 5 reads the kind of each layer from the
+config's list; some runtimes assume full attention in every sixth layer, whatever layers are left.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from transformers import PreTrainedConfig
 
 from .config_reader import ConfigReader
 
-# The lists with a kind for each layer that a config class works out where its file has none.
+# The lists with a kind for each layer that a config class derives if its file has none.
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers")
-# In older files: every how many layers there is one of the rarer kind.
+# In older files: the period of the rarer kind of layer.
 PERIODS = ("sliding_window_pattern", "global_attn_every_n_layers", "full_attention_interval", "no_rope_layer_interval")
 
 
 def periods(reader: ConfigReader) -> dict[str, int | None]:
-    """By each word for a period that the config's class knows: the one that gives the layers' kinds; None if none does."""
+    """For each period field that the config's class knows, the period that gives the layers' kinds; None if none does."""
     found: dict[str, int | None] = {}
     for kinds in KINDS:
         listed = (reader.now or {}).get(kinds)
@@ -29,7 +29,7 @@ def periods(reader: ConfigReader) -> dict[str, int | None]:
             continue
         for word in PERIODS:
             tried = [reader.says(kinds, {word: period}) for period in (1, 2)]
-            if None in tried or tried[0] == tried[1]:  # the class does not know the word
+            if None in tried or tried[0] == tried[1]:  # the class does not know the field
                 continue
             current = reader.plain.get(word)
             candidates = [*([current] if isinstance(current, int) else []), *range(1, len(listed) + 2)]
@@ -39,18 +39,18 @@ def periods(reader: ConfigReader) -> dict[str, int | None]:
 
 
 def correct_periods(config: PreTrainedConfig) -> None:
-    """Set the words for a period that a config holds to what its list of kinds says, as its file will say it too."""
+    """Set the period fields of a config according to its list of kinds, as they will be in its file."""
     for word, period in periods(ConfigReader(config)).items():
         if period is not None and isinstance(getattr(config, word, None), int):
             setattr(config, word, period)
 
 
 def unlike_default(config: PreTrainedConfig, values: Mapping[str, Any] = MappingProxyType({})) -> dict[str, tuple[Any, Any]]:
-    """The lists of layers' kinds that are not what the config's class works out by itself: as listed, and by default.
+    """The lists of layers' kinds that differ from what the config's class derives by itself: as listed, and by default.
 
     Args:
         config: The config that holds the depth.
-        values: Fields to set in it before.
+        values: Fields to set in it first.
     """
     reader = ConfigReader(config, values)
     found: dict[str, tuple[Any, Any]] = {}
@@ -63,12 +63,12 @@ def unlike_default(config: PreTrainedConfig, values: Mapping[str, Any] = Mapping
 
 
 def refuse_unportable(config: PreTrainedConfig, values: Mapping[str, Any], kept: list[int]) -> None:
-    """Refuse a drop after which the kinds of the layers are not what runtimes work out from a layer's number.
+    """Refuse a drop after which the kinds of the layers are not what runtimes derive from a layer's number.
 
     Args:
-        config: The config that holds the depth, of the model as it is.
-        values: What changes in it.
-        kept: Positions of the layers that stay.
+        config: The config that holds the depth, before the drop.
+        values: The fields that change in it.
+        kept: Positions of the kept layers.
 
     Raises:
         ValueError: Naming the pattern.

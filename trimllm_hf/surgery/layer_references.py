@@ -1,7 +1,7 @@
-"""Numbers of layers that a config holds beside the description of its blocks: found, and renumbered or refused.
+"""Layer numbers in a config outside the description of its blocks: finds them, and renumbers or refuses them.
 
-Some config fields list the blocks whose outputs a head reads, `generation_config` may name an early exit, and quantizers'
-skip lists hold names of modules. No module shows them, so that verification cannot.
+Some config fields list the blocks whose outputs a head reads, `generation_config` may name an early exit, and skip lists of
+quantizers hold module names. They leave no trace in the modules, so verification cannot find them.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from .blocks import BlockStack
 from .forward_reads import fields_that_index_layers
 from .layer_names import LayerNames
 
-# By field: a number n in it means the output of the block n - offset (0: of the block n; 1: the hidden state n, where the
-# hidden state 0 is the embedding).
+# Offset by field: a number n in it means the output of block n - offset (0: of block n; 1: hidden state n, where hidden
+# state 0 is the embedding).
 OFFSETS = {
     "backbone_out_indices": 0,  # DPT
     "intermediate_hidden_state_indices": 0,  # SegGPT
     "merge_index": 0,  # SegGPT
     "out_indices": 1,  # BEiT
-    "accept_hidden_layer": 1,  # Qwen 3 Omni's talker, of the thinker
+    "accept_hidden_layer": 1,  # Qwen 3 Omni's talker, refers to the thinker
 }
 OFFSETS_BY_TYPE = {("data2vec-vision", "out_indices"): 2}
-OF_THE_LAST = {"num_blocks"}  # EoMT: how many of the last blocks work on the queries
+OF_THE_LAST = {"num_blocks"}  # EoMT: how many of the last blocks process the queries
 
-# Fields that modelling files of transformers index by, and that need nothing here: by other rules of this room, or of
-# another list than that of the trimmed blocks.
+# Fields that transformers' modelling files index by and that need no handling here: other rules of this package cover them,
+# or they refer to a list other than that of the trimmed blocks.
 HANDLED_ELSEWHERE = {
     "cross_attention_layers",
     "cross_layer_interval",
@@ -68,12 +68,12 @@ OF_OTHER_PARTS = {
 
 @dataclass(frozen=True)
 class Reference:
-    """A value that changes with the layers' numbers.
+    """A value that changes with the layer numbers.
 
     Attributes:
-        path: Attributes from the model to what holds it, e.g. ("config", "quantization_config").
-        field: Its attribute, or key, there.
-        value: What it becomes.
+        path: Attributes from the model to the object that holds it, e.g. ("config", "quantization_config").
+        field: Its attribute or key there.
+        value: Its new value.
     """
 
     path: tuple[str, ...]
@@ -90,12 +90,12 @@ class Reference:
 
 
 def find_references(model: Any, stack: BlockStack, kept: Sequence[int]) -> list[Reference]:
-    """What refers to layers by number outside the description of the blocks, for the layers that stay.
+    """Find the values outside the description of the blocks that refer to layers by number, renumbered for the kept layers.
 
     Args:
         model: The model with all layers. Nothing is changed.
         stack: Its blocks.
-        kept: Positions of the blocks that stay, ascending.
+        kept: Positions of the kept blocks, ascending.
 
     Raises:
         ValueError: If such a value cannot be renumbered.
@@ -127,18 +127,18 @@ def find_references(model: Any, stack: BlockStack, kept: Sequence[int]) -> list[
 
 
 def renumber_generation_config(generation: Any, depth: int, kept: Sequence[int]) -> dict[str, Any]:
-    """The fields of a generation config that name layers, for the layers that stay.
+    """The fields of a generation config that name layers, renumbered for the kept layers.
 
     Args:
         generation: The generation config. It is not changed.
         depth: How many layers there are.
-        kept: Positions of those that stay, ascending.
+        kept: Positions of the kept layers, ascending.
 
     Raises:
-        ValueError: If no layer before an early exit would stay.
+        ValueError: If no layer before an early exit would be kept.
     """
     values: dict[str, Any] = {}
-    leave = getattr(generation, "assistant_early_exit", None)  # LayerSkip: so many layers make the draft
+    leave = getattr(generation, "assistant_early_exit", None)  # LayerSkip: the number of layers that produce the draft
     if leave is not None:
         values["assistant_early_exit"] = sum(position < leave for position in kept)
         if not values["assistant_early_exit"]:
@@ -165,10 +165,10 @@ def _are_numbers(value: Any) -> bool:
 
 
 def _renumbered(field: str, model_type: str, value: Any, depth: int, kept: Sequence[int]) -> Any:
-    """The numbers of a field for the layers that stay.
+    """The numbers of a field, renumbered for the kept layers.
 
     Raises:
-        ValueError: If two would be the same, one would be of no layer, or it is not known how the field counts.
+        ValueError: If two would be the same, one would refer to no layer, or it is unknown how the field counts.
     """
     numbers = list(value) if isinstance(value, list | tuple) else [value]
     gone = [position for position in range(depth) if position not in kept]
@@ -194,7 +194,7 @@ def _renumbered(field: str, model_type: str, value: Any, depth: int, kept: Seque
 
 
 def _is_unaffected(number: int, depth: int, gone: Sequence[int]) -> bool:
-    """Whether a number means the same layer, or its output, after a drop, whether it counts from 0 or from 1."""
+    """Whether a number means the same layer, or its output, after a drop, counted either from 0 or from 1."""
     if number < 0:
         return number == -1 or all(position < depth + number for position in gone)
     return all(position > number for position in gone)

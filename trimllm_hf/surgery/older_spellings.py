@@ -1,10 +1,10 @@
-"""A trimmed model's config.json in older words beside the new ones, so that whoever reads the base reads it alike.
+"""Adds older spellings to a trimmed model's config.json, so that tools that read the base read it in the same way.
 
-transformers 5 writes `rope_parameters` and `dtype`, and leaves out what its own classes no longer take. Configs on the Hub,
-transformers 4, mlx-lm and others say `rope_theta`, `rope_scaling`, `torch_dtype` and more, and where they find none they
-take their own defaults. Each older word that is written here was proved on transformers' own reader of older files: read
-in place of the new words it gives what they say, and read beside them it changes nothing. What cannot be proved is left
-out.
+transformers 5 writes `rope_parameters` and `dtype`, and leaves out what its own classes no longer accept. Configs on the
+Hub, transformers 4, mlx-lm and others use `rope_theta`, `rope_scaling`, `torch_dtype` and more, and if these are missing,
+readers fall back to their own defaults. Each older name written here is checked with transformers' own reader of older
+files: read in place of the new names it gives the same values, and read beside them it changes nothing. What cannot be
+checked is left out.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .config_reader import ConfigReader, Plain
 from .layer_pattern import PERIODS, periods
 
 ROPE, TYPES = "rope_parameters", "layer_types"
-# In older files: the base of the rotary frequencies, that of sliding layers, and the share of a head that turns.
+# In older files: the base of the rotary frequencies, that of sliding layers, and the share of a head that is rotated.
 _ROPE_WORDS = (
     ("rope_theta", "rope_local_base_freq", "partial_rotary_factor"),
     ("rope_theta", None, "partial_rotary_factor"),
     ("global_rope_theta", "local_rope_theta", "partial_rotary_factor"),  # ModernBERT
     ("rotary_emb_base", None, "rotary_pct"),  # GPT-NeoX
 )
-# Of the file and not of the model, or seen to elsewhere.
+# Properties of the file and not of the model, or handled elsewhere.
 _NOT_KEPT = {
     *("model_type", "transformers_version", "transformers_weights", "auto_map", "trim"),
     *(TYPES, ROPE, "torch_dtype", "quantization_config"),
@@ -39,13 +39,13 @@ _NOT_KEPT = {
 def with_older_spellings(
     plain: Mapping[str, Any], config: PreTrainedConfig, of_base: Mapping[str, Any] | None = None
 ) -> Plain:
-    """What stands in config.json, with older spellings beside it.
+    """The contents of config.json with older spellings added.
 
     Args:
         plain: What transformers writes.
-        config: The config that it is of.
-        of_base: What stands in the config.json of the base, if that is at hand. Each name in it is kept, with the trimmed
-            model's value, or left out where there is none that is right.
+        config: The config it was written from.
+        of_base: The contents of the base's config.json, if available. Each name in it is kept with the trimmed model's
+            value, or left out if no value is right.
     """
     found, of_base = dict(plain), of_base or {}
     for name in config.sub_configs:
@@ -56,7 +56,7 @@ def with_older_spellings(
         found["torch_dtype"] = found["dtype"]
     reader = ConfigReader(config)
     if reader.now is None:
-        return found  # code of its own that cannot be read back: nothing can be proved
+        return found  # custom code that cannot be read back: nothing can be checked
     found |= _rope(reader)
     for word, period in periods(reader).items():
         found.pop(word, None)
@@ -66,7 +66,7 @@ def with_older_spellings(
 
 
 def _rope(reader: ConfigReader) -> Plain:
-    """The settings of rotary embeddings in older words."""
+    """The settings of rotary embeddings in older spellings."""
     assert reader.now is not None
     parameters = reader.now.get(ROPE)
     if not isinstance(parameters, dict) or not parameters:
@@ -76,7 +76,7 @@ def _rope(reader: ConfigReader) -> Plain:
         for spelling in _rope_spellings(parameters, words):
             other = _rope_spellings(_doubled(parameters), words)
             proved = reader.says(ROPE, spelling) == parameters and reader.changes_nothing(spelling)
-            # a class that does not know the words takes its defaults, which may be these values; OLMo 3 reads one word twice
+            # a class that does not know the names uses its defaults, which may be these values; OLMo 3 reads one name twice
             read = [reader.says(ROPE, each) for each in other] if proved else []
             if _doubled(parameters) in read or (words[1] is None and any(each != parameters for each in read)):
                 found |= spelling
@@ -101,14 +101,14 @@ def _rope_spellings(parameters: Plain, words: tuple[str, str | None, str]) -> It
     rest = {name: value for name, value in whole.items() if name not in ("rope_theta", "partial_rotary_factor")}
     if rest.keys() <= {"rope_type"} and rest.get("rope_type", "default") == "default":
         rest = {}
-    # transformers fills it in by itself, and others then take it for a scale of 1
+    # transformers fills it in by itself, and others then assume a scale of 1
     shorter = {name: value for name, value in rest.items() if name != "original_max_position_embeddings"}
     for scaling in dict.fromkeys(map(json.dumps, (shorter, rest))):
         yield {**found, "rope_scaling": json.loads(scaling) or None}
 
 
 def _doubled(parameters: Plain) -> Plain:
-    """Settings with other bases."""
+    """Settings with different bases."""
     return {
         name: _doubled(value) if isinstance(value, dict) else value * 2 if name == "rope_theta" else value
         for name, value in parameters.items()
@@ -116,7 +116,7 @@ def _doubled(parameters: Plain) -> Plain:
 
 
 def _of_base(reader: ConfigReader, found: Plain, of_base: Mapping[str, Any]) -> Plain:
-    """Names in the base's file that are missing here, and its words for the layers' kinds."""
+    """Names in the base's file that are missing here, and its names for the layers' kinds."""
     assert reader.now is not None
     kept: Plain = {}
     depth = of_base.get("num_hidden_layers", of_base.get(reader.config.attribute_map.get("num_hidden_layers", "")))
@@ -125,7 +125,7 @@ def _of_base(reader: ConfigReader, found: Plain, of_base: Mapping[str, Any]) -> 
         if name in found or name.startswith("_") or name in _NOT_KEPT or name in PERIODS:
             continue
         if name in text:
-            kept[name] = text[name]  # older files say it of the model
+            kept[name] = text[name]  # older files give it for the model
             continue
         if name in reader.now:
             kept[name] = reader.now[name]  # a default, which transformers does not write
@@ -153,7 +153,7 @@ def add_to(file: str | Path, config: PreTrainedConfig, of_base: Mapping[str, Any
 
 
 def file_of(config: PreTrainedConfig) -> Plain:
-    """What stands in the config.json that a config was read from; nothing, if that is not on this machine."""
+    """The contents of the config.json that a config was read from; empty if that is not on this machine."""
     name = getattr(config, "_name_or_path", "")
     if not name:
         return {}

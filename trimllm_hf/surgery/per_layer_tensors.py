@@ -1,6 +1,7 @@
-"""Tensors outside the blocks that hold a slice for each block; they are cut when blocks are dropped.
+"""Tensors outside the blocks that hold a slice for each block, and are cut when blocks are dropped.
 
-Gemma 3n and 4 keep the embeddings and the projection of every layer's own input so, in modules named `..._per_layer...`.
+Gemma 3n and 4 store the embeddings and the projection of each layer's own input in this way, in modules named
+`..._per_layer...`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ WORD = "per_layer"
 
 
 def per_layer_dimensions(name: str, of_full: nn.Module, of_trimmed: nn.Module, depth: int, num_kept: int) -> dict[str, int]:
-    """By the name of a module's parameter, the dimension along which it holds a slice for each layer; empty if it does not.
+    """The dimension along which a module's parameters hold a slice per layer, by parameter name; empty if there is none.
 
     Args:
         name: The module's name in the model.
         of_full: The module in the model with all layers.
-        of_trimmed: The module in the trimmed one.
-        depth: How many layers there are.
-        num_kept: How many stay.
+        of_trimmed: The module in the trimmed model.
+        depth: Number of layers.
+        num_kept: Number of kept layers.
     """
     if WORD not in name.rpartition(".")[2]:
         return {}
@@ -40,12 +41,12 @@ def per_layer_dimensions(name: str, of_full: nn.Module, of_trimmed: nn.Module, d
 
 
 def is_per_layer(before: int, after: int, depth: int, num_kept: int) -> bool:
-    """Whether a size is a multiple of the number of layers, by the same factor before and after a drop."""
+    """Whether a size is the same multiple of the number of layers before and after a drop."""
     return before % depth == 0 and after == before // depth * num_kept
 
 
 def cut(tensor: torch.Tensor, dimension: int, depth: int, kept: Sequence[int]) -> torch.Tensor:
-    """A copy of a per-layer tensor with the slices of the layers that stay only."""
+    """A copy of a per-layer tensor with only the slices of the kept layers."""
     index = torch.tensor(kept, device=tensor.device)
     parts = tensor.unflatten(dimension, (depth, -1)).index_select(dimension, index)
     return parts.flatten(dimension, dimension + 1).contiguous()

@@ -1,4 +1,4 @@
-"""Layers at whose number a model's `forward` does something: no module shows it, so that verification cannot see it."""
+"""Layers with special treatment in a model's `forward`, which leaves no trace in the modules for verification to find."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .blocks import BlockStack
 def check_position_constraints(
     model: PreTrainedModel, stack: BlockStack, kept: Sequence[int], has_all_sublayers: bool = True
 ) -> None:
-    """Refuse a drop after which the model's `forward` would do something at another layer than now.
+    """Refuse a drop that would move a special treatment in the model's `forward` to another layer.
 
     Args:
         model: The model to trim.
         stack: Its blocks.
-        kept: Positions that stay.
-        has_all_sublayers: Whether they keep their attention and their MLP.
+        kept: Positions of the kept blocks.
+        has_all_sublayers: Whether all of them keep their attention and their MLP.
 
     Raises:
-        ValueError: Naming the layers that have to stay.
+        ValueError: Naming the layers that must be kept.
     """
     owner = model.get_submodule(stack.name.rpartition(".")[0])
     if hasattr(owner, "layers_are_rescaled"):  # RWKV
@@ -65,12 +65,12 @@ def _tied(
 
 
 def _marked(stack: BlockStack, flag: str) -> list[int]:
-    """The blocks that have a flag set, themselves or on a module inside."""
+    """The blocks that have a flag set, on themselves or on a module inside."""
     return [i for i, block in enumerate(stack.blocks) if any(getattr(each, flag, False) for each in block.modules())]
 
 
 def _fed(config: PreTrainedConfig) -> int:
-    """How many of the first text layers get features of the vision part (Qwen 3 VL: "deepstack")."""
+    """How many of the first text layers receive features from the vision part (Qwen 3 VL: "deepstack")."""
     of_vision = getattr(config, "deepstack_visual_indexes", None) or ()
     pairs: Any = getattr(config, "deepstack_layer_map", None) or ()  # Granite 4: (vision layer, text layer)
     return max(len(of_vision), *(layer + 1 for _, layer in pairs), 0)

@@ -1,4 +1,4 @@
-"""Modelling code beside the weights: `trust_remote_code=True` loads what stock transformers cannot, without trimllm_hf."""
+"""Modelling code beside the weights: with `trust_remote_code=True`, custom models load without trimllm_hf."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _AUTO = {
 
 
 def write_remote_code(folder: str | Path) -> Path:
-    """Write modelling code into the folder of a saved model that lacks sublayers or is sliced; name it in its config.json.
+    """Write modelling code for a saved model that lacks sublayers or is sliced, and reference it in its config.json.
 
     `from_pretrained(folder, trust_remote_code=True)` then loads the model where trimllm_hf is not installed.
 
     Args:
-        folder: Where `save_pretrained` has written the model.
+        folder: The folder that `save_pretrained` wrote.
 
     Returns:
-        The file of the code.
+        The path of the code file.
 
     Raises:
-        ValueError: If the folder holds no such model: one that lost whole blocks only needs no code.
+        ValueError: If the folder holds no such model. A model that lost only whole blocks needs no code.
     """
     folder = Path(folder)
     plain = json_at(folder / "config.json")
@@ -58,7 +58,7 @@ def write_remote_code(folder: str | Path) -> Path:
 
 
 def is_our_code(folder: str | Path) -> bool:
-    """Whether the code beside a model's weights is, to the letter, what `write_remote_code` writes for its config."""
+    """Whether the code beside a model's weights is exactly what `write_remote_code` writes for its config."""
     folder = Path(folder)
     try:
         plain = json_at(folder / "config.json")
@@ -73,14 +73,14 @@ def is_our_code(folder: str | Path) -> bool:
 
 
 def _custom_of(folder: Path, plain: Any) -> CustomModel | None:
-    """The kind of the model in a folder; None of a stock one."""
+    """The custom kind of the model in a folder; None for a stock model."""
     if not isinstance(plain, dict) or "base_model_type" not in plain:
         return None
     return getattr(type(AutoConfig.from_pretrained(folder, trust_remote_code=False)), "custom", None)
 
 
 def _remote_code(custom: CustomModel, plain: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """The code for a saved config, and the `auto_map` that names it."""
+    """The code for a saved config, and the `auto_map` that references it."""
     stock = custom.from_saved_config(plain)
     (name,) = stock["architectures"]
     model_class, config_class = getattr(transformers, name), transformers.CONFIG_MAPPING[stock["model_type"]]
@@ -113,7 +113,7 @@ def _remote_code(custom: CustomModel, plain: dict[str, Any]) -> tuple[str, dict[
 
 
 def template(package: str | None, name: str) -> str:
-    """A text in a room's folder `templates`."""
+    """The text of a file in a subpackage's folder `templates`."""
     return files(package or __package__).joinpath("templates", name).read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""`TrimmableModel`: what a drop is about, looked up once and handed on: model, blocks, layer map, adapters."""
+"""`TrimmableModel`: the model, blocks, layer map and adapters that a drop needs, looked up once."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .sublayers import PassThrough
 
 @dataclass(frozen=True)
 class TrimmableModel:
-    """A model as it is now, with all that plans of drops read from it. After a drop it is out of date.
+    """A model in its current state, with everything needed to plan drops. It is outdated after a drop.
 
     Attributes:
         model: The unwrapped model, without PEFT's wrapper.
         stack: Its blocks, and the config that describes them.
         layer_map: The layers that it keeps of its base.
         adapters: The configs of its adapters, by name.
-        outer: The model as it was given, with PEFT's wrapper if it has one.
+        outer: The model as it was passed, with PEFT's wrapper if it has one.
     """
 
     model: PreTrainedModel
@@ -51,7 +51,7 @@ def resolve_model(model: nn.Module, part: str | None = None) -> TrimmableModel:
 
     Args:
         model: A transformers model, or one with adapters, that no engine has wrapped.
-        part: Of an encoder-decoder, "decoder" or "encoder"; by default the one that was trimmed, else the decoder.
+        part: For an encoder-decoder, "decoder" or "encoder"; by default the one that was trimmed, else the decoder.
 
     Raises:
         ValueError: If the model has no single list of blocks, or `config.trim` does not fit it.

@@ -1,4 +1,4 @@
-"""The units that can be dropped: a block, or the attention or the MLP of a block; and a model run without one of them."""
+"""The units that can be dropped (a block, or the attention or MLP of a block), and running a model without one of them."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def list_units(model: nn.Module, unit: str, part: str | None = None) -> list[Uni
     Args:
         model: A transformers model, unwrapped, or one with adapters.
         unit: "block" or "sublayer".
-        part: Of an encoder-decoder, "decoder" or "encoder"; by default the one that was trimmed, else the decoder.
+        part: For an encoder-decoder, "decoder" or "encoder"; by default the one that was trimmed, else the decoder.
 
     Raises:
-        ValueError: If there is no unit of that name, or the blocks are not made of an attention and an MLP.
+        ValueError: If there is no unit of that name, or the blocks do not consist of an attention and an MLP.
     """
     if unit not in UNITS:
         raise ValueError(f"Expected unit='block' or 'sublayer', got {unit!r}.")
@@ -64,8 +64,8 @@ def list_units(model: nn.Module, unit: str, part: str | None = None) -> list[Uni
 def without(unit: Unit, blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Run a model as if the unit had been dropped.
 
-    A block still runs, so that its output has the right form, but returns its input. An attention or an MLP does not run:
-    it returns what its pass-through would.
+    A block is still run, so that its output has the right form, but returns its input. An attention or an MLP is not run
+    and returns what its pass-through would.
     """
     with ExitStack() as stack:
         for part, spec in zip(unit.parts, unit.spec, strict=True):
@@ -77,7 +77,7 @@ def without(unit: Unit, blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _passing_through(part: nn.Module, spec: OutputSpec) -> Iterator[None]:
-    had = vars(part).get("forward")  # a wrapper's own, if there is one
+    had = vars(part).get("forward")  # a forward set by a wrapper, if there is one
     part.forward = lambda *args, **kwargs: spec(args, kwargs)
     try:
         yield
@@ -89,12 +89,12 @@ def _passing_through(part: nn.Module, spec: OutputSpec) -> Iterator[None]:
 
 
 def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The hidden states that a block was called with."""
+    """The hidden states in the arguments of a block."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 def block_output(output: Any) -> torch.Tensor:
-    """The hidden states that a block returned."""
+    """The hidden states in the output of a block."""
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 

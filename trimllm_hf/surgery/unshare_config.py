@@ -1,4 +1,4 @@
-"""A config of its own for a model that shares one: transformers' models keep the config object that they are made from."""
+"""Gives a model its own config if it shares one: transformers models keep the config object they are built from."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ logger = logging.get_logger("transformers.trimllm_hf")
 
 
 def unshare_config(model: nn.Module) -> None:
-    """Where another model holds one of this model's configs, give this model, and what wraps it, copies.
+    """Give a model, and what wraps it, copies of the configs that another model holds as well.
 
-    A config that only this model holds stays the same object.
+    A config that only this model holds remains the same object.
     """
     own = list(model.modules())
     held = {id(config): config for config in map(_config_of, own) if config is not None}
     ids = set(map(id, own))
-    # asked of every module that is alive, not of what refers to the config: Python does not say that the same way in all
-    # its versions
+    # checks every live module instead of the referrers of the config, which Python does not report in the same way in all
+    # versions
     holders = [module for module in _living_modules() if id(_config_of(module)) in held and id(module) not in ids]
     wrappers = [holder for holder in holders if any(module is model for module in holder.modules())]
     if len(wrappers) == len(holders):
@@ -45,7 +45,7 @@ def give_own_config(model: nn.Module, wrappers: Sequence[nn.Module] = ()) -> Non
 
 
 def _living_modules() -> Iterator[nn.Module]:
-    # by the type itself: some objects answer isinstance by loading what they stand for
+    # checks the type itself: for some lazy proxies, isinstance would load the object
     return (found for found in gc.get_objects() if issubclass(type(found), nn.Module) and "_modules" in vars(found))
 
 

@@ -1,8 +1,8 @@
-"""Verification: whether a model's trimmed config describes exactly the layers that stay.
+"""Verification: checks that a model's trimmed config describes exactly the kept layers.
 
 Two models are built on the meta device, which takes no memory: the one that the config describes now, and the one that the
-trimmed config would describe. They are compared block by block. The comparison finds the attributes that number a layer,
-which are renumbered, without a table of names; a drop that would change anything else is refused.
+trimmed config would describe. They are compared block by block. The comparison finds the attributes that number a layer and
+must be renumbered, without a table of names. A drop that would change anything else is refused.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Changes = dict[tuple[str, str], tuple[Any, Any]]  # (module, attribute) -> (valu
 
 @dataclass(frozen=True)
 class Renumbering:
-    """What else changes when layers go.
+    """The other changes when layers are dropped.
 
     Attributes:
         attributes: The attributes of modules that number or count layers.
-        configs: The fields of modules' configs: some modules hold a config of their own, made from the model's.
-        per_layer: By the name of a module's parameter, the dimension along which it holds a part for each layer.
+        configs: The fields of modules' configs: some modules hold their own config, derived from the model's.
+        per_layer: The dimension along which a parameter holds a slice for each layer, by the parameter's name.
     """
 
     attributes: Changes
@@ -51,20 +51,20 @@ def verify_drop(
 
     Args:
         target: The model to trim.
-        kept: Positions of the blocks that stay.
+        kept: Positions of the kept blocks.
         values: The config's fields that change, with their new values.
-        adapters: The configs of the adapters as they would be, by name.
+        adapters: The configs of the adapters after the drop, by name.
 
     Returns:
         The attributes and config fields that number or count layers, each with its value now and after.
 
     Raises:
-        ValueError: If anything else would differ between a layer that stays and the one that would be loaded for it.
+        ValueError: If anything else would differ between a kept layer and the one that would be loaded for it.
     """
     model, stack, full = target.model, target.stack, target.skeleton
     try:
         trimmed = build_from_config(model, values, stack.part, adapters)
-    except Exception as error:  # a config that cannot be built shows it in as many ways as there are architectures
+    except Exception as error:  # errors for a config that cannot be built differ between architectures
         raise ValueError(
             f"Expected {type(model).__name__} to be built from its trimmed config, got {type(error).__name__}: {error}. "
             "Its config has no field for removing these layers: drop others. Nothing was changed."
@@ -91,9 +91,9 @@ def verify_drop(
             if old == new or (isinstance(old, float) and isinstance(new, float) and isclose(old, new, rel_tol=1e-12)):
                 continue
             if cuts and isinstance(old, int) and isinstance(new, int) and is_per_layer(old, new, len(stack), len(kept)):
-                pass  # the size of what is cut
+                pass  # the size of a tensor that is cut
             elif block is None and isinstance(new, list) and values.get(attribute) == new:
-                pass  # a copy of the config's own list, like a backbone's stages
+                pass  # a copy of the config's own list, such as a backbone's stages
             elif isinstance(old, bool) or not _is_place(attribute, old, new, block, kept, len(stack), of_full):
                 _refuse(model, f"{name}.{attribute}" if name else attribute, "another value", old, new)
             attributes[(real_name, attribute)] = (old, new)
@@ -103,7 +103,7 @@ def verify_drop(
 
 
 def _keep_room_in_the_cache(model: PreTrainedModel, full: nn.Module, trimmed: nn.Module, part: str | None) -> None:
-    """T5's decoder keeps its keys and values in a cache that `generate` makes as long as the *encoder* is deep."""
+    """Check T5: its decoder's keys and values are in a cache for which `generate` uses the depth of the *encoder*."""
     if part != "encoder" or not model.can_generate():
         return
     depth = num_hidden_layers(model.config, "decoder")
@@ -120,17 +120,17 @@ def _keep_room_in_the_cache(model: PreTrainedModel, full: nn.Module, trimmed: nn
 def _is_place(
     attribute: str, old: Any, new: Any, block: int | None, kept: Sequence[int], depth: int, module: nn.Module
 ) -> bool:
-    """Whether an attribute says where layers are, and changes as their places do."""
+    """Whether an attribute describes layer positions and changes in line with them."""
     if isinstance(old, list):
         one_per_layer = len(old) == depth and new == [old[position] for position in kept]
-        # of hidden states, the embedding's is the first
+        # the first hidden state is the embedding
         one_per_layer |= len(old) == depth + 1 and new == [old[0], *(old[position + 1] for position in kept)]
         return one_per_layer or (bool(_INDICES.fullmatch(attribute)) and new == [kept.index(i) for i in old if i in kept])
-    if block is not None and isinstance(old, str):  # some adapters keep the name of their module
+    if block is not None and isinstance(old, str):  # some adapters store the name of their module
         return isinstance(new, str) and new.split(".") == [
             str(block) if word == str(kept[block]) else word for word in old.split(".")
         ]
-    if attribute.endswith("tied_weights_keys"):  # transformers' own tables, by the names of the layers
+    if attribute.endswith("tied_weights_keys"):  # transformers' own tables, keyed by layer names
         return True
     if isinstance(old, dict):  # Zamba 2: the number of a layer -> its number among the layers with attention
         stay = [layer for layer in old if layer in kept]
@@ -148,7 +148,7 @@ _NUMBER = re.compile(r".*layer.*(idx|index|id|number)")
 
 
 def _numbers_in_exchanged(stack: BlockStack, built: nn.ModuleList, kept: Sequence[int]) -> Changes:
-    """Layer numbers in modules that are not what the config builds: BigBird exchanges its attention for short inputs."""
+    """Layer numbers in modules other than those the config builds: BigBird exchanges its attention for short inputs."""
     found: Changes = {}
     for new, old in enumerate(kept):
         as_built = {path: type(module) for path, module in built[old].named_modules()}
@@ -162,7 +162,7 @@ def _numbers_in_exchanged(stack: BlockStack, built: nn.ModuleList, kept: Sequenc
 def _pairs(
     full: nn.Module, trimmed: nn.Module, stack_name: str, kept: Sequence[int]
 ) -> dict[str, tuple[nn.Module | None, nn.Module | None]]:
-    """Modules that must be alike, by their name in the trimmed model."""
+    """Pairs of modules that must match, by their name in the trimmed model."""
     position = {str(old): str(new) for new, old in enumerate(kept)}
     prefix = f"{stack_name}."
     by_name: dict[str, nn.Module] = {}
@@ -188,7 +188,7 @@ def _shapes(module: nn.Module, per_layer: Mapping[str, int]) -> dict[str, tuple[
 
 
 def _different(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
-    """Two dicts without what they have in common."""
+    """Two dicts without their common entries."""
     return [{k: v for k, v in a.items() if k not in b or b[k] != v} for a, b in ((one, other), (other, one))]
 
 
@@ -208,7 +208,7 @@ def _scalars(module: nn.Module) -> dict[str, Any]:
 
 
 def _config_changes(of_full: nn.Module, of_trimmed: nn.Module, seen: set[int]) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two modules' configs differ; of a config that many modules hold, told once."""
+    """The fields in which two modules' configs differ; reported once for a config that many modules share."""
     before, after = getattr(of_full, "config", None), getattr(of_trimmed, "config", None)
     if not isinstance(before, PreTrainedConfig) or not isinstance(after, PreTrainedConfig) or id(before) in seen:
         return {}
@@ -221,7 +221,7 @@ def _config_changes(of_full: nn.Module, of_trimmed: nn.Module, seen: set[int]) -
 
 
 def _same_kind(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules are of one class; torch gives each parametrized module a class of its own."""
+    """Whether two modules are of the same class; torch gives each parametrized module a class of its own."""
     if is_parametrized(one) and is_parametrized(other):
         return type(one).__bases__ == type(other).__bases__
     return type(one) is type(other)

@@ -1,4 +1,4 @@
-"""Repair: what stays in front of a gap takes over what it can of the layers that go, by a closed-form refit."""
+"""Repair: compensates for dropped layers by a closed-form refit of a weight in the last layer before each gap."""
 
 from .fit import INFINITE, fit_repairs
 from .gaps import Gap, places

@@ -1,4 +1,4 @@
-"""`fit_repairs`: one pass of the model as it is, and for each gap a new weight in front of it."""
+"""`fit_repairs`: one pass of the unchanged model, and a new weight in front of each gap."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .ridge import Sums, best_penalty, solve
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
-PENALTIES = (0.1, 0.03, 0.01, 0.3, 1.0, 3.0)  # the first where there is nothing to choose by
-HELD_OUT = 8  # one of so many batches chooses among them
+PENALTIES = (0.1, 0.03, 0.01, 0.3, 1.0, 3.0)  # the first if there is nothing to choose by
+HELD_OUT = 8  # one in this many batches is held out to choose among them
 INFINITE = "the penalty is infinite"
-ENOUGH = 4  # tokens for each feature of a refit
+ENOUGH = 4  # tokens per feature of a refit
 
 Inputs = tuple[Mapping[str, Any], torch.Tensor | None]
 
@@ -44,25 +44,25 @@ def fit_repairs(
     part: str | None = None,
     process_group: ProcessGroup | None = None,
 ) -> list[Repair]:
-    """Fit the repairs for a model that loses one or another set of layers, in one pass over the batches.
+    """Fit the repairs for one or more candidate sets of dropped layers, in one pass over the batches.
 
-    For each gap the output projection in front of it, of most blocks the MLP's down projection, gets a new weight. With a
-    its input and R what the dropped layers add to the hidden states behind it, both of the model as it is, the weight
-    changes by (sum a^T a + penalty D)^-1 sum a^T R, with D the mean of the first sum's diagonal: ridge regression around the
-    old weight. It generalises ReplaceMe (Shopkhoev et al., arXiv 2505.02819), where the new weight is the old one times a
-    matrix; where tokens are few, that form is taken. Nothing is changed here.
+    For each gap, the output projection in front of it (in most blocks the MLP's down projection) gets a new weight. With a
+    its input and R what the dropped layers add to the hidden states after it, both in the unchanged model, the weight
+    changes by (sum a^T a + penalty D)^-1 sum a^T R, with D the mean of the first sum's diagonal: ridge regression around
+    the old weight. It generalises ReplaceMe (Shopkhoev et al., arXiv 2505.02819), where the new weight is the old one times
+    a matrix; that form is used if there are few tokens. The model is not changed here.
 
     Args:
         model: A transformers model, unwrapped, in evaluation mode, without gradients and without a cache.
         candidates: The sets of layers, by their positions in the model as it is now.
-        batches: What the model is called with, and which of the tokens are real, of shape (rows, tokens); None: all. As
-            many on every process, which has its share.
+        batches: The model's inputs, and a mask of the real tokens of shape (rows, tokens); None: all. Each process has its
+            share, with the same number of batches.
         unit: What a layer is, "block" or "sublayer", as for `drop_layers`.
-        penalty: How much holds the old weight; infinite: nothing changes. None: for each gap the one of `PENALTIES` that
-            does best on one of eight batches when it is fitted on the others; with it, it is fitted on all.
-        memory: Bytes that the sums may take at a time, the same on every process: for gaps that need more together, the
-            batches are run again.
-        part: Of an encoder-decoder, the stack that the layers are of.
+        penalty: Strength of the ridge penalty; infinite: nothing changes. None: for each gap, the value of `PENALTIES` that
+            does best on one in eight batches when fitted on the others; the final fit uses all batches.
+        memory: Bytes that the sums may take at a time, the same on every process. If the gaps need more, the batches are
+            run several times.
+        part: For an encoder-decoder, the stack that the layers belong to.
         process_group: The processes of the run.
 
     Returns:
@@ -137,7 +137,7 @@ def _sums(
 
 
 def _within(memory: float, sums: Mapping[Gap, NormalEquations]) -> list[list[Gap]]:
-    """The gaps, as many together as there is memory for, and one at least."""
+    """The gaps in groups that fit in memory, at least one per group."""
     groups: list[list[Gap]] = []
     left = 0.0
     for gap, each in sums.items():
@@ -170,7 +170,7 @@ def _num_tokens(inputs: Mapping[str, Any], mask: torch.Tensor | None) -> int:
 def _solved(
     equations: NormalEquations, penalty: float | None, number: int, process_group: ProcessGroup
 ) -> torch.Tensor | None:
-    """One gap's change, of shape (features, width), float32; by one process, so that all have the same numbers."""
+    """One gap's change, of shape (features, width), float32; computed by one process, so that all have the same values."""
     fitted, held_out = (
         Sums(process_group.all_reduce(sums.gram), process_group.all_reduce(sums.cross))
         for sums in (equations.fitted, equations.held_out)
@@ -186,7 +186,7 @@ def _solved(
 
 
 def _refit(gap: Gap, sums: NormalEquations, change: torch.Tensor, process_group: ProcessGroup) -> Refit:
-    """The change of the parameters, in their shapes."""
+    """Convert the change to the shapes of the parameters."""
     assert gap.before is not None
     before, last, projection = sums.before.block, sums.last.block, sums.projection
     changes: dict[str, torch.Tensor] = {}

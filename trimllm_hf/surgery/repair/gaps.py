@@ -1,4 +1,4 @@
-"""Gaps: layers that go one after the other, and the places in front of them and behind."""
+"""Gaps: runs of consecutive dropped layers, and the places before and after them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..blocks import find_blocks
 
 @dataclass(frozen=True)
 class Place:
-    """A place in the stack of blocks, where hidden states are.
+    """A place in the stack of blocks where hidden states are read.
 
     Attributes:
         position: Position of a block.
-        inside: Whether between its attention and its MLP; else behind it.
+        inside: Whether it is between the block's attention and MLP; else it is after the block.
     """
 
     position: int
@@ -27,12 +27,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Gap:
-    """Layers that go, one after the other.
+    """A run of consecutive dropped layers.
 
     Attributes:
-        before: The place in front of them, behind the last layer that stays; None: none stays in front of them.
-        last: The place behind the last of them.
-        name: What to call them.
+        before: The place in front of them, after the last kept layer; None if no layer before them is kept.
+        last: The place after the last of them.
+        name: Their name in messages.
     """
 
     before: Place | None
@@ -44,7 +44,7 @@ class Gap:
 
 
 def places(model: nn.Module, unit: str, part: str | None = None) -> list[Place]:
-    """The place behind each layer, in the order in which a drop counts them: blocks, or `LayerMap.sublayers`."""
+    """The place after each layer, in the order in which a drop counts them: blocks, or `LayerMap.sublayers`."""
     base = base_of(model)
     if unit == "block":
         return [Place(position) for position in range(len(find_blocks(base, part)))]
@@ -54,11 +54,11 @@ def places(model: nn.Module, unit: str, part: str | None = None) -> list[Place]:
 
 
 def find_gaps(behind: Sequence[Place], layers: Sequence[int], unit: str) -> list[Gap]:
-    """The gaps that dropping some layers leaves, from the front.
+    """The gaps left by dropping some layers, from the input side.
 
     Args:
-        behind: The place behind each layer of the model.
-        layers: Which of them go.
+        behind: The place after each layer of the model.
+        layers: The layers to drop.
         unit: "block" or "sublayer".
     """
     runs: list[list[int]] = []

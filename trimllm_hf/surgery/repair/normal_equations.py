@@ -1,4 +1,4 @@
-"""The normal equations of a refit, summed up over tokens while the model runs as it is."""
+"""The normal equations of a refit, summed over tokens while the unchanged model runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..units import block_output
 from .output_projection import OutputProjection, shape_of
 from .ridge import Sums
 
-CAP = 3.0  # a token weighs as if its norms were at most so many times the median
-FEW = 8  # tokens: of a shorter row, the median is that of the whole batch
+CAP = 3.0  # a token is weighted as if its norms were at most this multiple of the median
+FEW = 8  # tokens: for a shorter row, the median of the whole batch is used
 
 
 class State:
@@ -22,7 +22,7 @@ class State:
 
     Args:
         block: The block of the place.
-        projection: Where what comes in front of the place adds to the hidden states; None: not asked, behind a block.
+        projection: The projection in front of the place that adds to the hidden states; None: not needed, after a block.
         inside: Whether the place is between the block's halves.
     """
 
@@ -32,10 +32,10 @@ class State:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Take them down."""
+        """Record the states."""
         with ExitStack() as stack:
             norm = None if self.projection is None else self.projection.norm
-            if norm is not None:  # the sum in front of it
+            if norm is not None:  # the sum before it
                 module, note = self.block.get_submodule(norm), self._given
             elif self.inside and self.projection is not None:
                 stack.callback(self.block.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
@@ -46,7 +46,7 @@ class State:
             yield
 
     def take(self) -> torch.Tensor:
-        """What was taken down, in float32, once."""
+        """The recorded states in float32; they can be taken once."""
         found, self.found = self.found, None
         assert found is not None
         return found.float()
@@ -66,19 +66,19 @@ class State:
 
 
 class NormalEquations:
-    """The sums over tokens from which one gap's refit is solved.
+    """The sums over tokens from which one gap's refit is computed.
 
-    With a the features (the input of the output projection in front of the gap), and R what the layers in the gap add to the
-    hidden states, they are those of a^T a and a^T R. Each token's rows of both are multiplied by
-    w = min(1, 3 median|r| / |r|, 3 median|a| / |a|), where r = R plus what the projection adds: a token of massive
-    activation (the first one, some delimiters), whose square would outweigh all others together, weighs like a large one. It
-    must not be left out: then nothing holds the new weight in its direction.
+    With a the features (the input of the output projection in front of the gap) and R what the layers in the gap add to the
+    hidden states, they are the sums of a^T a and a^T R. Each token's rows of both are multiplied by
+    w = min(1, 3 median|r| / |r|, 3 median|a| / |a|), where r = R plus what the projection adds: a token with massive
+    activations (the first one, some delimiters), whose square would outweigh all others together, is reduced to the weight
+    of a large one. It must not be left out, since nothing would then constrain the new weight in its direction.
 
     Args:
         before: The hidden states in front of the gap; their projection is the one that is refitted.
-        last: Those behind it.
+        last: Those after it.
         by_output: Whether the features are the projection's output, not its input. Then the refit multiplies weight and
-            bias by one matrix (the form of ReplaceMe, arXiv 2505.02819), which takes fewer tokens.
+            bias by one matrix (the form of ReplaceMe, arXiv 2505.02819), which needs fewer tokens.
     """
 
     def __init__(self, before: State, last: State, by_output: bool) -> None:
@@ -86,7 +86,7 @@ class NormalEquations:
         self.before, self.last, self.projection, self.by_output = before, last, before.projection, by_output
         self.module = before.block.get_submodule(before.projection.name)
         inputs, self.width = shape_of(self.module)
-        # a bias is one more feature, which is always 1
+        # a bias is one more feature that is always 1
         self.features = self.width if by_output else inputs + (getattr(self.module, "bias", None) is not None)
         self.fitted = self.held_out = Sums(torch.empty(0), torch.empty(0))
         self._seen: dict[str, torch.Tensor] = {}
@@ -102,7 +102,7 @@ class NormalEquations:
 
         Args:
             mask: Which of them are real, of shape (rows, tokens); None: all.
-            held_out: Whether to add them to the sums by which a penalty is chosen.
+            held_out: Whether to add them to the sums used to choose a penalty.
         """
 
         def note(_: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
@@ -118,7 +118,7 @@ class NormalEquations:
 
     def _add(self, mask: torch.Tensor | None, held_out: bool) -> None:
         before = self.before.take()
-        with torch.autocast(before.device.type, enabled=False):  # a caller's is for the model
+        with torch.autocast(before.device.type, enabled=False):  # a caller's autocast is meant for the model
             self._add_rows(before, self.last.take() - before, mask, held_out)
 
     def _add_rows(self, before: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None, held_out: bool) -> None:
@@ -153,7 +153,7 @@ def weights_of(features: torch.Tensor, targets: torch.Tensor, real: torch.Tensor
 
 
 def _medians(norms: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """The median over each row's real tokens, of shape (rows, 1): a row says by itself what is large in it."""
+    """The median over each row's real tokens, of shape (rows, 1): what counts as large is relative to the row."""
     of_rows = norms.masked_fill(~real, torch.nan).nanmedian(dim=-1, keepdim=True).values
     few = real.sum(dim=-1, keepdim=True) < FEW
     return torch.where(few, norms[real].median(), of_rows)

@@ -1,8 +1,9 @@
-"""Where a block adds to the hidden states by a linear map, found by trying: there is no table of architectures.
+"""Finds by experiment where a block adds the output of a linear map to the hidden states, without a table of architectures.
 
-A change of what the map returns must come out of the block multiplied by one number, for every token. In most architectures
-that is so of the MLP's down projection. In a block that ends with a norm (BERT) it is so in front of that norm. Where the
-MLP's result is normed before it is added (Gemma 2, OLMo 2), or weighted token by token (a mixture of experts), it is not.
+A change of the map's output must come out of the block multiplied by one number, the same for every token. In most
+architectures this holds for the MLP's down projection. In a block that ends with a norm (BERT) it holds in front of that
+norm. It does not hold if the MLP's output is normalized before it is added (Gemma 2, OLMo 2), or weighted per token (a
+mixture of experts).
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from ...engines import full_shape
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """A linear map whose result is added to the hidden states.
+    """A linear map whose output is added to the hidden states.
 
     Attributes:
         name: The map, by its name in the block.
-        scale: What its result is multiplied by before it is added: 1, or a residual multiplier (Granite).
-        norm: The norm through which the sum goes, by its name in the block; None: the sum is the block's output.
+        scale: What its output is multiplied by before it is added: 1, or a residual multiplier (Granite).
+        norm: The norm applied to the sum, by its name in the block; None: the sum is the block's output.
     """
 
     name: str
@@ -35,7 +36,7 @@ class OutputProjection:
 
 
 class Seen:
-    """What modules of a block got and gave in one call of it."""
+    """The inputs and outputs of modules of a block in one call."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, torch.Tensor] = {}
@@ -47,8 +48,8 @@ def find_output_projection(block: nn.Module, run: Callable[[], torch.Tensor], sh
 
     Args:
         block: The block.
-        run: Calls it anew on the same input, and returns the hidden states.
-        shared: Parameters, by `id`, that other modules hold as well: they are not to be changed.
+        run: Calls it again on the same input, and returns the hidden states.
+        shared: Parameters, by `id`, that other modules hold as well; they must not be changed.
     """
     width = run().shape[-1]
     projections = {name: module for name, module in block.named_modules() if _is_candidate(module, width, shared)}
@@ -87,14 +88,14 @@ def shape_of(projection: nn.Module) -> tuple[int, int]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module has no weights but of one dimension, and none inside."""
+    """Whether a module has only one-dimensional weights, and no submodules with weights."""
     own = list(module.parameters(recurse=False))
     return bool(own) and all(len(full_shape(p)) == 1 for p in own) and not list(module.children())
 
 
 @contextmanager
 def seeing(block: nn.Module, names: list[str]) -> Iterator[Seen]:
-    """Take down what some modules of a block get and give."""
+    """Record the inputs and outputs of some modules of a block."""
     seen, handles = Seen(), []
     for name in names:
 
@@ -126,7 +127,7 @@ def _is_candidate(module: nn.Module, width: int, shared: set[int]) -> bool:
 
 
 def _push(result: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-    """Random numbers, for each token as large as its hidden states: rounding then does not hide them."""
+    """Random numbers, for each token as large as its hidden states, so that rounding does not hide them."""
     generator = torch.Generator().manual_seed(0)
     push = torch.randn(result.shape, generator=generator).to(result.device)
     size = result.float().norm(dim=-1, keepdim=True) + written.float().reshape(result.shape).norm(dim=-1, keepdim=True)
@@ -134,13 +135,13 @@ def _push(result: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
 
 
 def _multiple(after: torch.Tensor, before: torch.Tensor, push: torch.Tensor) -> float | None:
-    """The number of which a difference is that multiple of the push, for each token; None if there is none."""
+    """The factor by which a difference is a multiple of the push, the same for each token; None if there is none."""
     exact = before.dtype == torch.float32 and not torch.is_autocast_enabled(before.device.type)
     difference = (after.float() - before.float()).reshape(-1, push.shape[-1])
     push = push.reshape(difference.shape)
     size = push.norm(dim=-1).clamp(min=1e-30)
     of_tokens = (difference * push).sum(dim=-1) / size**2
-    real = torch.isfinite(of_tokens)  # padding may be anything
+    real = torch.isfinite(of_tokens)  # padding may hold anything
     if not real.any():
         return None
     scale = float(of_tokens[real].median())

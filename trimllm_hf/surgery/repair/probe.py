@@ -1,4 +1,4 @@
-"""A first look at a model: what its blocks return, and where they add to the hidden states."""
+"""Probes a model: what its blocks return, and where they add to the hidden states."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def probe(
     """Run a model once, some of its blocks several times.
 
     Returns:
-        What each block returns behind its hidden states, and of the places at `ends` the projections that are there.
+        What each block returns after its hidden states, and the projections at the places in `ends`.
     """
     blocks = list(find_blocks(base, part).blocks)
     mlps = _mlps(base) if any(place.inside for place in ends) else {}

@@ -1,4 +1,4 @@
-"""`Repair`: what changes in the blocks in front of the gaps; tried on a model as it is, or added to its parameters."""
+"""`Repair`: the changes in the blocks in front of the gaps; previewed on an unchanged model, or added to its parameters."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ..units import block_input, list_units, without
 from .gaps import Gap
 from .output_projection import OutputProjection
 
-Form = tuple[Any, ...] | None  # what a block returns behind its hidden states; None: it returns them bare
+Form = tuple[Any, ...] | None  # what a block returns after its hidden states; None: it returns only these, not in a tuple
 
 
 @dataclass(frozen=True)
 class Refit:
-    """What changes in the block in front of a gap.
+    """The change in the block in front of a gap.
 
     Attributes:
         gap: The gap.
         position: The position of the block in front of it.
-        projection: Where the block adds to the hidden states.
-        changes: What to add to which of the block's parameters, by their names in it; float32, whole.
-        closing: A copy of the norm that closes the last dropped block, which takes the place of this block's own; None where
-            blocks do not end with a norm.
+        projection: The projection that adds to the hidden states.
+        changes: What to add to the block's parameters, by their names in it; float32, unsharded.
+        closing: A copy of the norm at the end of the last dropped block, which replaces this block's own; None if blocks
+            do not end with a norm.
     """
 
     gap: Gap
@@ -66,15 +66,15 @@ class Refit:
 
 @dataclass(frozen=True)
 class Repair:
-    """What has to change in a model so that it does without some layers.
+    """The changes that compensate a model for the loss of some layers.
 
     Attributes:
         layers: The layers, by their positions in the model before they are dropped.
-        refits: What changes in front of the gaps that they leave.
+        refits: The changes in front of the gaps.
         unrepaired: The gaps in front of which nothing changes, each with the reason.
-        forms: What each block returns behind its hidden states; None: it returns them bare.
+        forms: What each block returns after its hidden states; None: it returns only these, not in a tuple.
         unit: What a layer is: "block" or "sublayer".
-        part: Of an encoder-decoder, the stack that the blocks are of.
+        part: For an encoder-decoder, the stack that the blocks belong to.
     """
 
     layers: tuple[int, ...]
@@ -86,11 +86,11 @@ class Repair:
 
     @contextmanager
     def previewed(self, model: nn.Module, refitted: bool = True) -> Iterator[None]:
-        """Run a model as if the layers were gone. Its parameters stay as they are, whole or in shards.
+        """Run a model as if the layers were dropped. Its parameters are not changed, sharded or not.
 
         Args:
             model: The model that the repair was fitted on, with all its layers.
-            refitted: Whether to run it as if it were repaired, too; else it is the plain drop.
+            refitted: Whether to run it as if it were repaired as well; else as after a plain drop.
         """
         blocks = find_blocks(base_of(model), self.part).blocks
         with ExitStack() as stack:
@@ -101,12 +101,12 @@ class Repair:
                 form = self.forms[units[number].position]
                 if self.unit == "block" and not any(isinstance(item, torch.Tensor) for item in form or ()):
                     stack.enter_context(answering(blocks[number], _passing(form)))
-                else:  # T5's hand on a position bias
+                else:  # T5's blocks pass on a position bias
                     stack.enter_context(without(units[number], list(blocks)))
             yield
 
     def changes(self, model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """What to add to which of a model's parameters, before the layers are dropped.
+        """The parameters to change before the layers are dropped, each with what to add to it.
 
         Args:
             model: The model that the repair was fitted on, with all its layers.
@@ -120,7 +120,7 @@ class Repair:
 
 
 def _passing(form: Form) -> Callable[..., Any]:
-    """A forward that hands the block's input on, without its work."""
+    """A forward that passes the block's input on without computation."""
 
     def hand_on(*args: Any, **kwargs: Any) -> Any:
         hidden = block_input(args, kwargs)
@@ -131,8 +131,8 @@ def _passing(form: Form) -> Callable[..., Any]:
 
 @contextmanager
 def answering(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give a block another `forward`. What hangs on the block itself (attributes, hooks) stays in force."""
-    had = vars(block).get("forward")  # a wrapper's own, if there is one
+    """Give a block another `forward`. Attributes and hooks of the block itself remain in effect."""
+    had = vars(block).get("forward")  # a forward set by a wrapper, if there is one
     block.forward = forward
     try:
         yield

@@ -1,4 +1,4 @@
-"""Ridge regression from sums: a refit's change of weight, and how much to hold the old one."""
+"""Ridge regression from sums: a refit's weight change, and the choice of the penalty."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Sums:
 
     Attributes:
         gram: G, the sum of a^T a, of shape (features, features).
-        cross: C, the sum of a^T R, R what is to be explained, of shape (features, width).
+        cross: C, the sum of a^T R, with R the regression target, of shape (features, width).
     """
 
     gram: torch.Tensor
@@ -25,13 +25,13 @@ class Sums:
 
 
 def solve(sums: Sums, penalty: float) -> torch.Tensor | None:
-    """The change of weight (G + penalty D)^-1 C, where D is the mean of G's diagonal; None if there is no solution.
+    """The weight change (G + penalty D)^-1 C, where D is the mean of G's diagonal; None if there is no solution.
 
-    As a new weight that is W^T <- (G + penalty D)^-1 (C' + penalty D W^T), with C' the sum of a^T (R + a W^T).
+    In terms of the new weight: W^T <- (G + penalty D)^-1 (C' + penalty D W^T), with C' the sum of a^T (R + a W^T).
 
     Args:
         sums: G and C.
-        penalty: Weight of the old weight, as a share of the features' mean square; above 0.
+        penalty: Strength of the pull towards the old weight, relative to the features' mean square; above 0.
     """
     gram, cross = sums.gram, sums.cross
     if gram.device.type == "mps":
@@ -49,14 +49,14 @@ def solve(sums: Sums, penalty: float) -> torch.Tensor | None:
 
 
 def best_penalty(fitted: Sums, held_out: Sums, penalties: Sequence[float]) -> float:
-    """The penalty whose change, solved from some tokens, explains most of what others lack.
+    """The penalty whose change, solved from some tokens, has the lowest error on other tokens.
 
-    With the change X its squared error on the others is tr(X^T G X) - 2 tr(X^T C) + const, of their sums.
+    The squared error of a change X on the others is tr(X^T G X) - 2 tr(X^T C) + const, with G and C their sums.
 
     Args:
         fitted: The sums to solve from.
-        held_out: Those of other tokens.
-        penalties: What to choose from. Of equal ones the first wins, and where nothing can be solved.
+        held_out: The sums of other tokens.
+        penalties: The values to choose from. The first is returned on ties, or if none has a solution.
     """
     errors = []
     for penalty in penalties:

@@ -1,4 +1,4 @@
-"""Dropping an attention or an MLP alone, and the model classes that are built without it."""
+"""Dropping an attention or an MLP alone, and the model classes built without it."""
 
 from .attentions import attentions_that_stay, keep_attentions, layer_types
 from .classes import SUBLAYERS, custom_of, refuse_unloadable, remove_missing_sublayers

@@ -1,4 +1,4 @@
-"""The attentions that cannot be dropped: the cache reports its length by the first attention of each layer type."""
+"""The attentions that cannot be dropped: the cache takes its length from the first attention of each layer type."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from transformers import cache_utils
 from ...layer_map import LayerMap
 from ..blocks import BlockStack
 
-WITH_STATE = {"linear_attention", "conv", "recurrent", "mamba"}  # in place of keys and values
-WITHOUT_CACHE = {"moe", "mlp"}  # layers of a hybrid that have no attention at all
+WITH_STATE = {"linear_attention", "conv", "recurrent", "mamba"}  # instead of keys and values
+WITHOUT_CACHE = {"moe", "mlp"}  # layers of a hybrid that have no attention
 
 
 def keeps_keys_and_values(layer_type: str) -> bool:
-    """Whether layers of a type have keys and values in the cache, by transformers' own table where it has one."""
+    """Whether layers of a type have keys and values in the cache, from transformers' own table if it has one."""
     kind = getattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING", {}).get(layer_type)
     if kind is not None:
         return issubclass(kind, cache_utils.CacheLayerMixin)
@@ -22,19 +22,19 @@ def keeps_keys_and_values(layer_type: str) -> bool:
 
 
 def layer_types(stack: BlockStack) -> list[str]:
-    """The type of each block by the config, e.g. "full_attention" or "sliding_attention"; "attention" where it has none."""
+    """The type of each block in the config, e.g. "full_attention" or "sliding_attention"; "attention" if it has none."""
     types = getattr(stack.config, "layer_types", None) or getattr(stack.config, "layers_block_type", None)
     return list(types) if isinstance(types, list | tuple) and len(types) == len(stack) else ["attention"] * len(stack)
 
 
 def attentions_that_stay(stack: BlockStack, layers: Sequence[int], positions: Sequence[int]) -> list[int]:
-    """Those of some layers whose attention cannot be dropped.
+    """The layers among `layers` whose attention cannot be dropped.
 
-    These are the first of each layer type. Of types with a state instead of keys and values, it is the last.
+    These are the first of each layer type; for types with a state instead of keys and values, the last.
 
     Args:
         stack: The model's blocks.
-        layers: The layers, by any names.
+        layers: The layers, in any numbering.
         positions: Their positions in the model as it is now.
     """
     types = layer_types(stack)
@@ -49,12 +49,12 @@ def attentions_that_stay(stack: BlockStack, layers: Sequence[int], positions: Se
 
 
 def keep_attentions(stack: BlockStack, after: LayerMap, positions: Sequence[int]) -> None:
-    """Refuse a drop of an attention from which the cache reports its length.
+    """Refuse to drop an attention from which the cache takes its length.
 
     Args:
         stack: The model's blocks as they are now.
         after: The map after the drop.
-        positions: Where each of its layers is now.
+        positions: The current position of each of its layers.
 
     Raises:
         ValueError: Naming the layers.

@@ -13,7 +13,7 @@ from torch import nn
 from ...engines import full_shape
 from .pass_through import OutputSpec
 
-MAX_ELEMENTS = 2**24  # a larger parameter of a skeleton stays without memory; a block that needs it is refused
+MAX_ELEMENTS = 2**24  # a larger parameter of a skeleton stays on the meta device; a block that needs it is refused
 
 
 class Probe(nn.Module):
@@ -37,7 +37,7 @@ def block_skeleton(block: nn.Module, inside: Mapping[str, nn.Module]) -> nn.Modu
 
     Args:
         block: The block. Its parameters' values are not read.
-        inside: The replacements, by the name in the block of what they replace.
+        inside: The replacements, by the names of the replaced modules in the block.
     """
     instead: dict[int, Any] = {id(block.get_submodule(name)): module for name, module in inside.items()}
     for module in block.modules():
@@ -54,7 +54,7 @@ def block_skeleton(block: nn.Module, inside: Mapping[str, nn.Module]) -> nn.Modu
 
 
 def within(name: str, modules: Iterable[str]) -> bool:
-    """Whether a module is one of these, or a part of one."""
+    """Whether a module is one of these, or inside one."""
     return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
@@ -64,7 +64,7 @@ def _random(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def numbers(name: str, shape: torch.Size) -> torch.Tensor:
-    """Random numbers of a shape, float64; the same for a name in each run."""
+    """Random numbers of a shape in float64; the same for a given name in each run."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
@@ -77,5 +77,5 @@ def depends(tensor: torch.Tensor, parameters: list[nn.Parameter]) -> bool:
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are equal but for rounding."""
+    """Whether two tensors are equal up to rounding."""
     return torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The classes of models that lack sublayers: what their map says, what they are built without."""
+"""The classes of models that lack sublayers, built according to the map in the config."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _lacks_some(config: PreTrainedConfig) -> bool:
 
 
 def remove_missing_sublayers(model: PreTrainedModel) -> None:
-    """Replace the sublayers that a model's map says are dropped by pass-throughs.
+    """Replace the sublayers that are dropped according to a model's map with pass-throughs.
 
     Raises:
         ValueError: If the map is damaged, or the architecture's sublayers cannot be dropped.
@@ -41,7 +41,7 @@ def remove_missing_sublayers(model: PreTrainedModel) -> None:
     if not layer_map.has_all_sublayers:
         stack = find_blocks(model)
         if any(isinstance(module, PassThrough) for module in stack.blocks.modules()):
-            return  # a head's body, which the Auto classes have made, has done it
+            return  # already done by the base model inside, which the Auto classes built
         for position, kind in layer_map.missing_sublayers:
             block = stack.blocks[position]
             for name, spec in find_output_specs(block, stack.config.hidden_size).of(kind).items():
@@ -49,7 +49,7 @@ def remove_missing_sublayers(model: PreTrainedModel) -> None:
 
 
 def _refuse_gaps(model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Refuse weights that are not exactly those of the model's blocks.
+    """Refuse weights that do not exactly match the model's blocks.
 
     Raises:
         ValueError: Naming them.
@@ -86,18 +86,18 @@ SUBLAYERS = CustomModel(
 
 
 def custom_of(layer_map: LayerMap | None) -> CustomModel | None:
-    """The kind of a model with that map: None, a stock one, if it has all sublayers."""
+    """The custom kind of a model with that map; None (a stock model) if it has all sublayers."""
     return None if layer_map is None or layer_map.has_all_sublayers else SUBLAYERS
 
 
 def refuse_unloadable(model: PreTrainedModel, values: dict[str, Any], layer_map: LayerMap) -> None:
-    """Refuse a drop after which the model could not be built again: some architectures inspect their blocks.
+    """Refuse a drop after which the model could not be built again, since some architectures inspect their blocks.
 
-    It is built and initialized on the meta device, as a load does.
+    The model is built and initialized on the meta device, as when loading.
 
     Args:
         model: The model to trim.
-        values: What changes in the config that holds the depth.
+        values: The fields that change in the config that holds the depth.
         layer_map: The map after the drop.
 
     Raises:

@@ -1,7 +1,7 @@
-"""What replaces a block's attention, or its MLP, when it is dropped: found and verified by running the block's own code.
+"""Finds what replaces a block's attention or MLP when it is dropped, and verifies it by running the block's own code.
 
-To drop a sublayer with its residual means that the hidden states pass it unchanged. What that takes depends on the block.
-In a pre-norm block the attention's output is replaced by zeros. In one like Gemma's or OLMo 2's, the norm between the
+Dropping a sublayer with its residual means that the hidden states pass through unchanged. How depends on the block. In a
+pre-norm block the attention's output is replaced by zeros. In one like Gemma's or OLMo 2's, the norm between the
 attention and the residual sum is dropped as well; in a post-norm block like BERT's, the norm after the sum. There is no
 table of architectures. The block's *skeleton* (its norms, sums and scales, without attention and MLP) is run on random
 numbers, with small functions in place of the sublayers, to verify that:
@@ -30,14 +30,14 @@ from .block_skeleton import Probe, block_skeleton, depends, numbers, same, withi
 from .pass_through import OutputSpec, PassThrough
 
 Paths = Mapping[str, OutputSpec]
-ROWS, TOKENS = 3, 2  # of the random hidden states; not 2 rows: a tuple of two must not be taken for them
+ROWS, TOKENS = 3, 2  # of the random hidden states; not 2 rows, which could be confused with a tuple of two
 MAX_WIDTH = 1_000_000
 MAX_TRIES = 1000
 
 
 @dataclass(frozen=True)
 class OutputSpecs:
-    """What replaces which modules of a block, by their names in it, when its attention or its MLP is dropped."""
+    """The replacements for modules of a block, by their names in it, when its attention or its MLP is dropped."""
 
     attention: dict[str, OutputSpec]
     mlp: dict[str, OutputSpec]
@@ -48,14 +48,14 @@ class OutputSpecs:
 
 
 def find_output_specs(block: nn.Module, width: int) -> OutputSpecs:
-    """What replaces which modules when one sublayer of a block is dropped.
+    """Find the replacements for the modules of a block when one of its sublayers is dropped.
 
     Args:
         block: A block with both sublayers. The values of its parameters are not read, so it may be on the meta device.
         width: Size of the hidden states.
 
     Raises:
-        ValueError: If the block is not made of an attention and an MLP that can be dropped alone.
+        ValueError: If the block does not consist of an attention and an MLP that can be dropped alone.
     """
     if not 0 < width <= MAX_WIDTH:
         raise ValueError(f"Expected hidden states of at most {MAX_WIDTH} numbers, got {width}.")
@@ -64,7 +64,7 @@ def find_output_specs(block: nn.Module, width: int) -> OutputSpecs:
     try:
         with torch.device("cpu"), torch.enable_grad():
             return skeleton.specs()
-    except Exception as error:  # what cannot be run on its own shows it in as many ways as there are blocks
+    except Exception as error:  # errors of blocks that cannot be run on their own differ
         raise ValueError(
             f"Expected {type(block).__name__} to be an attention and an MLP, each with a residual of its own, got one "
             f"{_why(error)}. Use unit='block' for this architecture. Nothing was changed."
@@ -76,7 +76,7 @@ def _why(error: Exception) -> str:
 
 
 class _NotSeparable(Exception):
-    """Why a block cannot lose a sublayer."""
+    """Why a sublayer of a block cannot be dropped."""
 
 
 @dataclass
@@ -88,7 +88,7 @@ class _Run:
     weights: dict[str, list[nn.Parameter]]  # of each sublayer's probes
     fed: dict[str, torch.Tensor | None]  # the input of each sublayer's first module
     norms: dict[str, list[nn.Parameter]]
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # of the norms that were called
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # inputs of the norms that were called
 
     def reached(self) -> set[str]:
         """The norms on which the output depends."""
@@ -111,9 +111,9 @@ class _Skeleton:
         self.needed = {
             parameter.name: None
             for parameter in list(called)[1:]
-            if parameter.default is parameter.empty and parameter.kind in (0, 1, 3)  # with a name, and no default
+            if parameter.default is parameter.empty and parameter.kind in (0, 1, 3)  # named, without a default
         }
-        self.found: dict[str, OutputSpec] = {}  # of each sublayer's modules
+        self.found: dict[str, OutputSpec] = {}  # for each sublayer's modules
 
     def specs(self) -> OutputSpecs:
         """The pass-throughs for each sublayer, verified."""
@@ -135,7 +135,7 @@ class _Skeleton:
         return OutputSpecs(found["attention"], found["mlp"])
 
     def _find_specs(self) -> dict[str, OutputSpec]:
-        """The form of each sublayer's output with which the block, without any norm, returns its input."""
+        """The form of each sublayer's output for which the block, without any norm, returns its input."""
         names = [*self.names["attention"], *self.names["mlp"]]
         norms = dict.fromkeys((name for name in self.norms if self._is_norm(name)), OutputSpec(argument=0))
         why, ran = "", False
@@ -149,22 +149,22 @@ class _Skeleton:
                     if same(run.output, run.input) and self._keeps_rows_apart(answers):
                         return answers
                     why, ran = "that changes the hidden states when both are gone", True
-                except Exception as failure:  # a wrong form of answer shows in as many ways as there are blocks
+                except Exception as failure:  # errors from a wrong form of output differ between blocks
                     why = why if ran else f"that does not run without them ({type(failure).__name__}: {failure})"
         raise _NotSeparable(why)
 
     def _adds_its_input(self, name: str) -> bool:
-        """Whether a module may be a sublayer with its residual inside: as in BERT, the norm is inside then, too."""
+        """Whether a module may be a sublayer that includes its residual; as in BERT, the norm is then inside as well."""
         return any("norm" in type(module).__name__.lower() for module in self.block.get_submodule(name).modules())
 
     def _whole(self, dead: set[str], run: _Run) -> list[str]:
-        """The same norms, or in place of some the part of the block that consists of them."""
+        """The same norms, with some replaced by the part of the block that consists of them."""
         tops = {name.partition(".")[0] for name in dead} & run.inputs.keys()
         whole = {top for top in tops if {name for name in self.norms if f"{name}.".startswith(f"{top}.")} <= dead}
         return sorted(whole | {name for name in dead if name.partition(".")[0] not in whole})
 
     def _keeps_rows_apart(self, answers: Paths) -> bool:
-        """Whether no row sees another: `attention(…)[0]` of a bare tensor would give the first row to all."""
+        """Whether rows do not affect one another: `attention(…)[0]` of a plain tensor would give the first row to all."""
         self.found = dict(answers)
         run = self.run()
         (seen,) = torch.autograd.grad(run.output[1].sum(), [run.input])
@@ -174,7 +174,7 @@ class _Skeleton:
         return all(len(full_shape(p)) <= 1 for p in self.block.get_submodule(name).parameters(recurse=False))
 
     def _order(self, run: _Run) -> tuple[str, ...]:
-        """The sublayers in the order in which the one feeds the other; () if neither does."""
+        """The sublayers in the order in which one feeds the other; () if neither does."""
         for first, second in (("attention", "mlp"), ("mlp", "attention")):
             fed = run.fed[second]
             if fed is not None and depends(fed, run.weights[first]):
@@ -182,9 +182,9 @@ class _Skeleton:
         return ()
 
     def _owner(self, run: _Run, norm: str, order: tuple[str, ...]) -> str:
-        """The sublayer to which a norm belongs, of the norms through which the hidden states go when no sublayer is asked.
+        """The sublayer to which a norm belongs, among the norms that the hidden states pass without any sublayer.
 
-        As in BERT each stands behind a sublayer, or as in MiniMax each in front of one: then one stands before both.
+        Either each norm follows a sublayer, as in BERT, or each precedes one, as in MiniMax; then one precedes both.
         """
         behind = {name: self._behind(run, name) for name in run.reached()}
         if not order:
@@ -251,7 +251,7 @@ class _Skeleton:
 
 
 def _answers(number: int) -> list[tuple[OutputSpec, ...]]:
-    """Forms of output for so many modules, the likeliest first: zeros, as a bare tensor."""
+    """Forms of output for a number of modules, the most likely first: zeros, as a plain tensor."""
     forms = product(product((None, 0, 1), (None, 1, 2)), repeat=number)
     found = [tuple(OutputSpec(argument, rest) for argument, rest in form) for form in forms]
     return sorted(found, key=lambda form: [sum(g.argument is not None for g in form), sum(g.rest is not None for g in form)])

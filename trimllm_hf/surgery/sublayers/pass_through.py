@@ -1,4 +1,4 @@
-"""`PassThrough`: the module without parameters that replaces a dropped sublayer, or a norm that only it needed."""
+"""`PassThrough`: a module without parameters that replaces a dropped sublayer, or a norm that only it needed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class OutputSpec:
     """What a pass-through returns.
 
     Attributes:
-        argument: The number of the tensor argument that it returns; None: zeros of the first one's shape.
-        rest: How many Nones follow in a tuple, where the module returned one; None: the bare tensor.
+        argument: The index of the tensor argument that it returns; None: zeros of the first one's shape.
+        rest: How many Nones follow in a tuple, if the module returned one; None: a plain tensor.
     """
 
     argument: int | None = None
@@ -44,7 +44,7 @@ class PassThrough(nn.Module):
         return self.spec(args, kwargs)
 
     def set_attention_type(self, *_: Any, **__: Any) -> None:
-        """No-op: BigBird switches the type of its attentions at a short input."""
+        """No-op: BigBird switches the type of its attentions for short inputs."""
 
     def extra_repr(self) -> str:
         what = "zeros" if self.spec.argument is None else f"argument {self.spec.argument}"
