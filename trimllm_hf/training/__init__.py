@@ -1,1 +1,1 @@
-"""Training: the settings, `TrimCallback`, `TrimTrainer`, and what decides when and which layers go."""
+"""Training: the settings, `TrimCallback`, `TrimTrainer`, and the selection of layers and drop times."""

@@ -1,4 +1,4 @@
-"""A plugin for Axolotl: `plugins: [trimllm_hf.training.axolotl.TrimPlugin]`; a section `trim` holds the settings."""
+"""A plugin for Axolotl: `plugins: [trimllm_hf.training.axolotl.TrimPlugin]`; the section `trim` holds the settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config import TrimConfig
 
 
 class TrimArgs(BaseModel):
-    """What Axolotl's config may hold besides."""
+    """The additional section in Axolotl's config."""
 
     trim: dict[str, Any] | None = None
 
@@ -27,7 +27,7 @@ class TrimPlugin(BasePlugin):
         """Check the settings before the model is loaded.
 
         Raises:
-            ValueError: If the section is missing, or its values make no sense.
+            ValueError: If the section is missing, or its values are invalid.
             TypeError: If it names a setting that does not exist.
         """
         settings(cfg)

@@ -1,7 +1,7 @@
-"""A budget as the target: layers are dropped until measured latency, or memory, is under it.
+"""A budget as the target: layers are dropped until the measured latency or memory is below it.
 
-What is measured is a model as it will be used: built from the trimmed config, in the dtype that the run computes in, alone
-on the main process's device. So a measurement means the same under every engine, and touches nothing of the run.
+The measured model is the one that will be used: built from the trimmed config, in the dtype of the run, alone on the main
+process's device. So a measurement means the same under every engine, and does not affect the run.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .config import TrimConfig
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
-NEW_TOKENS, REPEATS, WARM_UP = 16, 7, 2  # of a measurement
+NEW_TOKENS, REPEATS, WARM_UP = 16, 7, 2  # for one measurement
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What running a model takes.
+    """The latency and memory of running a model.
 
     Attributes:
         num_layers: Its depth.
-        latency_ms: Median time of a generated token, or of a forward pass of a model that does not generate.
+        latency_ms: Median time per generated token, or per forward pass if the model does not generate.
         memory_gb: Peak memory of running it, weights included, in 10^9 bytes.
     """
 
@@ -42,11 +42,11 @@ class Footprint:
     memory_gb: float
 
     def within(self, config: TrimConfig) -> bool:
-        """Whether it is under the budget."""
+        """Whether it is within the budget."""
         return all(value <= limit for _, value, limit in self._against(config))
 
     def compared(self, config: TrimConfig) -> str:
-        """In words, what was measured against what the budget is."""
+        """A text that compares the measurements with the budget."""
         return " and ".join(f"{value:.4g} {name} (budget {limit:.4g})" for name, value, limit in self._against(config))
 
     def _against(self, config: TrimConfig) -> list[tuple[str, float, float]]:
@@ -56,11 +56,11 @@ class Footprint:
 
 @dataclass
 class BudgetState:
-    """Where a run stands with its budget; goes into trainer_state.json: measured again, it would not be the same.
+    """A run's budget state, stored in trainer_state.json, since a new measurement would differ.
 
     Attributes:
         planned: The depth that the plan aims at.
-        measured: For each depth (a text, as JSON has it) latency in ms and memory in GB.
+        measured: For each depth (a string, as in JSON), latency in ms and memory in GB.
     """
 
     planned: int | None = None
@@ -71,25 +71,25 @@ class Budget:
     """`max_latency_ms` and `max_memory_gb` in a run.
 
     Args:
-        config: The settings; also at which batch size and prompt length to measure.
-        engine: How the processes agree.
-        args: Say the dtype, by bf16 and fp16; else it is the model's own.
-        state: Where the run stands; of a resumed one, as its checkpoint says.
+        config: The settings, including the batch size and prompt length for measurements.
+        engine: For agreement between the processes.
+        args: Determine the dtype by bf16 and fp16; else it is the model's own.
+        state: The run's budget state; for a resumed run, from its checkpoint.
     """
 
     def __init__(self, config: TrimConfig, engine: Engine, args: TrainingArguments, state: BudgetState) -> None:
         self.config, self.engine, self.args, self.state = config, engine, args, state
 
     def target(self, model: PreTrainedModel, least: int, candidates: Sequence[int]) -> int:
-        """The depth to plan for; the model's own depth, if it is under the budget as it is.
+        """The depth to plan for; the model's own depth, if it is already within the budget.
 
         Args:
             model: The unwrapped model.
-            least: How many layers have to stay.
-            candidates: The positions from which layers may go.
+            least: How many layers must be kept.
+            candidates: The positions of the layers that may be dropped.
 
         Raises:
-            ValueError: If not even a model of `least` layers is under the budget.
+            ValueError: If not even a model of `least` layers is within the budget.
         """
         if self.state.planned is None:
             now = self.footprint(model)
@@ -103,11 +103,11 @@ class Budget:
         return self.state.planned
 
     def met(self, model: PreTrainedModel) -> bool:
-        """Whether the model as it is now is under the budget."""
+        """Whether the model in its current state is within the budget."""
         return self.footprint(model).within(self.config)
 
     def report(self, model: PreTrainedModel) -> None:
-        """Say what the run has ended with."""
+        """Log the final measurement of the run."""
         now = self.footprint(model)
         words = f"The run ends with {now.num_layers} layers: {now.compared(self.config)}."
         if now.within(self.config):
@@ -116,21 +116,21 @@ class Budget:
             logger.warning(f"The budget is not met. {words}")
 
     def footprint(self, model: PreTrainedModel, without: Sequence[int] = ()) -> Footprint:
-        """Measure a model of this architecture, once for each depth, on the main process; all get the same answer.
+        """Measure a model of this architecture, once for each depth, on the main process; all processes get the same result.
 
         Args:
-            model: The unwrapped model; only its config is looked at.
-            without: Positions of layers, or sublayers, that the measured model does not have.
+            model: The unwrapped model; only its config is used.
+            without: Positions of the layers or sublayers that the measured model lacks.
 
         Raises:
             ValueError: If it cannot be measured with these settings.
-            torch.OutOfMemoryError: If there is no room for it on the device.
+            torch.OutOfMemoryError: If it does not fit on the device.
         """
         depth = LayerMap.from_config(base_of(model).config, self.config.part).num_units(self.config.unit) - len(without)
         if str(depth) not in self.state.measured:
             try:
                 found = [0.0, 0.0] if self.engine.rank else _latency_and_memory(model, self.config, self.args, without)
-            except Exception as error:  # the other processes wait for the figures
+            except Exception as error:  # the other processes wait for the result
                 self.engine.raise_on_all(error)
                 raise
             agreed = self.engine.all_reduce(torch.tensor(found, dtype=torch.float64))
@@ -139,12 +139,13 @@ class Budget:
 
 
 def depth_within(now: Footprint, least: Footprint, config: TrimConfig) -> int:
-    """The depth at which the budget should be met, by a straight line between two measured depths.
+    """The depth at which the budget should be met, by linear interpolation between two measured depths.
 
-    Blocks may differ, and clocks are noisy: it is for the plan, and whether it is met is measured after each drop.
+    Blocks may differ, and timings are noisy: this is only for the plan. After each drop it is measured whether the budget is
+    met.
 
     Raises:
-        ValueError: If not even the least depth is under the budget.
+        ValueError: If not even the least depth is within the budget.
     """
     if not least.within(config):
         raise ValueError(

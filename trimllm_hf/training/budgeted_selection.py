@@ -1,4 +1,4 @@
-"""`importance="auto"`: layers chosen by block influence, and by what else the selection budget affords."""
+"""`importance="auto"`: chooses layers by block influence, and by a lazy scan if the selection budget allows it."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def choose_within_budget(
     run_examples: float,
     repairer: Repairer | None,
 ) -> tuple[Chosen, torch.Tensor]:
-    """The layers that go, and the scores of all by block influence.
+    """The layers to drop, and the scores of all layers by block influence.
 
-    Where the budget affords a lazy scan and it finds others, the set without which the held-out loss is lower goes. A scan
-    while the loss is at chance would rank noise.
+    If the budget allows a lazy scan and it finds a different set, the set whose removal gives the lower held-out loss is
+    dropped. A scan while the loss is at chance level would rank noise.
 
     Args:
         model: The unwrapped model.
-        scorer: Holds the calibration examples. Where its loss is not the model's own, block influence alone chooses.
-        count: How many layers go.
+        scorer: Holds the calibration examples. If its loss is not the model's own, only block influence is used.
+        count: How many layers to choose.
         config: The settings.
         step: Optimizer step, for the log.
-        spared: Layers that go only where there are no others.
-        run_examples: Examples that the run trains on for each time that layers are chosen.
-        repairer: What repairs the model for each drop; None: nothing does.
+        spared: Layers that are chosen only if there are no others.
+        run_examples: Number of training examples of the run per selection of layers.
+        repairer: Repairs the model for each drop; None: no repair.
 
     Raises:
-        ValueError: If the budget affords nothing.
+        ValueError: If the budget is too small for any selection.
     """
     data, process_group = scorer.needed_data(), scorer.process_group
     batches = data.inputs
@@ -62,7 +62,7 @@ def choose_within_budget(
     plan = plan_selection(config.selection_budget, run_examples, examples, len(candidates), count)
 
     def first(number: int) -> list[Batch]:
-        """So many of the examples, on all processes together: whole batches, one at least."""
+        """The first examples, that many over all processes together: whole batches, at least one."""
         return list(batches[: max(1, math.ceil(len(batches) * number / examples))])
 
     logger.info(f"Step {step}: choosing {count} of {len(candidates)} layers by {plan}.")
@@ -82,7 +82,7 @@ def choose_within_budget(
         for name, layers in sets.items():
             with passed.without(layers):
                 losses[name] = evaluate_metric(model, batches, **processes)
-    else:  # a repair changes which set is best
+    else:  # a repair can change which set is best
         repairs = repairer.fit(model, list(sets.values()))
         losses = {name: repairer.evaluate(model, repair).loss for name, repair in zip(sets, repairs, strict=True)}
     winner = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))

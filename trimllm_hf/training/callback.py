@@ -27,25 +27,25 @@ class TrimCallback(TrainerCallback, ExportableState):
     """Drops the least important layers of the model while it is fine-tuned.
 
     `Trainer(callbacks=[TrimCallback(TrimConfig(target_layers=16))])` is all that a script needs, in one process and under
-    data-parallel training (DDP), with `Trainer` and its subclasses. The kept-layer map goes into `model.config.trim`, the
-    checkpoints' trainer_state.json, and the logs (`trim/num_layers`, `trim/parameters`, `trim/score`, `trim/margin`).
+    data-parallel training (DDP), with `Trainer` and its subclasses. The kept-layer map is stored in `model.config.trim`
+    and in the checkpoints' trainer_state.json; `trim/num_layers`, `trim/parameters`, `trim/score` and `trim/margin` are
+    logged.
 
     Args:
-        config: The settings (or, as a Trainer hands them back on resume, a dict of them).
-        trainer: The Trainer, if it is at hand; else it is looked up whenever training begins.
-        calibration_dataset: Examples to score layers by, processed like the training set. Without it, `TrimTrainer` sets
-            training examples aside; under another Trainer they are drawn from the training set, which still trains on
-            them. Never the evaluation set.
+        config: The settings (or a dict of them, as a Trainer passes them on resume).
+        trainer: The Trainer, if available; else it is looked up whenever training begins.
+        calibration_dataset: Examples used to score layers, processed like the training set. Without it, `TrimTrainer` sets
+            training examples aside; under another Trainer they are drawn from the training set and are still trained on.
+            Never the evaluation set.
 
     Attributes:
-        record: What is known of the run that is under way, or was the last one; None before the first.
-        run: The run that is under way; None before and after.
-        support: What the Trainer does for a run that a callback cannot do.
+        record: The record of the current or last run; None before the first.
+        run: The current run; None before and after it.
+        support: What the Trainer does for a run that a callback cannot.
 
     Raises:
-        ValueError: When training begins, before anything is changed: on a target that the model or the plan cannot
-            reach, a model or engine that cannot be trimmed, or a resumed checkpoint that keeps other layers than the
-            model.
+        ValueError: When training begins, before anything is changed: if the model or the plan cannot reach the target, the
+            model or engine cannot be trimmed, or a resumed checkpoint keeps other layers than the model.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.support = TrainerSupport()
         self.record: RunRecord | None = None
         self.run: Run | None = None
-        self._checked = False  # whether something else holds the layers
+        self._checked = False  # whether other holders of the layers were checked for
         self._watched: weakref.ref[nn.Module] | None = None
         self._watch_handle: RemovableHandle | None = None
 
     @property
     def layer_map(self) -> LayerMap | None:
-        """Which layers the model keeps; None before the first run."""
+        """The layers that the model keeps; None before the first run."""
         return None if self.record is None else self.record.layer_map
 
     def state(self) -> dict[str, Any]:
-        """What trainer_state.json holds: the settings, and the record of the run."""
+        """The contents of trainer_state.json: the settings, and the record of the run."""
         record = None if self.record is None else self.record.to_dict()
         return {"args": {"config": asdict(self.config)}, "attributes": {"saved_run": record}}
 
@@ -87,7 +87,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         refuse_several([held for held in trainer.callback_handler.callbacks if isinstance(held, TrimCallback)])
         model = unwrapped(trainer)
         self.run, self._checked = None, False
-        if trainer.model_init is not None:  # the next model may be made of the same config
+        if trainer.model_init is not None:  # the next model may be built from the same config
             give_own_config(model)
         self._watch(model)
         record = self._record(trainer, model, state)
@@ -99,8 +99,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         run.drop_what_is_due(state.global_step)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Drop what an evaluation after the step before has allowed."""
-        if self.run is not None and not self._checked:  # other callbacks have made by now what they hold
+        """Drop what an evaluation after the previous step has allowed."""
+        if self.run is not None and not self._checked:  # by now other callbacks have created their objects
             self.run.refuse_followers()
             self._checked = True
         if self.run is not None and self.run.schedule.rule is not None:
@@ -109,7 +109,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Score by the gradients of this step, where that is the importance and a drop may follow."""
+        """Score by the gradients of this step, if the importance uses them and a drop may follow."""
         if self.run is not None:
             self.run.take_gradients(state.global_step + 1)
 
@@ -120,25 +120,25 @@ class TrimCallback(TrainerCallback, ExportableState):
             control.should_evaluate = control.should_evaluate or self.run.must_evaluate(state.global_step)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Judge the model by the metric, where there is a stop rule on it."""
+        """Check the metric against the stop rule, if there is one."""
         if self.run is not None:  # not after training
             self.run.evaluated(kwargs["metrics"], state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remove models that no checkpoint has to go back to."""
+        """Remove saved models that no checkpoint needs to go back to."""
         if self.run is not None and self.run.schedule.rule is not None:
             self.run.schedule.rule.saved()
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Wait for the push of an earlier save: it reads the folder whose files this one is about to replace.
+        """Wait for the push of an earlier save, which reads the folder whose files this save is about to replace.
 
-        Else, with `hub_always_push`, a commit could hold the config of one depth and the weights of another.
+        Otherwise, with `hub_always_push`, a commit could hold the config of one depth and the weights of another.
         """
         if self.run is not None:
             finish_current_push(self.run.trainer)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """End the run: it lets go of the Trainer, the calibration batches and the engine."""
+        """End the run: it releases the Trainer, the calibration batches and the engine."""
         if self.run is not None:
             self.run.end()
             self.run = None
@@ -147,7 +147,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             self._watch_handle = self._watched = None
 
     def _record(self, trainer: Trainer, model: PreTrainedModel, state: TrainerState) -> RunRecord:
-        """The record of the run that the checkpoint holds; of a run that begins now, the model's own map."""
+        """The record of the run from the checkpoint; for a new run, one with the model's own map."""
         of_model = LayerMap.from_config(model.config, self.config.part)
         saved = run_in({"stateful_callbacks": state.stateful_callbacks}) if state.global_step else {}
         refuse_another_teacher(trainer, self.support, self.config, saved.get("teacher"))
@@ -157,7 +157,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 raise ValueError(wrong_depth(of_model, record.layer_map))
             refuse_other_share(record.trained_layers, self.support.trained_layers)
             model.config.trim = record.layer_map.to_dict()
-        else:  # also of a checkpoint from before there was this callback
+        else:  # also for a checkpoint saved without this callback
             record = RunRecord(of_model, of_model.num_units(self.config.unit), self.calibration_dataset is not None)
         record.teacher, record.trained_layers = self.support.teacher, self.support.trained_layers
         return record

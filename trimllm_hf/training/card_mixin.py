@@ -1,4 +1,4 @@
-"""A Trainer that writes its model's card: with the model, and fully measured when training is over."""
+"""A Trainer that writes its model card: with the model, and with measurements after training."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ logger = logging.get_logger("transformers.trimllm_hf")
 
 
 class CardMixin(_Base):
-    """Fills a card with what the Trainer knows.
+    """Fills a model card with what the Trainer knows.
 
     Attributes:
-        card_data: What the user knows: `trainer.card_data.domain = "medical questions"`, and so on until it is written.
-        training_finished: Whether `train` has come to its end; before that nothing is measured.
+        card_data: What the user adds: `trainer.card_data.domain = "medical questions"`, and so on, before it is written.
+        training_finished: Whether `train` has finished; before that nothing is measured.
     """
 
     card_data: TrimCardData
@@ -39,9 +39,9 @@ class CardMixin(_Base):
         raise NotImplementedError
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, as the Trainer does, and its card beside it (not with checkpoints)."""
+        """Save the model, as the Trainer does, and its card beside it (but not with checkpoints)."""
         super().save_model(output_dir, _internal_call)
-        if not _internal_call and not self.args.push_to_hub:  # a push has written the card, measured
+        if not _internal_call and not self.args.push_to_hub:  # a push has already written the card with measurements
             self._write_card(Path(output_dir or str(self.args.output_dir)), measured=False)
 
     def create_model_card(
@@ -54,23 +54,23 @@ class CardMixin(_Base):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Write the card of the model in `args.output_dir`: what is known of the run, its files, and measured here.
+        """Write the card of the model in `args.output_dir`, from the run, its files, and measurements.
 
-        After training the latency of model and base is measured, in turn, and the usage example is run; during training
-        neither. `card_data` holds what only the user knows.
+        After training, the latency of model and base is measured alternately, and the usage example is run; during training
+        neither is done. `card_data` holds what only the user knows.
 
         Args:
-            language: As for the Trainer, like the next three: they go into the metadata.
-            license: Of the model; the base's by default.
-            tags: Besides our own.
-            model_name: What to call it.
-            finetuned_from: Hub id of the base, where the map names none.
-            *args: What other Trainers take; not used, since the card says what it knows from the run itself.
+            language: As for the Trainer, like the next three; written to the metadata.
+            license: License of the model; by default the base's.
+            tags: Tags in addition to those of this package.
+            model_name: Name of the model.
+            finetuned_from: Hub id of the base, if the map names none.
+            *args: Arguments of other Trainers; not used, since the card is filled from the run itself.
             **kwargs: Likewise.
         """
         data = self.card_data
         if finetuned_from is not None and not is_repo_id(finetuned_from):
-            finetuned_from = None  # a path of this machine
+            finetuned_from = None  # a local path
         given = {"language": language, "license": license, "model_name": model_name, "base_model": finetuned_from}
         for name, value in given.items():
             if value is not None:
@@ -87,7 +87,7 @@ class CardMixin(_Base):
         if layer_map is None or not layer_map.dropped_layers or not (folder / "config.json").is_file():
             logger.info(f"No card is written to {folder}: no layer has been dropped yet, or no model is saved there.")
             return
-        self.card_data.repo_id = self.card_data.repo_id or self.hub_model_id  # None where nothing is pushed
+        self.card_data.repo_id = self.card_data.repo_id or self.hub_model_id  # None if nothing is pushed
         self.card_data.training = describe_run(self, callback, self.calibration_dataset)
         data = copy.copy(self.card_data)
         data.quality = data.quality or evaluated(self)

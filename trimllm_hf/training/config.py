@@ -17,11 +17,11 @@ class TrimConfig(JsonSettings):
     """How far to trim, which layers, and when. Ready for `HfArgumentParser`; `to_json`/`from_json` round-trip.
 
     Give exactly one of `target_layers` and `target_ratio`; with a budget (`max_latency_ms`, `max_memory_gb`) at most one,
-    which then says how far trimming may go to meet it.
+    which then limits how far trimming may go to meet it.
 
     Raises:
-        ValueError: On values that no model can satisfy. What depends on the model (a target at or above its depth) or
-            on the run (too few steps) is checked when training starts, before anything is changed.
+        ValueError: If values are invalid for every model. What depends on the model (a target at or above its depth) or on
+            the run (too few steps) is checked when training starts, before anything is changed.
     """
 
     target_layers: int | None = field(
@@ -211,48 +211,48 @@ class TrimConfig(JsonSettings):
 
     @property
     def has_budget(self) -> bool:
-        """Whether measured latency or memory says how far to trim."""
+        """Whether measured latency or memory determines how far to trim."""
         return self.max_latency_ms is not None or self.max_memory_gb is not None
 
     @classmethod
     def published(cls, **settings: Any) -> TrimConfig:
-        """TrimLLM's own procedure: sublayers, a scan by accuracy with a tie-breaker, one at a time over the whole run.
+        """TrimLLM's original procedure: sublayers, a scan by accuracy with a tie-breaker, one at a time over the whole run.
 
-        Its sparse update is of blocks here: `published(unit="block", trainable_ratio=0.25, …)`.
+        Its sparse update applies to blocks here: `published(unit="block", trainable_ratio=0.25, …)`.
 
         Args:
-            settings: The target, and what else is to differ from `training.published.PUBLISHED`.
+            settings: The target, and other settings that differ from `training.published.PUBLISHED`.
         """
         return cls(**{**PUBLISHED, **settings})
 
     @property
     def schedule(self) -> str:
-        """`drop_every`; of 'auto' what it stands for."""
+        """`drop_every`, with 'auto' resolved."""
         if self.drop_every != "auto":
             return self.drop_every
         return "once" if self.max_metric_drop is None and self.healing_ratio is None else "spread"
 
     @property
     def by_budget(self) -> bool:
-        """Whether the selection budget says how layers are chosen."""
+        """Whether the selection budget determines how layers are chosen."""
         asks = self.scan_metric != "loss" or self.tie_breaker is not None or self.importance_per_ms
         return self.importance == "auto" and not asks
 
     @property
     def score(self) -> str:
-        """The score that layers are ranked by: `importance`; of 'auto' block influence, or a scan where one is asked for."""
+        """The score that ranks layers: `importance`; for 'auto', block influence, or a scan if one is requested."""
         if self.importance != "auto":
             return self.importance
         return "block_influence" if self.scan_metric == "loss" and self.tie_breaker is None else "sensitivity"
 
     def resolve_target(self, base_num_layers: int, num_layers: int) -> int:
-        """The number of layers to end with, for a model that has `num_layers` now and had `base_num_layers` once.
+        """The final number of layers, for a model with `num_layers` now whose base had `base_num_layers`.
 
-        All are counted in the unit. With a budget it is the number to end with at least: the target if there is one, else
-        the protected layers.
+        All are counted in the unit. With a budget it is the lowest number allowed: the target if there is one, else the
+        number of protected layers.
 
         Raises:
-            ValueError: If the target is not below the depth, or would need a protected layer to go.
+            ValueError: If the target is not below the depth, or would require dropping a protected layer.
         """
         protected = (self.protect_first + self.protect_last) * UNITS[self.unit]
         if self.target_layers is not None:
@@ -276,6 +276,6 @@ class TrimConfig(JsonSettings):
         return target
 
     def resolve_trainable(self, num_layers: int) -> int:
-        """How many of `num_layers` layers train: `trainable_ratio` of them, to the nearest number (.5 up), at least one."""
+        """How many of `num_layers` layers train: `trainable_ratio` of them, rounded to nearest (.5 up), at least one."""
         ratio = 1.0 if self.trainable_ratio is None else self.trainable_ratio
         return max(1, math.floor(ratio * num_layers + 0.5))

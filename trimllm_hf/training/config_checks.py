@@ -1,4 +1,4 @@
-"""What no model can satisfy: values of the settings that are refused when they are made."""
+"""Checks of the settings on construction: values that are invalid for every model are refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..layer_map import UNITS
 
 
 def check_settings(config: Any) -> None:
-    """Check everything that neither the model nor the run is needed for.
+    """Check everything that depends neither on the model nor on the run.
 
     Raises:
         ValueError: If a value is out of range, or contradicts another.
@@ -27,10 +27,10 @@ def check_settings(config: Any) -> None:
 
 
 def check_target(config: Any) -> None:
-    """Check how far to trim.
+    """Check the target.
 
     Raises:
-        ValueError: If it is not said once, or a value is out of range.
+        ValueError: If it is not given exactly once, or a value is out of range.
     """
     targets = [value for value in (config.target_layers, config.target_ratio) if value is not None]
     if len(targets) > 1 or (not targets and not config.has_budget):
@@ -49,10 +49,10 @@ def check_target(config: Any) -> None:
 
 
 def check_unit(config: Any) -> None:
-    """Check what a layer is, and of which stack.
+    """Check the unit and the part.
 
     Raises:
-        ValueError: If there is no such unit or part, or they do not go together.
+        ValueError: If there is no such unit or part, or they cannot be combined.
     """
     if config.unit not in UNITS:
         raise ValueError(f"Expected unit='block' or 'sublayer', got {config.unit!r}.")
@@ -65,7 +65,7 @@ def check_unit(config: Any) -> None:
 
 
 def check_schedule(config: Any) -> None:
-    """Check when layers are dropped.
+    """Check the schedule.
 
     Raises:
         ValueError: If there is no such schedule.
@@ -79,10 +79,10 @@ def check_schedule(config: Any) -> None:
 
 
 def check_selection(config: Any) -> None:
-    """Check what is spent on choosing layers, and that what is to be measured is.
+    """Check the selection budget, and that the score uses the metric that is set for a scan.
 
     Raises:
-        ValueError: If the budget is no share, or the score does not measure the metric of a scan.
+        ValueError: If the budget is not a share, or the score does not use the metric of a scan.
     """
     share = config.selection_budget
     if share is not None and not (is_number(share) and 0 < share <= 1):
@@ -103,7 +103,7 @@ def check_sparse_update(config: Any) -> None:
     """Check the share of the layers that trains.
 
     Raises:
-        ValueError: If it is no share, or the layers are sublayers.
+        ValueError: If it is not a share, or the unit is sublayers.
     """
     if config.trainable_ratio is not None and not 0 < config.trainable_ratio <= 1:
         raise ValueError(f"Expected trainable_ratio above 0 and up to 1, or None, got {config.trainable_ratio}.")
@@ -112,10 +112,10 @@ def check_sparse_update(config: Any) -> None:
 
 
 def check_stop_rules(config: Any) -> None:
-    """Check the budgets, the rule on a metric, and the share that heals.
+    """Check the budgets, the rule on a metric, and the healing share.
 
     Raises:
-        ValueError: If a value is out of range, or lacks another one.
+        ValueError: If a value is out of range, or requires another one.
     """
     for name in ("max_latency_ms", "max_memory_gb"):
         value = getattr(config, name)
@@ -147,7 +147,7 @@ def check_stop_rules(config: Any) -> None:
 
 
 def check_repair(config: Any) -> None:
-    """Check what is said of repairs.
+    """Check the settings for repairs.
 
     Raises:
         ValueError: If a value is out of range.
@@ -159,7 +159,7 @@ def check_repair(config: Any) -> None:
 
 
 def check_distillation(config: Any) -> None:
-    """Check the teacher's part of the loss.
+    """Check the distillation settings.
 
     Raises:
         ValueError: If a value is out of range.
@@ -171,7 +171,7 @@ def check_distillation(config: Any) -> None:
 
 
 def at_least(name: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number of at least `least`.
+    """Refuse a value that is not a whole number of at least `least`.
 
     Raises:
         ValueError: With the setting's name.

@@ -1,8 +1,8 @@
-"""Distillation: the model as it was before trimming teaches the one that heals.
+"""Distillation: the untrimmed model is the teacher of the trimmed one.
 
 The loss is (1 - w) * the task's loss + w * KL(teacher || student), with w = `distill_weight`; the KL divergence is that of
-Hinton et al. (arXiv 1503.02531, §2): between the distributions softened by a temperature T, times T². It is taken at the
-positions that the task's loss is over, and divided by what that is divided by: labels of the whole accumulated batch.
+Hinton et al. (arXiv 1503.02531, §2): between the distributions softened by a temperature T, times T². It is computed at the
+positions that the task's loss covers, and has the same divisor: the number of labels in the whole accumulated batch.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: flo
 
 
 def labelled_positions(logits: torch.Tensor, inputs: Mapping[str, Any], causal: bool) -> torch.Tensor:
-    """Which positions the task's loss is over: a mask of the shape of `logits` without its last dimension.
+    """The positions that the task's loss covers: a mask of the shape of `logits` without its last dimension.
 
     Args:
         logits: Of shape (batch, tokens, classes), or (batch, classes).
-        inputs: The batch, with its labels; -100 is no label.
+        inputs: The batch, with its labels; -100 means no label.
         causal: Whether each position predicts the label of the next one.
 
     Raises:
-        ValueError: If the labels are no classes, or do not fit.
+        ValueError: If the labels are not classes, or do not fit.
     """
     labels = inputs.get("shift_labels", inputs.get("labels"))
     if labels is None or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
@@ -66,13 +66,13 @@ def labelled_positions(logits: torch.Tensor, inputs: Mapping[str, Any], causal: 
 
 
 class Teacher:
-    """A frozen copy of a model, in half precision where the device has it.
+    """A frozen copy of a model, in half precision if the device supports it.
 
     Args:
         model: The model before it is prepared and trimmed. It is not changed.
 
     Raises:
-        ValueError: If the model has been cut into shards already.
+        ValueError: If the model is already sharded.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -84,14 +84,14 @@ class Teacher:
             value = parameter.detach()
             value = value.to(dtype) if dtype is not None and value.dtype == torch.float32 else value.clone()
             copies[id(parameter)] = nn.Parameter(value, requires_grad=False)
-        self.model: Any = copy.deepcopy(model, copies).eval()  # buffers stay in their precision
+        self.model: Any = copy.deepcopy(model, copies).eval()  # buffers keep their precision
         config = base_of(self.model).config
-        self.needs_labels = config.is_encoder_decoder  # it makes its decoder's inputs from them
+        self.needs_labels = config.is_encoder_decoder  # it derives its decoder's inputs from them
         config.get_text_config(decoder=True).use_cache = False
         self.placed = False
 
     def logits(self, accelerator: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """What the teacher says of a batch, which is not changed."""
+        """The teacher's logits for a batch, which is not changed."""
         if not self.placed:
             self.model = engine_class(accelerator).place_frozen(accelerator, self.model)
             self.placed = True
@@ -103,14 +103,14 @@ class Teacher:
 
 
 class DistillationMixin(_Base):
-    """A Trainer with a teacher, if it has been given one."""
+    """A Trainer with an optional teacher."""
 
     teacher: Teacher | None = None
     trim_config: TrimConfig
     trim_support: TrainerSupport
 
     def take_teacher(self, model: nn.Module) -> None:
-        """Copy the model as the teacher, if one is wanted: before it is trimmed or trained."""
+        """Copy the model as the teacher, if one is requested, before it is trimmed or trained."""
         if self.trim_config.distill_weight > 0:
             self.teacher = Teacher(model)
             self.trim_support.teacher = self.teacher.fingerprint
@@ -118,10 +118,10 @@ class DistillationMixin(_Base):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Any:
-        """As the Trainer's, with the teacher's part while the model trains; an evaluation's loss is the task's alone."""
+        """As the Trainer's, plus the distillation loss during training; in evaluation it is the task's loss alone."""
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
-        given = dict(inputs)  # a label smoother takes the labels out
+        given = dict(inputs)  # a label smoother removes the labels
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch, **kwargs)
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
         if logits is None:
@@ -138,24 +138,24 @@ class DistillationMixin(_Base):
         return (combined, outputs) if return_outputs else combined
 
     def _labels_in_step(self, mask: torch.Tensor, num_items_in_batch: Any) -> Any:
-        """By what the Trainer has divided the task's loss."""
+        """The divisor of the task's loss in the Trainer."""
         if num_items_in_batch is None or not (self.model_accepts_loss_kwargs or self.compute_loss_func):
-            return mask.sum().clamp(min=1)  # a mean, which the Trainer divides by the accumulated batches
+            return mask.sum().clamp(min=1)  # a mean, which the Trainer divides by the number of accumulated batches
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return num_items_in_batch / processes  # gradients are averaged over the processes
 
 
 def refuse_another_teacher(trainer: Trainer, support: TrainerSupport, config: TrimConfig, saved: str | None) -> None:
-    """Refuse to train without a teacher that is wanted, or to resume with another one than the run began with.
+    """Refuse to train without a requested teacher, or to resume with another one than the run began with.
 
     Args:
         trainer: The Trainer.
-        support: What it says of its teacher.
+        support: Its support record, with the teacher.
         config: The settings.
         saved: The fingerprint in the checkpoint that is resumed from; None for a new run.
 
     Raises:
-        ValueError: Saying what to do.
+        ValueError: With what to do.
     """
     if config.distill_weight > 0 and support.teacher is None:
         raise ValueError(
@@ -170,7 +170,7 @@ def refuse_another_teacher(trainer: Trainer, support: TrainerSupport, config: Tr
 
 
 def half_precision(device: torch.device) -> torch.dtype | None:
-    """The 16-bit type that a device computes in; None where it would be no faster."""
+    """The 16-bit dtype for a device; None if it would not be faster."""
     if device.type == "cpu":
         return None
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -179,7 +179,7 @@ def half_precision(device: torch.device) -> torch.dtype | None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the names and the first values of a model's parameters, by which a resumed run knows its teacher."""
+    """A hash of the names and first values of a model's parameters, by which a resumed run identifies its teacher."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = parameter.detach().flatten()[:256].float().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""What is told of a drop: a line for a person, and values in the Trainer's own records."""
+"""Logging of drops: a line of text, and values in the Trainer's own records."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from ..importance import needs_data
 from ..layer_map import LayerMap
 from .strip_image import send_strip
 
-SECONDS = "trim/seconds"  # of training, in a record of the Trainer's log
+SECONDS = "trim/seconds"  # duration of the run so far, in a record of the Trainer's log
 
 
 class DropRecords(TrainerCallback):
-    """Adds the depth to the next record that the Trainer makes of a step or the run, and to each of a step how long it took.
+    """Adds the depth to the Trainer's next record of a step or the run, and the elapsed time to each record of a step.
 
-    A record of our own would go through the `log` of a Trainer's subclass, which adds the metrics that it has accumulated
-    and forgets them: the step's own record would be left without. It stands before a Trainer's other callbacks, so that
-    all that report see the same. The time is for `trainer_state.json` alone: trackers have their own.
+    A separate record would go through the `log` of a Trainer's subclass, which adds its accumulated metrics and resets them,
+    so that they would be missing from the step's own record. This callback runs before a Trainer's other callbacks, so
+    that all reporters see the same values. The time is only for `trainer_state.json`: trackers have their own.
 
     Args:
-        started: When the run began, by `time.perf_counter`; one that is resumed, as if it had not been interrupted.
+        started: When the run began, by `time.perf_counter`; for a resumed run, as if it had not been interrupted.
     """
 
     def __init__(self, started: float) -> None:
         self.pending: dict[str, float] = {}
         self.layer_map: LayerMap | None = None  # after the drops that are pending
-        self.callbacks: Sequence[TrainerCallback] = ()  # among which the trackers are
+        self.callbacks: Sequence[TrainerCallback] = ()  # these include the trackers
         self._started = started
 
     @property
     def seconds(self) -> float:
-        """How long the run has taken so far: training, scoring, drops and evaluation."""
+        """The duration of the run so far: training, scoring, drops and evaluation."""
         return round(time.perf_counter() - self._started, 2)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add what is pending to the record, and to the log's."""
+        """Add the pending values to the record and to the logs."""
         logs = kwargs["logs"]
-        if "loss" in logs:  # not in those of evaluations, of which a Trainer's own card makes columns
+        if "loss" in logs:  # not in those of evaluations, which become columns in a Trainer's own card
             state.log_history[-1][SECONDS] = self.seconds
         if self.pending and ("loss" in logs or "train_runtime" in logs):
             logs.update(self.pending)
@@ -52,7 +52,7 @@ class DropRecords(TrainerCallback):
 
 
 def record_drops(trainer: Trainer, started: float) -> DropRecords:
-    """Have drops recorded in a Trainer's log; a run before is recorded no more.
+    """Record drops in a Trainer's log, in place of an earlier run's records.
 
     Args:
         trainer: The Trainer.
@@ -62,14 +62,14 @@ def record_drops(trainer: Trainer, started: float) -> DropRecords:
     records, handler = DropRecords(started - max(before, default=0.0)), trainer.callback_handler
     others = [callback for callback in handler.callbacks if not isinstance(callback, DropRecords)]
     records.callbacks = others
-    handler.callbacks = [records, *others]  # a new list: the old one may be walked through just now
+    handler.callbacks = [records, *others]  # a new list: the old one may be in the middle of an iteration
     return records
 
 
 def drop_log(
     layer_map: LayerMap, unit: str, step: int, margin: float | None, parameters: int
 ) -> tuple[str, dict[str, float]]:
-    """What to tell of the last drop, and to log: to a person, and to TensorBoard and its like."""
+    """The message about the last drop, and the values to log in TensorBoard and other trackers."""
     record, depth = layer_map.history[-1], layer_map.num_units(unit)
     score = max(record.scores or (float("nan"),))
     layers = f"layer{'s' * (len(record.dropped) > 1)} {', '.join(map(str, record.dropped))}"
@@ -86,20 +86,20 @@ def drop_log(
 
 
 def dropped_names(layer_map: LayerMap) -> list[str]:
-    """What the last drop took, by the names that scores have: "3", or "attention 3"."""
+    """The layers of the last drop, by their names in the scores: "3", or "attention 3"."""
     record = layer_map.history[-1]
     kinds = record.sublayers or [None] * len(record.dropped)
     return [str(layer) if kind is None else f"{kind} {layer}" for layer, kind in zip(record.dropped, kinds, strict=True)]
 
 
 def scoring(importance: str, names: Sequence[str], scores: torch.Tensor, spread: torch.Tensor | None) -> dict[str, Any]:
-    """A scoring in plain values, with no more digits than a picture shows: each save of the run writes them all.
+    """A scoring in plain values, rounded to the digits visible in a figure, since every save of the run writes them all.
 
     Args:
-        importance: What was scored by. A rule that looks at no data has no scores worth keeping.
+        importance: The score that was used. The scores of a rule that uses no data are not kept.
         names: The layers, in the base's numbering.
-        scores: Of each layer; of windows, of each by its first layer.
-        spread: The standard error of each over the batches, where there is one.
+        scores: The score of each layer; for windows, that of each window, by its first layer.
+        spread: The standard error of each over the batches, if there is one.
     """
 
     def short(values: torch.Tensor | None, digits: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What is due: how many layers go now, by the plan, the stop rule on a metric and the budget together."""
+"""How many layers to drop now, from the plan, the stop rule on a metric and the budget together."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .stop_rules import MetricRule
 
 @dataclass(frozen=True)
 class DropSchedule:
-    """When a run drops how many layers.
+    """Determines when a run drops layers, and how many.
 
     Attributes:
         plan: How many layers to drop after which optimizer step.
         start: Depth when the run began, in the unit.
-        least: Depth that it may not go below.
-        layers_per_drop: How many go at a time, beyond the plan.
-        rule: The stop rule on a metric, if there is one: layers go only after an evaluation that passes.
-        budget: The budget, if there is one: layers go until it is met, also beyond the plan.
+        least: The lowest depth allowed.
+        layers_per_drop: How many are dropped at a time, beyond the plan.
+        rule: The stop rule on a metric, if there is one: layers are dropped only after an evaluation that passes.
+        budget: The budget, if there is one: layers are dropped until it is met, even beyond the plan.
     """
 
     plan: Plan
@@ -32,22 +32,22 @@ class DropSchedule:
     budget: Budget | None = None
 
     def may_drop_after(self, step: int, depth: int) -> bool:
-        """Whether a drop may follow this step: asked before it is made, without measuring anything."""
+        """Whether a drop may follow this step; called before the step is made, without measuring anything."""
         beyond = self.rule is not None or self.budget is not None
         return beyond or layers_due(self.plan, step, self.start - depth) > 0
 
     def must_evaluate(self, step: int, depth: int, model: PreTrainedModel) -> bool:
-        """Whether the model has to be evaluated after this step, whatever the Trainer's own schedule is."""
+        """Whether the model must be evaluated after this step, regardless of the Trainer's own schedule."""
         return self.rule is not None and self.rule.must_evaluate(step, self.due(step, depth, model))
 
     def due_now(self, step: int, depth: int, model: PreTrainedModel) -> int:
-        """How many layers go at this moment: what is due, where no evaluation stands in the way."""
+        """How many layers to drop now: those due, unless an evaluation is required first."""
         if self.rule is not None and not self.rule.allows(step):
             return 0
         return self.due(step, depth, model)
 
     def due(self, step: int, depth: int, model: PreTrainedModel) -> int:
-        """How many layers have to go after this step, once an evaluation allows it."""
+        """How many layers are due after this step, once an evaluation allows it."""
         if self.rule is not None:
             if not self.rule.is_open(step):
                 return 0
@@ -57,15 +57,15 @@ class DropSchedule:
             return due
         if self.budget.met(model):
             return 0
-        if due == 0 and step >= max(self.plan):  # further than planned: under a stop rule, each one is evaluated
+        if due == 0 and step >= max(self.plan):  # beyond the plan: under a stop rule, each drop is evaluated
             return min(depth - self.least, self.layers_per_drop if self.rule else depth)
         return due
 
     def at_once(self, due: int) -> int:
-        """How many of them to drop before looking again: a budget is measured after each drop."""
+        """How many of them to drop before checking again: a budget is measured after each drop."""
         return due if self.budget is None else min(due, self.layers_per_drop)
 
     def still_due(self, left: int, step: int, depth: int, model: PreTrainedModel) -> int:
-        """How many still go at this moment, after a drop that leaves `left` of those that were due."""
+        """How many more to drop now, after a drop that leaves `left` of those that were due."""
         due = self.due(step, depth, model)
-        return due if self.rule is None else min(left, due)  # the evaluation allowed no more than those
+        return due if self.rule is None else min(left, due)  # the evaluation allowed only those

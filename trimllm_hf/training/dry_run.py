@@ -1,7 +1,7 @@
-"""Which layers may go next, and a rehearsal of a whole plan.
+"""Which layers may be dropped next, and a dry run of a whole plan.
 
-Most architectures allow any layer to go. Some tie a property to a layer's place (the only attention of a hybrid, the first
-block of T5), and some repeat a pattern that their config cannot write out: there only a whole period can go, at once.
+Most architectures allow any layer to be dropped. Some tie a property to a layer's position (the only attention of a hybrid,
+the first block of T5), and some repeat a pattern that their config cannot list: there only a whole period can be dropped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .config import TrimConfig
 def droppable(model: nn.Module, config: TrimConfig) -> list[int]:
     """The positions from which a layer may be chosen: those outside the protected ends.
 
-    Of sublayers also without the attentions from which the cache reads its length.
+    For sublayers, also without the attentions from which the cache reads its length.
     """
     base: PreTrainedModel = base_of(model)
     layer_map = LayerMap.from_config(base.config, config.part)
@@ -43,20 +43,20 @@ def droppable(model: nn.Module, config: TrimConfig) -> list[int]:
 
 
 def dry_run(model: nn.Module, config: TrimConfig, to_drop: int) -> dict[int, int]:
-    """Drop layers of a copy without memory, as many as a run has to drop.
+    """Drop as many layers as a run has to drop, from a copy on the meta device.
 
-    Of sublayers only the first drop is tried: the guard refuses none of the later ones.
+    For sublayers only the first drop is tried, since verification refuses none of the later ones.
 
     Args:
-        model: The model, which stays as it is.
+        model: The model, which is not changed.
         config: The settings.
-        to_drop: How many layers have to go.
+        to_drop: How many layers to drop.
 
     Returns:
-        For each depth on the way, how many blocks have to go at once.
+        For each depth on the way, how many blocks must be dropped at once.
 
     Raises:
-        ValueError: If there is no way to drop so many; with the least depth that can be reached.
+        ValueError: If that many cannot be dropped; with the lowest depth that can be reached.
     """
     candidates = droppable(model, config)
     if to_drop > len(candidates):

@@ -1,8 +1,8 @@
 """Finds what else holds a model's layers: weight averages, synchronized copies, inference engines.
 
-An object that follows a model by its parameters does not notice a drop: it would keep the layer, fail in the middle of an
-update, or continue with layers of other numbers. Such objects are found by what they hold, and refused before anything
-changes.
+An object that tracks a model through its parameters does not notice a drop: it would keep the layer, fail in the middle of
+an update, or continue with the wrong layer numbers. Such objects are identified by what they hold, and refused before
+anything changes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from transformers import Trainer, TrainingArguments
 from ..surgery.adapters import base_of
 from ..surgery.blocks import BlockStack, find_blocks
 
-# Attributes that a drop updates, or that hold nothing that has to be updated.
+# Attributes that a drop updates, or that hold nothing to update.
 MENDED = {"model", "model_wrapped", "optimizer", "lr_scheduler", "accelerator", "callback_handler", "teacher"}
 PACKAGE = __name__.partition(".")[0]
 MOST_DEPTH = 4  # levels of attributes and items that are searched
-# A method that only what keeps weights elsewhere has: TRL's vLLM and SGLang engines, Ray's workers.
+# A method found only on objects that keep weights elsewhere: TRL's vLLM and SGLang engines, Ray's workers.
 _SENDS = re.compile(r"(sync|update|push|send|broadcast)_(\w+_)?(weights|params|parameters)(_\w+)?")
 
 
@@ -57,7 +57,7 @@ def refuse_followers(trainer: Trainer, model: nn.Module, part: str | None) -> No
                 name: value
                 for name, value in vars(trainer).items()
                 if name not in MENDED and value is not trainer.model_wrapped and not name.endswith("dataset")
-            },  # examples in a list are many, and hold no layers
+            },  # lists of examples are long, and hold no layers
             False,
         )
     )
@@ -111,7 +111,7 @@ def _held(value: Any, stack: BlockStack, copies_follow: bool, depth: int, seen: 
 
 def _in_module(module: nn.Module, blocks: nn.ModuleList, copies_follow: bool) -> Iterator[str]:
     inside = list(module.modules())
-    if any(each is blocks for each in inside):  # the model, its wrapper, or a part that follows
+    if any(each is blocks for each in inside):  # the model, its wrapper, or a part that follows the drop
         return
     own = {id(each) for each in blocks.modules()}
     if any(id(each) in own for each in inside):

@@ -1,4 +1,4 @@
-"""An optimizer that a script has made for the full-depth model, where a resumed run takes layers out of that model first."""
+"""Updates an optimizer that a script created for the full-depth model, when a resumed run first drops layers from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..engines.parameter_groups import remove_from_optimizer
 
 @contextmanager
 def optimizer_follows(trainer: Trainer, model: nn.Module) -> Iterator[None]:
-    """What leaves the model in the block leaves the optimizer and the groups that the Trainer was given as well."""
+    """Remove parameters dropped within the `with` block from the optimizer and the groups passed to the Trainer as well."""
     before = list(model.parameters())
     yield
     stay = {id(parameter) for parameter in model.parameters()}
@@ -30,7 +30,7 @@ def optimizer_follows(trainer: Trainer, model: nn.Module) -> Iterator[None]:
 
 
 def _without(groups: list[Any], gone: set[int]) -> list[Any]:
-    """Parameters, or groups of them, without some; a group of which nothing stays leaves."""
+    """Parameters, or groups of them, without some; a group that becomes empty is removed."""
     if not groups or not isinstance(groups[0], dict):
         return [each for each in groups if id(_parameter(each)) not in gone]
     found = [{**group, "params": list(group["params"])} for group in groups]
@@ -39,4 +39,4 @@ def _without(groups: list[Any], gone: set[int]) -> list[Any]:
 
 
 def _parameter(each: Any) -> Any:
-    return each[1] if isinstance(each, tuple) else each  # given with its name
+    return each[1] if isinstance(each, tuple) else each  # given as (name, parameter)

@@ -1,4 +1,4 @@
-"""Settings as plain values, and in a JSON file."""
+"""Settings as plain values and in JSON files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Self
 
 
 class JsonSettings:
-    """A dataclass whose values fit in JSON."""
+    """A dataclass whose values can be written as JSON."""
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values."""

@@ -1,4 +1,4 @@
-"""The scores of a run's layers: its calibration examples, and what is measured on them, as its Trainer does it."""
+"""Scores a run's layers: the calibration examples, and what is measured on them with the Trainer's own loss or metric."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ logger = logging.get_logger("transformers.trimllm_hf")
 
 
 class LayerScorer:
-    """Scores the layers of the model as it is at that time.
+    """Scores the layers of the model in its current state.
 
     Args:
         config: The settings.
-        trainer: The Trainer, whose loss is what layers are scored by, where a score goes by one.
+        trainer: The Trainer, whose loss is used by scores that need one.
         process_group: The processes of the run.
-        dataloader: The training run's: it tells how examples become batches.
+        dataloader: The training data loader, which defines how examples become batches.
         dataset: The calibration examples; None: drawn from the training set.
 
     Raises:
-        ValueError: If there are no examples, the Trainer computes no loss of them, or there is no metric as the settings
-            name it.
+        ValueError: If there are no examples, the Trainer computes no loss for them, or the metric in the settings does not
+            exist.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class LayerScorer:
         self.config, self.trainer, self.process_group = config, trainer, process_group
         self.metric = metric_of(config, trainer)
         self.data: TrainerBatches | None = None
-        self.of_batches: list[torch.Tensor] = []  # the last scores, on each batch alone
+        self.of_batches: list[torch.Tensor] = []  # the last scores, per batch
         self.own_loss = True  # whether the Trainer's loss is the one that its model computes
         if not needs_data(config.score):
             return
@@ -55,12 +55,12 @@ class LayerScorer:
             held = trainer.train_dataset if trainer.train_dataset is not None else getattr(dataloader, "dataset", None)
             dataset = _drawn(config, held)
         model, ranks = unwrapped(trainer), (process_group.rank, process_group.world_size)
-        with isolated_rng(config.calibration_seed), all_or_none(process_group):  # a collator may draw
+        with isolated_rng(config.calibration_seed), all_or_none(process_group):  # a collator may use random numbers
             self.data = TrainerBatches(trainer, model, list(dataset), dataloader, *ranks)
             if by_loss:
                 self._refuse_no_loss(self.data)
             if by_loss or config.by_budget:
-                # of a choice with a budget one batch has to do
+                # for a selection with a budget, one batch must suffice
                 seen = self.data if by_loss else self.data.first()
                 with without_trace(trainer):
                     self.own_loss = computes_own_loss(trainer, model, seen, process_group)
@@ -97,14 +97,14 @@ class LayerScorer:
             )
 
     def needed_data(self) -> TrainerBatches:
-        """The calibration batches, for what cannot do without."""
+        """The calibration batches, for scores that require them."""
         if self.data is None:
             raise ValueError(f"Expected an importance that looks at examples, got {self.config.score!r}.")
         return self.data
 
     @contextmanager
     def first_batch(self) -> Iterator[None]:
-        """Score by one batch only."""
+        """Score with one batch only."""
         whole = self.data
         self.data = whole and whole.first()
         try:
@@ -113,9 +113,9 @@ class LayerScorer:
             self.data = whole
 
     def loss_at_chance(self, model: PreTrainedModel) -> tuple[float, float] | None:
-        """The loss and what chance would give, if it is no better; see `loss_at_unigram_baseline`.
+        """The loss and the baseline, if the loss is at chance level; see `loss_at_unigram_baseline`.
 
-        None where the loss is not the model's own: what another one is at chance is not known.
+        None if the loss is not the model's own: the chance level of another loss is unknown.
         """
         if self.data is None or not self.own_loss:
             return None
@@ -127,7 +127,7 @@ class LayerScorer:
         )
 
     def _asks_trainer(self) -> bool:
-        """Whether what is measured is the Trainer's to compute: a loss of its own, or what its `compute_metrics` is of."""
+        """Whether the Trainer computes what is measured: its own loss, or the inputs of its `compute_metrics`."""
         return not self.own_loss if self.metric is LOSS else self.metric.name not in METRICS
 
     def _refuse_no_loss(self, data: TrainerBatches) -> None:
@@ -140,10 +140,10 @@ class LayerScorer:
 
 
 def metric_of(config: TrimConfig, trainer: Trainer) -> Metric:
-    """What a run's scan measures: a metric by its name, or a key of what the Trainer's `compute_metrics` returns.
+    """What a run's scan measures: a metric by name, or a key in the result of the Trainer's `compute_metrics`.
 
     Raises:
-        ValueError: If the Trainer has no `compute_metrics` for a name that is not known.
+        ValueError: If the name is unknown and the Trainer has no `compute_metrics`.
     """
     name, compute_metrics = config.scan_metric, trainer.compute_metrics
     if name in METRICS or compute_metrics is None:

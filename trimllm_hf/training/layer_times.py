@@ -1,4 +1,4 @@
-"""How long each layer of a run's model takes, by its name in the base's numbering."""
+"""The time that each layer of a run's model takes, by its name in the base's numbering."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def ms_of_layers(
     args: TrainingArguments,
     measure: Callable[..., list[float]] = measure_layers,
 ) -> dict[str, float]:
-    """The ms that each layer takes, by its name in the base's numbering; nothing, where no score goes by it.
+    """The ms that each layer takes, by its name in the base's numbering; empty if no score uses them.
 
-    Measured on the main process, on a model of the same shapes: so it means the same under every engine.
+    Measured on the main process, on a model of the same shapes, so that it means the same under every engine.
 
     Args:
-        model: The unwrapped model; only its config is looked at.
-        config: The settings; also at which batch size and prompt length to measure.
+        model: The unwrapped model; only its config is used.
+        config: The settings, including the batch size and prompt length for measurements.
         process_group: The processes of the run.
-        args: Say the device, and the dtype.
-        measure: What measures.
+        args: Determine the device and the dtype.
+        measure: The function that measures.
 
     Raises:
         ValueError: If it cannot be measured with these settings.
-        torch.OutOfMemoryError: If there is no room for that model on the device.
+        torch.OutOfMemoryError: If that model does not fit on the device.
     """
     if not config.importance_per_ms:
         return {}
@@ -54,7 +54,7 @@ def ms_of_layers(
                     batch_size=config.latency_batch_size,
                     prompt_tokens=config.latency_prompt_tokens,
                 )
-    except Exception as error:  # the other processes wait for the figures
+    except Exception as error:  # the other processes wait for the result
         process_group.raise_on_all(error)
         raise
     agreed = process_group.all_reduce(torch.tensor(found, dtype=torch.float64))
@@ -68,6 +68,6 @@ def names_of(model: nn.Module, config: TrimConfig) -> tuple[Any, ...]:
 
 
 def layer_names(model: nn.Module, config: TrimConfig) -> list[str]:
-    """The same as texts: "3", or "attention 3"."""
+    """The same as strings: "3", or "attention 3"."""
     names = names_of(model, config)
     return [str(name) if config.unit == "block" else f"{name[1]} {name[0]}" for name in names]

@@ -1,4 +1,4 @@
-"""What several nodes find on their disks: the folders of the main process, or each its own."""
+"""Whether several nodes share a file system or have separate disks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..loading.checkpoints import complete_checkpoints
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
-WEIGHTS = ("*model*.safetensors*", "pytorch_model*", "global_step*")  # whole, sharded by FSDP2, or DeepSpeed's
+WEIGHTS = ("*model*.safetensors*", "pytorch_model*", "global_step*")  # full, sharded by FSDP2, or DeepSpeed's
 
 
 def blind_processes(process_group: ProcessGroup, folder: Path) -> list[int]:
@@ -31,7 +31,7 @@ def blind_processes(process_group: ProcessGroup, folder: Path) -> list[int]:
 
 
 def refuse_unshared_folder(process_group: ProcessGroup, folder: Path) -> None:
-    """Refuse a folder that not all processes see: they read there what the main process has written.
+    """Refuse a folder that not all processes see, since they read there what the main process has written.
 
     Raises:
         ValueError: On every process, with those that do not see it.
@@ -45,7 +45,7 @@ def refuse_unshared_folder(process_group: ProcessGroup, folder: Path) -> None:
 
 
 def warn_unshared_checkpoints(process_group: ProcessGroup, trainer: Trainer) -> None:
-    """Say when training begins that its checkpoints could not be resumed from, where nodes have disks of their own."""
+    """Warn when training begins that its checkpoints cannot be resumed from, if nodes have separate disks."""
     args = trainer.args
     if args.save_strategy == "no":
         return
@@ -58,7 +58,7 @@ def warn_unshared_checkpoints(process_group: ProcessGroup, trainer: Trainer) -> 
 
 
 def checkpoint_for_all(trainer: Trainer, asked: str | bool) -> str:
-    """The checkpoint to resume from, on this process's disk: the one that is asked for, or the newest that all have.
+    """The checkpoint to resume from, on this process's disk: the requested one, or the newest that all processes have.
 
     Raises:
         ValueError: On every process, if not all of them find it.
@@ -71,7 +71,7 @@ def checkpoint_for_all(trainer: Trainer, asked: str | bool) -> str:
         folder, found = Path(str(asked)).parent, {Path(str(asked)).name: Path(str(asked))}
     there = [name for name, path in found.items() if process_group.world_size == 1 or any(map(any, map(path.glob, WEIGHTS)))]
     everyones = process_group.gather(there)
-    for name in there:  # the newest first
+    for name in there:  # newest first
         if all(name in names for names in everyones):
             return str(found[name])
     named = "; ".join(f"process {rank}: {names or 'none'}" for rank, names in enumerate(everyones))

@@ -34,7 +34,7 @@ def drop_prepared_layers(
 ) -> LayerMap:
     """Drop layers of a model while it trains, in place: call it after `optimizer.step()`, on every process.
 
-    The model, the optimizer and the scheduler stay the same objects, and go on with the state that they had.
+    The model, the optimizer and the scheduler remain the same objects and keep their state.
 
     Args:
         accelerator: The Accelerator that prepared them.
@@ -44,21 +44,21 @@ def drop_prepared_layers(
         unit: "block" or "sublayer", as for `drop_layers`.
         step: Optimizer step, for the map's history.
         part: As for `drop_layers`.
-        repair: This process's share of batches on which to repair the model for the drop, as `repair_layers` does: what
-            stays in front of the layers takes over what it can of them. None: the plain drop.
+        repair: This process's share of the batches on which to repair the model for the drop, as `repair_layers` does.
+            None: a plain drop.
 
     Returns:
-        The kept-layer map, which also stands in the unwrapped model's `config.trim`.
+        The kept-layer map, which is also stored in the unwrapped model's `config.trim`.
 
     Raises:
-        ValueError: If the engine, the optimizer, the architecture or the layers do not allow it, or the repair. Nothing has
+        ValueError: If the engine, the optimizer, the architecture, the layers or the repair do not allow it. Nothing has
             changed.
     """
     engine = attach(accelerator, model, optimizer)
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     try:
         drop = plan_drop(unwrapped, layers, unit, step=step, part=part)
-    except Exception as error:  # the other processes would drop alone
+    except Exception as error:  # the other processes would drop on their own
         engine.raise_on_all(error)
         raise
     refuse_other_layers(engine, layers, unit)
@@ -70,7 +70,7 @@ def drop_prepared_layers(
 
 
 def refuse_other_layers(process_group: ProcessGroup, layers: Sequence[int], unit: str) -> None:
-    """Refuse to drop other layers on one process than on another: each would train a model of its own.
+    """Refuse to drop different layers on different processes: each would train a different model.
 
     Raises:
         ValueError: On every process, with the layers of each.
@@ -85,12 +85,12 @@ def refuse_other_layers(process_group: ProcessGroup, layers: Sequence[int], unit
 
 
 def apply_drop(engine: Engine, drop: PlannedDrop, changes: Changes = ()) -> LayerMap:
-    """Carry out a planned drop under an engine; random state stays as it was, and what was dropped is freed.
+    """Carry out a planned drop under an engine; random state is preserved, and the dropped layers are freed.
 
     Args:
         engine: The engine.
         drop: The drop.
-        changes: What a repair adds to parameters that stay.
+        changes: What a repair adds to kept parameters.
 
     Raises:
         ValueError: If parameters outside the layers would change their shape. Nothing has changed.
@@ -98,9 +98,9 @@ def apply_drop(engine: Engine, drop: PlannedDrop, changes: Changes = ()) -> Laye
     refuse_per_layer_tensors(drop)
     if changes:
         engine.add(changes)
-    with isolated_rng(0):  # an engine may draw when it is built anew
+    with isolated_rng(0):  # an engine may use random numbers when it is rebuilt
         layer_map = engine.edit(drop.apply, lambda: drop.removed_parameters)
-    if "torch._dynamo" in sys.modules:  # compiled graphs have the dropped layers in them
+    if "torch._dynamo" in sys.modules:  # compiled graphs contain the dropped layers
         torch.compiler.reset()
-    gc.collect()  # FSDP2 and DeepSpeed hold parameters in cycles
+    gc.collect()  # FSDP2 and DeepSpeed hold parameters in reference cycles
     return layer_map

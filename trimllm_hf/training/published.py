@@ -1,4 +1,4 @@
-"""TrimLLM's own procedure (Hu, Rosing, Zhang, arXiv 2412.11242), as settings."""
+"""TrimLLM's original procedure (Hu, Rosing, Zhang, arXiv 2412.11242), as settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ PUBLISHED: dict[str, Any] = {
     "unit": "sublayer",  # §3: an attention or an MLP
     "importance": "sensitivity",  # §3.2: the accuracy without it, on a calibration set
     "scan_metric": "choice_accuracy",
-    "tie_breaker": "activation_norm",  # of equal accuracies
+    "tie_breaker": "activation_norm",  # for equal accuracies
     "warm_up_importance": "none",
     "drop_every": "spread",  # one at a time, to the end of the run
     "healing_ratio": 0.0,

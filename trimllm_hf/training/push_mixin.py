@@ -1,4 +1,4 @@
-"""A Trainer that publishes by our `push_to_hub`: its own `push_to_hub` and `save_model` with `push_to_hub=True`."""
+"""A Trainer whose `push_to_hub`, and `save_model` with `push_to_hub=True`, publish with this package's `push_to_hub`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ logger = logging.get_logger("transformers.trimllm_hf")
 
 
 class PushMixin(_Base):
-    """Replaces the last push; those at saves (`hub_strategy`) are the Trainer's own."""
+    """Replaces the final push; those at saves (`hub_strategy`) are the Trainer's own."""
 
     def trim_callback(self) -> Any:
         """The Trainer's TrimCallback."""
         raise NotImplementedError
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Make the repository, as the Trainer does; tried again where the Hub is busy."""
+        """Create the repository, as the Trainer does, with retries if the Hub is busy."""
         if self.args.hub_token and self.args.hub_strategy != HubStrategy.END:
             logger.warning(
                 "hub_token is part of the arguments, which the Trainer pickles and pushes at each save: whoever reads the "
@@ -50,7 +50,7 @@ class PushMixin(_Base):
     ) -> CommitInfo | Future[CommitInfo] | None:
         """Save the model, write its card and publish both, checked, as one commit; see `trimllm_hf.push_to_hub`.
 
-        A model that keeps all its layers is pushed as the Trainer does it.
+        A model that keeps all its layers is pushed in the Trainer's own way.
 
         Args:
             commit_message: As for the Trainer, like the rest.
@@ -61,8 +61,8 @@ class PushMixin(_Base):
             **kwargs: For `create_model_card`.
 
         Raises:
-            ValueError: If the folder or the token is not right. The model is saved, and nothing was sent.
-            PushError: If the Hub failed or refused. The model is saved: `trimllm push` sends it later.
+            ValueError: If the folder or the token is not valid. The model is saved, and nothing was sent.
+            PushError: If the Hub failed or refused. The model is saved and can be sent later with `trimllm push`.
         """
         layer_map = self.trim_callback().layer_map
         if layer_map is None or not layer_map.dropped_layers:

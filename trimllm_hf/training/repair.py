@@ -1,4 +1,4 @@
-"""`repair_layers`: a model made ready to lose layers; and the check that it is the better for it."""
+"""`repair_layers`: prepares a model for dropping layers, and checks that this lowers the loss."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from ..utils import isolated_rng
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
-HELD_OUT = 8  # one of so many batches judges
+HELD_OUT = 8  # one in this many batches is held out
 
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What came of a repair.
+    """The result of a repair.
 
     Attributes:
-        applied: Whether the weights have changed: whether the loss is lower with the repair than without.
+        applied: Whether the weights were changed, that is, whether the loss is lower with the repair than without.
         plain_loss: The held-out loss of the model without the layers.
-        repaired_loss: That of the model without them, repaired.
-        repaired: What was repaired, like "layers 12 to 19", each in the block in front of it.
-        unrepaired: What was not, with the reasons.
+        repaired_loss: The held-out loss of the repaired model without the layers.
+        repaired: The gaps that were repaired, such as "layers 12 to 19", each in the block in front of it.
+        unrepaired: The gaps that were not, with the reasons.
     """
 
     applied: bool
@@ -52,7 +52,7 @@ class RepairReport:
 
     @property
     def loss(self) -> float:
-        """The held-out loss of the better of the two."""
+        """The lower of the two held-out losses."""
         return self.repaired_loss if self.applied else self.plain_loss
 
     def __str__(self) -> str:
@@ -73,22 +73,22 @@ def repair_layers(
     penalty: float | None = None,
     part: str | None = None,
 ) -> RepairReport:
-    """Make a model ready to lose layers: in front of each gap, a new weight takes over what it can of them.
+    """Prepare a model for dropping layers: a refitted weight in front of each gap compensates for them as far as possible.
 
-    Call it before `drop_layers(model, layers)`, with the same layers. One weight changes for each gap, of most architectures
-    the MLP's down projection of the last layer that stays in front of it, by one pass over the batches and a closed form
-    (see `surgery.repair.fit_repairs`). Where the loss on held-out batches is not lower for it, nothing changes.
+    Call it before `drop_layers(model, layers)`, with the same layers. One weight changes for each gap (in most architectures
+    the MLP's down projection in the last kept layer before it), computed in closed form after one pass over the batches
+    (see `surgery.repair.fit_repairs`). If this does not lower the loss on held-out batches, nothing changes.
 
     Args:
         model: A transformers model that no engine has wrapped; under one, use `drop_prepared_layers(…, repair=batches)`.
-        layers: Positions of the layers that will go.
-        batches: Dicts of model inputs, moved to the model's device here; with labels, or of a causal language model. As many
-            tokens as four times the width of the MLP are enough; fewer are used for less.
+        layers: Positions of the layers that will be dropped.
+        batches: Dicts of model inputs, moved to the model's device here; with labels, unless the model is a causal language
+            model. Four times as many tokens as the width of the MLP are enough; with fewer, the refit is more restricted.
         unit: "block" or "sublayer", as for `drop_layers`.
-        held_out: The batches to judge by. Default: one of eight of `batches`, the last ones, which are not fitted on.
-        penalty: How much holds the old weights, as a share of the features' mean square. Default: chosen for each gap, by
-            one of eight of the batches to fit on.
-        part: Of an encoder-decoder, the stack that the layers are of.
+        held_out: The batches to evaluate on. Default: one in eight of `batches`, the last ones, which are not fitted on.
+        penalty: Strength of the pull towards the old weights, relative to the features' mean square. Default: chosen for
+            each gap on one in eight of the batches to fit on.
+        part: For an encoder-decoder, the stack that the layers belong to.
 
     Returns:
         What was repaired, and the losses.
@@ -97,7 +97,7 @@ def repair_layers(
         ValueError: If the layers cannot be dropped, there are too few tokens, nothing can be repaired in this architecture,
             or the model has adapters. Nothing has changed.
     """
-    plan_drop(model, layers, unit, part=part)  # raises on layers that cannot go
+    plan_drop(model, layers, unit, part=part)  # raises if the layers cannot be dropped
     repair, report = fit_and_evaluate(model, layers, batches, held_out, unit, penalty=penalty, part=part)
     if report.applied:
         add_whole(repair.changes(model))
@@ -115,10 +115,10 @@ def fit_and_evaluate(
     part: str | None = None,
     process_group: ProcessGroup | None = None,
 ) -> tuple[Repair, RepairReport]:
-    """A repair, and whether a model is the better for it; nothing is changed. See `repair_layers`.
+    """Fit a repair and evaluate whether it lowers the loss; nothing is changed. See `repair_layers`.
 
     Raises:
-        ValueError: If there is nothing to fit or to judge by, no place for a repair, or the model has adapters.
+        ValueError: If there are no batches to fit or evaluate on, there is no place for a repair, or the model has adapters.
     """
     process_group = process_group or SingleProcess()
     with all_or_none(process_group):
@@ -150,10 +150,10 @@ def refuse_without_refits(repair: Repair) -> None:
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Refuse a model with adapters: a repair changes its base, which an adapter's checkpoint does not hold.
+    """Refuse a model with adapters: a repair changes its base, which is not part of an adapter's checkpoint.
 
     Raises:
-        ValueError: Saying what to do instead.
+        ValueError: With what to do instead.
     """
     if adapters_of(base_of(model)):
         raise ValueError(
@@ -174,16 +174,16 @@ def fit(
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,
 ) -> list[Repair]:
-    """Fit the repairs for one or another set of layers, in one pass over calibration batches; see `fit_repairs`."""
+    """Fit the repairs for candidate sets of layers, in one pass over calibration batches; see `fit_repairs`."""
     process_group, batches = process_group or SingleProcess(), list(batches)
     everyones = on_every_process(model, batches, "repair", process_group, filler_batch)
     with isolated_rng(0), to_be_scored(model), process_group.heard(model):
         inputs = []
         for number, batch in enumerate(everyones):
             tokens, mask = real_tokens(model, batch, part)
-            if mask is None and not {"input_ids", "inputs_embeds"} & set(batch):  # images, audio: all are real
+            if mask is None and not {"input_ids", "inputs_embeds"} & set(batch):  # images, audio: all tokens are real
                 mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-            if number >= len(batches):  # a pass for the others' sake
+            if number >= len(batches):  # a pass only to stay in step with the other processes
                 mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
             inputs.append((headless(model, model_inputs(batch)), mask))
         memory = min(process_group.gather(free_bytes(next(model.parameters()).device) / 2))
@@ -200,16 +200,16 @@ def evaluate_repair(
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,
 ) -> RepairReport:
-    """Whether a model without the layers has a lower loss on held-out batches with a repair than without. No weight changes.
+    """Evaluate whether a repair lowers the held-out loss of a model without the layers. No weights are changed.
 
     Raises:
-        ValueError: If there is nothing to judge by.
+        ValueError: If there are no batches to evaluate on.
     """
     how: dict[str, Any] = {"process_group": process_group, "filler_batch": filler_batch}
     plain, repaired = (loss_without(model, repair, held_out, refitted=refitted, **how) for refitted in (False, True))
     names = tuple(str(refit.gap) for refit in repair.refits)
     unrepaired = {str(gap): why for gap, why in repair.unrepaired.items()}
-    # a loss that is not a number is not lower
+    # NaN is not lower
     return RepairReport(bool(names) and repaired < plain, plain, repaired, names, unrepaired)
 
 
@@ -222,10 +222,10 @@ def loss_without(
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,
 ) -> float:
-    """The loss of a model without the layers that a repair is for, with the repair or without.
+    """The loss of a model without the layers of a repair, with or without the repair.
 
-    Of a model that predicts its own input and gets no labels, the input is the label. Of any other without labels it is how
-    far the last hidden states are from those of the whole model, 1 - cos, mean over tokens.
+    For a model that predicts its own input and gets no labels, the input is the label. For any other model without labels it
+    is the distance of the last hidden states from those of the full model, 1 - cos, mean over tokens.
     """
     batches, spare = [_labelled(model, batch) for batch in held_out], filler_batch and _labelled(model, filler_batch)
     process_group = process_group or SingleProcess()

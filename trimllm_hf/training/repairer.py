@@ -1,4 +1,4 @@
-"""The repairs of a run: chooses the examples to fit them on, and checks that each lowers the held-out loss."""
+"""The repairs in a run: chooses the examples to fit them on, and checks that each lowers the held-out loss."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from .trainer_hooks import train_batch_size, unwrapped
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
-TOKENS = 8  # for each unit of the MLP's width: 1,536 take 12,288 tokens, 128 examples of 96
+TOKENS = 8  # per unit of the MLP's width: a width of 1,536 needs 12,288 tokens, 128 examples of 96
 
 
 class Repairer:
-    """Fits a repair for each drop of a run, on training examples, and judges it on the calibration set.
+    """Fits a repair for each drop of a run on training examples, and evaluates it on the calibration set.
 
     Args:
         config: The settings.
         trainer: The Trainer.
         process_group: The processes of the run.
-        dataloader: The training run's, which shows how examples become batches.
-        dataset: The calibration examples; None: drawn from the training set, as they are to score layers by.
+        dataloader: The training data loader, which defines how examples become batches.
+        dataset: The calibration examples; None: drawn from the training set, as for scoring layers.
     """
 
     def __init__(
@@ -50,28 +50,28 @@ class Repairer:
         self._trainer, self._dataloader = trainer, dataloader
         self._batch_size = train_batch_size(trainer)
         calibration, self._rest = _examples(config, trainer.train_dataset, dataset)
-        with isolated_rng(config.calibration_seed):  # a collator may draw
+        with isolated_rng(config.calibration_seed):  # a collator may use random numbers
             held_out = self._batches(calibration)
             self._filler_batch, self._held_out = held_out.filler_inputs, held_out.inputs
         self._to_fit: list[Batch] = []
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuse what cannot be repaired, where a repair is required, before the first step.
+        """If a repair is required, refuse a model that cannot be repaired, before the first step.
 
         Raises:
-            ValueError: If the model has adapters, or no block a place for a repair.
+            ValueError: If the model has adapters, or no block has a place for a repair.
         """
         if self.config.repair != "required":
             return
         with all_or_none(self.process_group):
             refuse_adapters(model)
             every_other = range(1, len(places(model, self.config.unit, self.config.part)), 2)
-            (repair,) = self.fit(model, [every_other], penalty=math.inf)  # no more than a first look
+            (repair,) = self.fit(model, [every_other], penalty=math.inf)  # only the probe
             if INFINITE not in repair.unrepaired.values():
                 refuse_without_refits(repair)
 
     def fit(self, model: PreTrainedModel, candidates: Sequence[Sequence[int]], penalty: float | None = None) -> list[Repair]:
-        """The repairs for one or another set of layers, by their positions in the unit, in one pass."""
+        """Fit the repairs for candidate sets of layers, by their positions in the unit, in one pass."""
         config = self.config
         self._to_fit = self._to_fit or self._enough(model)
         how: dict[str, Any] = {"process_group": self.process_group, "filler_batch": self._filler_batch}
@@ -87,8 +87,8 @@ class Repairer:
         """The repair for a planned drop, if it lowers the held-out loss; the same on every process, or an error on all.
 
         Returns:
-            It, and what came of it in plain values: a `RepairReport` and `weights`, of which layers of the base which
-            weight is fitted anew, by the weight's name in the block; or `why` there is none.
+            The repair, and its result in plain values: a `RepairReport` and `weights` (for each refitted weight, by its name in
+            the block, the layers of the base in which it was refitted); or `why` there is none.
 
         Raises:
             ValueError: If a repair is required and there is none. Nothing has changed.
@@ -120,7 +120,7 @@ class Repairer:
         return None, {"applied": False, "why": why}
 
     def _enough(self, model: nn.Module) -> list[Batch]:
-        """This process's share of so many training examples that they have enough tokens together."""
+        """This process's share of as many training examples as are needed for enough tokens."""
         part = self.config.part
         wanted = self.config.repair_tokens or TOKENS * _width(model, part)
         found: list[Batch] = []
@@ -133,7 +133,7 @@ class Repairer:
         return found
 
     def _batches(self, examples: Sequence[Any]) -> TrainerBatches:
-        """This process's share, as the Trainer calls its model with it."""
+        """This process's share, as the Trainer passes it to its model."""
         group, model = self.process_group, unwrapped(self._trainer)
         return TrainerBatches(self._trainer, model, examples, self._dataloader, group.rank, group.world_size)
 
@@ -142,7 +142,7 @@ def _examples(config: TrimConfig, training: Any, calibration: Any) -> tuple[list
     """The calibration examples, and an iterator over the other training examples."""
     size, seed = config.calibration_size, config.calibration_seed
     if hasattr(training, "__len__"):
-        size = min(size, max(1, len(training) // 2))  # some have to be left to fit on
+        size = min(size, max(1, len(training) // 2))  # some must be left to fit on
         order = iter(draw(len(training), len(training), seed))
         drawn = [] if calibration is not None else [training[i] for i in islice(order, size)]
         rest: Iterable[Any] = (training[i] for i in order)

@@ -1,4 +1,4 @@
-"""One call of `Trainer.train` that trims: what it holds while it runs, and what stays known of it."""
+"""One call of `Trainer.train` that trims: its state while it runs, and the record that remains."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ from .start_checks import refuse_emptied_groups, refuse_lost_calibration_set, re
 from .stop_rules import MetricRule, StopState
 from .trainer_hooks import unwrapped
 
-logger = logging.get_logger("transformers.trimllm_hf")  # below transformers' logger: its verbosity and handlers
+logger = logging.get_logger("transformers.trimllm_hf")  # a child of transformers' logger, with its verbosity and handlers
 
 
 @dataclass
 class RunRecord:
-    """What is known of a run, in plain values: a checkpoint holds it, and a card tells it.
+    """The record of a run in plain values, stored in checkpoints and used for the card.
 
     Attributes:
-        layer_map: Which layers the model keeps.
-        start_num_layers: Depth when the run began, in the unit: the plan counts from it.
-        calibration_given: Whether the calibration examples are others than the training set's.
-        num_processes: Of the run.
-        trained_layers: Of the sparse update, in the base's numbering; None: all layers train.
-        teacher: The fingerprint of the model that teaches, if one does.
-        unit_ms: What each layer takes, where scores are per ms.
-        target_num_layers: The depth that its plan aims at.
-        stop: Where the run stands with its stop rule.
-        budget: What was measured for its budget.
-        model_step: The step that the model is of, if the run ended with an earlier one.
-        repairs: Of each drop that was to be repaired, what came of it.
-        scans: Of each drop its step, the seconds that the run had taken by then, the depth after it, what went, and what was
-            scored: the importance, each layer's score by its name, and its standard error over the calibration batches.
+        layer_map: The layers that the model keeps.
+        start_num_layers: Depth when the run began, in the unit; the plan counts from it.
+        calibration_given: Whether the calibration examples were passed instead of drawn from the training set.
+        num_processes: Number of processes of the run.
+        trained_layers: The layers trained by the sparse update, in the base's numbering; None: all layers train.
+        teacher: The fingerprint of the teacher, if there is one.
+        unit_ms: The time that each layer takes, if scores are per ms.
+        target_num_layers: The target depth of the plan.
+        stop: The state of the stop rule.
+        budget: The measurements for the budget.
+        model_step: The step of the final model, if the run ended with an earlier one.
+        repairs: The result of the repair for each drop that was to be repaired.
+        scans: For each drop: its step, the seconds since the run began, the depth after it, the dropped layers, and the
+            scoring: the importance, each layer's score by name, and its standard error over the calibration batches.
     """
 
     layer_map: LayerMap
@@ -79,13 +79,13 @@ class RunRecord:
         return {**asdict(self), "layer_map": self.layer_map.to_dict()}
 
     def asked_num_layers(self, unit: str) -> int | None:
-        """The depth that was aimed at, if the model has more layers than that."""
+        """The target depth, if the model has more layers than that."""
         target = self.target_num_layers
         return target if target is not None and self.layer_map.num_units(unit) > target else None
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> RunRecord:
-        """Of a checkpoint; values that it lacks, being older, are the defaults."""
+        """Read the record of a checkpoint; values missing in older checkpoints get their defaults."""
         values = {each.name: plain[each.name] for each in fields(cls) if each.name in plain}
         values["layer_map"] = LayerMap.from_dict(plain["layer_map"])
         values["stop"] = StopState(**plain.get("stop", {}))
@@ -95,17 +95,17 @@ class RunRecord:
 
 @dataclass
 class Run:
-    """A run while it runs: from `on_train_begin` to `on_train_end`.
+    """A run in progress, from `on_train_begin` to `on_train_end`.
 
     Attributes:
         config: The settings.
         trainer: The Trainer.
-        engine: What is mended around its model.
-        record: What is known of the run.
-        schedule: When how many layers go.
-        selector: Which ones go; None where nothing is to be dropped.
-        records: What adds drops to the Trainer's log.
-        repairer: What repairs the model for each drop; None: nothing does.
+        engine: Updates everything around the model after a drop.
+        record: The record of the run.
+        schedule: Determines when layers are dropped, and how many.
+        selector: Determines which layers are dropped; None if nothing is to be dropped.
+        records: Adds drops to the Trainer's log.
+        repairer: Repairs the model for each drop; None: no repair.
     """
 
     config: TrimConfig
@@ -124,41 +124,41 @@ class Run:
 
     @property
     def depth(self) -> int:
-        """Depth now, in the unit."""
+        """Current depth, in the unit."""
         return self.record.layer_map.num_units(self.config.unit)
 
     def drop_what_is_due(self, step: int) -> None:
-        """Drop what is due after this optimizer step, unless an evaluation has to come before."""
+        """Drop what is due after this optimizer step, unless an evaluation must come first."""
         due = self.schedule.due_now(step, self.depth, self.model)
         while due > 0 and self.selector is not None:
-            at_once = self.schedule.at_once(due)  # and a whole pattern goes with its first layer
+            at_once = self.schedule.at_once(due)  # a whole pattern may be dropped with its first layer
             count = self.selector.at_once(at_once, self.record.layer_map.num_layers)
             self._drop(self.selector, step, count)
             due = self.schedule.still_due(due - count, step, self.depth, self.model)
 
     def refuse_followers(self) -> None:
-        """Refuse what holds the model's layers beside the Trainer, where layers are still to go."""
+        """Refuse other objects that hold the model's layers, if layers are still to be dropped."""
         if self.record.asked_num_layers(self.config.unit) is not None:
             refuse_followers(self.trainer, self.model, self.config.part)
 
     def take_gradients(self, step: int) -> None:
-        """Score by the gradients of this step, where that is the importance and a drop may follow."""
+        """Score by the gradients of this step, if the importance uses them and a drop may follow."""
         if self.config.importance == "taylor" and self.selector is not None:
             if self.schedule.may_drop_after(step, self.depth):
                 self.selector.take_gradients(self.model, step)
 
     def must_evaluate(self, step: int) -> bool:
-        """Whether the model has to be evaluated after this step."""
+        """Whether the model must be evaluated after this step."""
         return self.schedule.must_evaluate(step, self.depth, self.model)
 
     def evaluated(self, metrics: dict[str, float], step: int) -> None:
-        """Judge the model by an evaluation, where there is a stop rule on a metric."""
+        """Apply the stop rule on a metric, if there is one, to an evaluation."""
         if self.schedule.rule is not None:
             due = self.schedule.due(step, self.depth, self.model) > 0
             self.schedule.rule.evaluated(metrics, step, self.record.layer_map, due)
 
     def end(self) -> None:
-        """Give the model what it last passed with, if it does not pass now; what is saved from here is a whole model."""
+        """Restore the model that last passed, if the current one does not pass; from here on, full models are saved."""
         if self.schedule.rule is not None:
             passed = self.schedule.rule.passed_instead(self.trainer.state.global_step)
             if passed is not None:
@@ -172,14 +172,14 @@ class Run:
         self.engine.save_whole()
 
     def restore_layers(self, edit: Callable[[], LayerMap]) -> None:
-        """Run an edit that gives the model other layers when training is over, and take up the map that it returns."""
+        """Run an edit that changes the model's layers after training, and adopt the map that it returns."""
         blocks = find_blocks(self.model, self.config.part).blocks
         self.record.layer_map = self.engine.edit(edit, lambda: list(blocks.parameters()))
-        self.trainer.optimizer = self.trainer.lr_scheduler = None  # made for other layers; a later train() makes them anew
+        self.trainer.optimizer = self.trainer.lr_scheduler = None  # made for other layers; a later train() creates new ones
 
     def _warn_of_what_is_left(self) -> None:
         state, target = self.trainer.state, self.record.asked_num_layers(self.config.unit)
-        by_rule = self.schedule.rule is not None or self.schedule.budget is not None  # they have said why
+        by_rule = self.schedule.rule is not None or self.schedule.budget is not None  # these have logged the reason
         if target is not None and not by_rule:
             logger.warning(
                 f"The run ended at step {state.global_step} of {state.max_steps}, before its plan was done: the model has "
@@ -193,7 +193,7 @@ class Run:
             )
 
     def _drop(self, selector: LayerSelector, step: int, count: int) -> None:
-        """Choose by scores of the model as it is now, and drop."""
+        """Choose layers by the scores of the current model, and drop them."""
         trainer, model = self.trainer, self.model
         progress = trainer.is_local_process_zero() and not trainer.args.disable_tqdm
         drop = selector.next_drop(model, step, progress, count)
@@ -223,20 +223,20 @@ def begin_run(
     calibration_dataset: Any = None,
     goes_on: bool = False,
 ) -> Run:
-    """Check everything that can be checked, and make the plan. The model is not changed.
+    """Check everything that can be checked in advance, and make the plan. The model is not changed.
 
     Args:
         config: The settings.
         trainer: The Trainer, prepared.
-        record: What is known of the run: as it begins now, or as a checkpoint says.
-        state: The Trainer's.
-        dataloader: The training run's.
-        calibration_dataset: Examples to score layers by; None: drawn from the training set.
-        goes_on: Whether the model is as a run before, or a checkpoint, left it: it may be at the target already.
+        record: The record of the run: new, or from a checkpoint.
+        state: The Trainer's state.
+        dataloader: The training data loader.
+        calibration_dataset: Examples used to score layers; None: drawn from the training set.
+        goes_on: Whether the run continues an earlier run or a checkpoint, whose model may be at the target already.
 
     Raises:
-        ValueError: On a target that the model or the plan cannot reach, a model or engine that cannot be trimmed, or
-            layers that cannot be scored.
+        ValueError: If the model or the plan cannot reach the target, the model or engine cannot be trimmed, or the layers
+            cannot be scored.
     """
     started, args, model = time.perf_counter(), trainer.args, unwrapped(trainer)
     engine = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer, trainer.lr_scheduler)
@@ -259,7 +259,7 @@ def begin_run(
     if config.max_metric_drop is not None:
         rule = MetricRule(config, trainer, engine, plan, record.stop)
     if plan:
-        sizes = dry_run(model, config, depth - target)  # raises where there is no way
+        sizes = dry_run(model, config, depth - target)  # raises if it is impossible
         refuse_emptied_groups(engine, model, config, depth - target)
         refuse_followers(trainer, model, config.part)
         refuse_lost_calibration_set(config, record.calibration_given, calibration_dataset)
@@ -269,7 +269,7 @@ def begin_run(
             repairer = Repairer(config, trainer, engine, dataloader, calibration_dataset)
             repairer.check(model)
         of_step = args.train_batch_size * args.gradient_accumulation_steps * engine.world_size
-        examples = state.max_steps * of_step / len(plan)  # for each time that layers are chosen
+        examples = state.max_steps * of_step / len(plan)  # per selection of layers
         selector = LayerSelector(
             config, trainer, engine, dataloader, calibration_dataset, spared, sizes, record.unit_ms, examples, repairer
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a Trainer knows of the run that made a model: steps, settings, data, log, command, versions."""
+"""What a Trainer knows about the run that produced a model: steps, settings, data, log, command, versions."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ..publish.card_data import Quality, Score
 from .selection import takes_calibration_examples
 
 PACKAGES = ("trimllm_hf", "torch", "transformers", "accelerate", "datasets", "huggingface_hub", "peft", "trl")
-MOST_COMPARED = 20_000  # examples that are compared token by token, to see that two sets share none
+MOST_COMPARED = 20_000  # examples that are compared token by token to detect overlap between two sets
 _NONE: tuple[Any, ...] = (None, "", "none", "no", [], {}, False)
 SECRET = re.compile(r"(^|[-_])(token|secret|password|api[-_]?key)$", re.IGNORECASE)
 
 
 def describe_run(trainer: Trainer, callback: Any, calibration: Any) -> dict[str, Any]:
-    """The card's `training`, as plain values, with no path of this machine and no secret in it.
+    """The card's `training` as plain values, without local paths and secrets.
 
     Args:
         trainer: The Trainer, during or after training.
         callback: Its TrimCallback.
-        calibration: The examples that layers were scored by, if the Trainer holds them.
+        calibration: The examples used to score layers, if the Trainer holds them.
     """
     args, state = trainer.args, trainer.state
     layer_map = callback.layer_map
@@ -66,7 +66,7 @@ def describe_run(trainer: Trainer, callback: Any, calibration: Any) -> dict[str,
 
 
 def evaluated(trainer: Trainer) -> list[Quality]:
-    """What the Trainer itself measured of the model as it is now: its evaluation after the step that the model is of."""
+    """The Trainer's own measurements of the current model: its evaluation after the step of the model."""
     args, log = trainer.args, trainer.state.log_history
     record = trainer.trim_callback().record  # type: ignore[attr-defined]  # a CardMixin
     gone_back: int | None = record and record.model_step
@@ -96,7 +96,7 @@ def evaluated(trainer: Trainer) -> list[Quality]:
 
 
 def _length(dataset: Any) -> int | None:
-    """Number of examples, if that is known; of several evaluation sets (a dict) there is no one number."""
+    """Number of examples, if known; None for several evaluation sets (a dict)."""
     return len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, dict) else None
 
 
@@ -106,7 +106,7 @@ def _metric(args: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that a run may depend on, where they are installed."""
+    """The versions of Python and the packages that a run may depend on, if they are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -118,7 +118,7 @@ def versions() -> dict[str, str]:
 
 
 def command(argv: Sequence[str]) -> str | None:
-    """The command line, its paths relative and its secrets left out; None where the run was no script."""
+    """The command line with relative paths and without secrets; None if the run was not a script."""
     if not argv or not argv[0] or not Path(argv[0]).is_file():
         return None
     words, hide = ["python", _relative(argv[0])], False
@@ -136,7 +136,7 @@ def command(argv: Sequence[str]) -> str | None:
 
 
 def shared_examples(sets: dict[str, Any]) -> dict[str, int] | None:
-    """How many examples each two of the sets have in common, by their token ids; None where that cannot be seen."""
+    """How many examples each pair of sets has in common, by token ids; None if that cannot be determined."""
     held = {name: examples for name, examples in sets.items() if _length(examples)}
     if len(held) < 2 or sum(map(len, held.values())) > MOST_COMPARED:
         return None
@@ -150,7 +150,7 @@ def shared_examples(sets: dict[str, Any]) -> dict[str, int] | None:
 
 
 def source_of(dataset: Any) -> dict[str, str] | None:
-    """Where a `datasets.Dataset` came from: its id on the Hub, revision and split; None where it does not say."""
+    """The source of a `datasets.Dataset`: its id on the Hub, revision and split; None if unknown."""
     for url in getattr(getattr(dataset, "info", None), "download_checksums", None) or ():
         if match := re.match(r"hf://datasets/([^@]+)@([0-9a-f]{40})/", url):
             return {"dataset_id": match[1], "revision": match[2], "split": str(dataset.split or "")}
@@ -166,7 +166,7 @@ def _how_calibrated(callback: Any) -> str:
 
 
 def _arguments(args: Any) -> dict[str, Any]:
-    """The training arguments that are not the defaults, and those that a reader looks for first."""
+    """The training arguments that differ from the defaults, and the most important ones."""
     always = {"learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "optim"}
     always |= {"num_train_epochs", "max_steps", "seed", "weight_decay", "warmup_steps"}
     defaults = {
@@ -184,7 +184,7 @@ def _arguments(args: Any) -> dict[str, Any]:
 
 
 def _relative(text: str) -> str:
-    """A path as seen from the working directory, or its name alone where it lies outside; other text as it is."""
+    """A path relative to the working directory, or only its name if it is outside; other text is returned unchanged."""
     if not os.path.isabs(text):
         return text
     relative = os.path.relpath(text)
@@ -196,7 +196,7 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no such numbers
+        return None  # JSON cannot represent these numbers
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

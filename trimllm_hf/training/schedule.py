@@ -1,4 +1,4 @@
-"""When to drop how many layers: a plan made once, from the settings and the length of the run."""
+"""The plan of when to drop how many layers, made once from the settings and the length of the run."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from collections import Counter
 
 from .config import TrimConfig
 
-WARM_UP = 0.05  # share of the steps before the first drop of "spread": a scan while the loss is at chance ranks noise
-HEALING = 0.75  # share of the steps after the last drop of "spread": late drops lose to early ones
+WARM_UP = 0.05  # share of the steps before the first drop of "spread": a scan while the loss is at chance level ranks noise
+HEALING = 0.75  # share of the steps after the last drop of "spread": late drops do worse than early ones
 
-Plan = dict[int, int]  # optimizer step (0: before the first) -> layers to drop when it is done
+Plan = dict[int, int]  # optimizer step (0: before the first) -> layers to drop after it
 
 
 def plan_drops(config: TrimConfig, num_layers: int, target: int, max_steps: int, steps_per_epoch: int | None = None) -> Plan:
-    """After which optimizer steps to drop how many layers.
+    """Plan after which optimizer steps to drop how many layers.
 
     Args:
-        config: The settings; `drop_every`, `layers_per_drop` and `healing_ratio` count here.
+        config: The settings; `drop_every`, `layers_per_drop` and `healing_ratio` are used.
         num_layers: Depth at the start of the run.
         target: Depth to reach.
         max_steps: Optimizer steps of the run.
-        steps_per_epoch: Optimizer steps of an epoch; None where the length of the data is not known.
+        steps_per_epoch: Optimizer steps per epoch; None if the length of the data is unknown.
 
     Returns:
         For each step with a drop, the number of layers; they add up to `num_layers - target`.
 
     Raises:
-        ValueError: If the target cannot be reached with `healing_ratio` of the steps left to heal, one at least; with the
-            arithmetic.
+        ValueError: If the target cannot be reached with `healing_ratio` of the steps (at least one) left for healing; the message
+            has the arithmetic.
     """
     to_drop = num_layers - target
     if to_drop <= 0:
@@ -68,7 +68,7 @@ def plan_drops(config: TrimConfig, num_layers: int, target: int, max_steps: int,
 
 
 def last_step(config: TrimConfig, max_steps: int) -> int:
-    """The last optimizer step after which a layer may be dropped: what follows heals, one step at least."""
+    """The last optimizer step after which a layer may be dropped: the rest, at least one step, is for healing."""
     healing = config.healing_ratio
     if healing is None:
         healing = HEALING if config.schedule == "spread" else 0.0
@@ -76,12 +76,12 @@ def last_step(config: TrimConfig, max_steps: int) -> int:
 
 
 def layers_due(plan: Plan, step: int, dropped: int) -> int:
-    """How many layers have to go now: those planned up to `step`, less those that this run has dropped already."""
+    """How many layers are due now: those planned up to `step`, minus those that this run has already dropped."""
     return max(0, sum(count for planned, count in plan.items() if planned <= step) - dropped)
 
 
 def _spread(drops: int, max_steps: int, last: int) -> list[int]:
-    """Steps of `drops` drops at even distances in the window of "spread"."""
+    """The steps of `drops` evenly spaced drops in the window of "spread"."""
     first = min(max(1, round(WARM_UP * max_steps)), max(1, last))
     if drops == 1:
         return [first]

@@ -1,4 +1,4 @@
-"""Which layer goes next: a run's calibration examples, and the scores by which it chooses."""
+"""Selects the next layer to drop: a run's calibration examples, and the scores it uses."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ logger = logging.get_logger("transformers.trimllm_hf")
 
 
 class LayerSelector:
-    """Chooses the least important layers of the model as it is at that time.
+    """Chooses the least important layers of the model in its current state.
 
     Args:
         config: The settings.
         trainer: The Trainer.
-        engine: How the processes agree.
-        dataloader: The training run's: it tells how examples become batches.
+        engine: For agreement between the processes.
+        dataloader: The training data loader, which defines how examples become batches.
         dataset: The calibration examples; None: drawn from the training set.
-        spared: Layers that go last, in the base's numbering.
-        sizes: For each depth, how many layers have to go at once: what `dry_run` found.
-        unit_ms: What `ms_of_layers` found: scores are then per ms.
-        run_examples: Examples that the run trains on for each time that layers are chosen: a selection budget is a share.
-        repairer: What repairs the model, where sets of layers are compared.
+        spared: Layers that are dropped last, in the base's numbering.
+        sizes: For each depth, how many layers must be dropped at once, from `dry_run`.
+        unit_ms: The times from `ms_of_layers`; scores are then per ms.
+        run_examples: Number of training examples per selection of layers; a selection budget is a share of it.
+        repairer: Repairs the model when sets of layers are compared.
 
     Raises:
-        ValueError: If there are no examples, no metric of that name, or layers are frozen and the score is of gradients,
-            or the selection budget affords nothing.
+        ValueError: If there are no examples or no metric of that name, if layers are frozen and the score uses gradients, or
+            if the selection budget is too small.
     """
 
     def __init__(
@@ -75,24 +75,24 @@ class LayerSelector:
         self.config, self.engine, self.spared, self.sizes, self.unit_ms = config, engine, spared, sizes, unit_ms
         self.run_examples, self.repairer = run_examples, repairer
         if config.by_budget:
-            plan_selection(config.selection_budget, run_examples, 1, 1, 1)  # raises where nothing is affordable
+            plan_selection(config.selection_budget, run_examples, 1, 1, 1)  # raises if nothing is affordable
         if config.importance == "taylor":
             refuse_no_gradient(engine)
             refuse_frozen(unwrapped(trainer), config.unit, config.part)
         self.scorer = LayerScorer(config, trainer, engine, dataloader, dataset)
         self.scoring: dict[str, Any] = {}  # the last one, in plain values
-        self.margin: float | None = None  # of the last drop: how much higher the score of the next candidate was
-        self._gradients: tuple[int, dict[Any, float]] | None = None  # step, and each layer's score by its gradients
+        self.margin: float | None = None  # for the last drop, how much higher the score of the next candidate was
+        self._gradients: tuple[int, dict[Any, float]] | None = None  # step, and each layer's score from its gradients
 
     def try_score(self, model: PreTrainedModel, importance: str) -> None:
-        """Score the layers by one batch of each process."""
+        """Score the layers with one batch per process."""
         with self._or_none(), self.scorer.first_batch():
             self.scorer.score(model, importance, progress=False)
 
     def most_important(self, model: PreTrainedModel, count: int, progress: bool = False) -> list[int]:
-        """Positions of the `count` layers of the highest scores, ascending; the same on every process, or an error on all.
+        """Positions of the `count` layers with the highest scores, ascending; the same on every process, or an error on all.
 
-        Of equal ones, the shallower: the deeper is dropped first.
+        On ties the shallower layer is preferred: the deeper one is dropped first.
         """
         with self._or_none():
             scores = self.scorer.score(model, self.config.score, progress)
@@ -102,22 +102,22 @@ class LayerSelector:
     def next_drop(self, model: PreTrainedModel, step: int, progress: bool = False, count: int = 1) -> PlannedDrop:
         """Score the layers, and plan to drop the least important; the same on every process, or an error on all.
 
-        Where the guard refuses that, the least important of those that it lets go.
+        If verification refuses that drop, the least important layers that it allows are chosen.
 
         Args:
             model: The unwrapped model.
             step: Optimizer step, for the map's history.
             progress: Whether to show a bar.
-            count: How many layers go by these scores; `at_once` says it.
+            count: How many layers to drop by these scores, from `at_once`.
 
         Raises:
-            ValueError: If the layers cannot be scored, or the guard refuses. Nothing has changed.
+            ValueError: If the layers cannot be scored, or verification refuses. Nothing has changed.
         """
         config = self.config
         with self._or_none():
             importance = self._importance(model, step)
             chosen, scores, spread = self._choose(model, step, progress, count, importance)
-            self.scorer.of_batches = []  # nothing of it stays while the model trains
+            self.scorer.of_batches = []  # do not keep them while the model trains
             margin = chosen.margin
             target = resolve_model(model, config.part)
             self.scoring = scoring(importance, layer_names(model, config), scores, spread)
@@ -139,7 +139,7 @@ class LayerSelector:
 
     @contextmanager
     def _or_none(self) -> Iterator[None]:
-        """All processes go on, or none: one must not drop, or wait, alone."""
+        """Let either all processes continue or none: no process may drop, or wait, on its own."""
         try:
             yield
         except Exception as error:
@@ -148,12 +148,12 @@ class LayerSelector:
         self.engine.all_reduce(torch.zeros(1))
 
     def at_once(self, due: int, depth: int) -> int:
-        """How many layers to drop by one scoring: one, unless more are chosen together, or have to go together."""
+        """How many layers to drop per scoring: one, unless more are chosen together, or must be dropped together."""
         process_group = 1 if self.config.rescore and not (self.config.by_budget or is_joint(self.config.score)) else due
         return max(process_group, self.sizes.get(depth, 1))
 
     def _allowed(self, model: PreTrainedModel, plan: Planner, scores: Mapping[int, float], count: int) -> PlannedDrop:
-        """The least important layers that the guard lets go one by one; if there are too few, those of a run."""
+        """The least important layers that verification allows individually; if there are too few, a run of adjacent ones."""
         positions: list[int] = []
         spared = set(self._spared(model))
         refusal: ValueError | None = None
@@ -171,12 +171,12 @@ class LayerSelector:
         return least_important(plan, scores, count, count)
 
     def take_gradients(self, model: PreTrainedModel, step: int) -> None:
-        """Score by the gradients that the parameters hold now, for a drop after the optimizer step `step`."""
+        """Score by the parameters' current gradients, for a drop after the optimizer step `step`."""
         shares = weights_times_gradients(model, self.config.unit, self.engine.world_size, self.config.part)
         self._gradients = step, dict(zip(names_of(model, self.config), shares.tolist(), strict=True))
 
     def _importance(self, model: PreTrainedModel, step: int) -> str:
-        """The score to choose by now: not one that goes by the loss while the loss is at chance."""
+        """The score to use now: not one based on the loss while the loss is at chance level."""
         config, instead = self.config, self.config.warm_up_importance
         if instead == "none" or not goes_by_loss(config.score):
             return config.score
@@ -192,7 +192,7 @@ class LayerSelector:
     def _choose(
         self, model: PreTrainedModel, step: int, progress: bool, count: int, importance: str
     ) -> tuple[Chosen, torch.Tensor, torch.Tensor | None]:
-        """The layers that go, all scores, and their standard errors where there are some."""
+        """The layers to drop, all scores, and their standard errors if available."""
         config, self.scorer.of_batches = self.config, []
         if config.by_budget:
             of_run = step, self._spared(model), self.run_examples, self.repairer
@@ -220,16 +220,16 @@ class LayerSelector:
         return [position for position, layer in enumerate(kept) if layer in self.spared]
 
     def _scores_by_training(self, model: PreTrainedModel, step: int) -> torch.Tensor | None:
-        """The scores by the gradients of the step that was just made, if there are any that are numbers."""
+        """The scores from the gradients of the last step, if they are available and finite."""
         if self._gradients is None or self._gradients[0] != step:
             return None
         shares = self._gradients[1]
         names = names_of(model, self.config)
         scores = self.engine.all_reduce(torch.tensor([shares[name] for name in names], dtype=torch.float64))
-        # in half precision a step may overflow, and is skipped
+        # in half precision a step may overflow and be skipped
         return scores if torch.isfinite(scores).all() and scores.any() else None
 
 
 def takes_calibration_examples(config: TrimConfig) -> bool:
-    """Whether a run looks at calibration examples at all: to score layers, or to judge repairs."""
+    """Whether a run uses calibration examples: to score layers, or to evaluate repairs."""
     return needs_data(config.score) or config.repair != "none"

@@ -1,14 +1,14 @@
-"""The share of a run that may be spent on choosing layers, and what that affords."""
+"""The share of a run that may be spent on choosing layers, and what it allows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-SHARE = 0.05  # of a run that may be spent, by default
-STEP = 3  # cost of a training step in forward passes: one forward, and two for backward
-LOOKS = 3  # models that a lazy scan evaluates per layer after the first, roughly (benchmarks/README.md, scan)
-LEAST = 8  # calibration examples that a scan needs to be worth its passes
-# what a budget can buy, the best first: candidates of a lazy scan (None: all), and the share of the examples
+SHARE = 0.05  # default share of a run that may be spent
+STEP = 3  # cost of a training step in forward passes: one for forward, two for backward
+LOOKS = 3  # approximate number of models a lazy scan evaluates per layer after the first (benchmarks/README.md, scan)
+LEAST = 8  # calibration examples below which a scan is not worth its passes
+# what a budget can allow, the best first: candidates of a lazy scan (None: all), and the share of the examples
 SCANS = ((None, 1.0), (8, 1.0), (4, 1.0), (4, 0.5), (2, 0.5), (2, 0.25))
 
 
@@ -43,10 +43,10 @@ def plan_selection(share: float | None, run_examples: float, examples: int, dept
 
     Args:
         share: Share of the run that may be spent; None: `SHARE`, and a pass over all calibration examples in any case.
-        run_examples: Examples that the run trains on, divided by the number of times that layers are chosen.
+        run_examples: Number of training examples of the run, divided by the number of selections.
         examples: Calibration examples available.
-        depth: Layers that may go.
-        drops: How many of them go at that time.
+        depth: Number of layers that may be dropped.
+        drops: How many of them are dropped at that time.
 
     Raises:
         ValueError: If not even a pass over one example is affordable; with the arithmetic.
@@ -61,7 +61,7 @@ def plan_selection(share: float | None, run_examples: float, examples: int, dept
             "that takes no passes ('last')."
         )
     ranked = min(examples, int(affordable))
-    left = 1 - (drops - 1) / (2 * depth)  # share of the layers that are left, on average over the drops
+    left = 1 - (drops - 1) / (2 * depth)  # share of the layers that remain, on average over the drops
     for width, part in SCANS:
         scanned = int(examples * part)
         first = 1 + depth / 2 if width is None else min(width, depth)

@@ -1,6 +1,6 @@
-"""The sparse update: only a share of the blocks trains, the most important ones (TrimLLM, arXiv 2412.11242).
+"""The sparse update: only a share of the blocks is trained, the most important ones (TrimLLM, arXiv 2412.11242).
 
-They are chosen once, before the optimizer is made, so the optimizer holds state for them alone.
+They are chosen once, before the optimizer is created, so the optimizer holds state only for them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from .trainer_hooks import TrainerSupport
 
 
 def train_only(model: nn.Module, positions: Collection[int], config: TrimConfig) -> list[nn.Parameter]:
-    """Freeze the blocks at other positions, and by the settings the embeddings and what else is outside of the blocks.
+    """Freeze the blocks at other positions and, depending on the settings, the embeddings and other modules outside them.
 
-    Nothing that was frozen before is set free: of a model with adapters, the adapters of the chosen blocks train.
+    Parameters that were frozen before stay frozen: in a model with adapters, only the adapters of the chosen blocks train.
 
     Returns:
-        The parameters that are frozen now and were not before.
+        The newly frozen parameters.
 
     Raises:
-        ValueError: If one of the blocks has nothing that trains. Nothing has changed then.
+        ValueError: If one of the blocks has no trainable parameters. Nothing has changed then.
     """
     base = base_of(model)
     blocks = find_blocks(base, config.part).blocks
@@ -34,7 +34,7 @@ def train_only(model: nn.Module, positions: Collection[int], config: TrimConfig)
     tables = [module for module in base.modules() if isinstance(module, nn.Embedding)]
     embeddings = {id(parameter) for table in tables for parameter in table.parameters()} - inside
     if not config.train_embeddings:
-        frozen |= embeddings  # a head that is tied to them goes with them
+        frozen |= embeddings  # includes a head that is tied to them
     if not config.train_head:
         frozen |= {id(parameter) for parameter in model.parameters()} - inside - embeddings
     idle = [position for position in positions if not any(p.requires_grad for p in blocks[position].parameters())]
@@ -50,15 +50,15 @@ def train_only(model: nn.Module, positions: Collection[int], config: TrimConfig)
 
 
 def set_free(support: TrainerSupport) -> None:
-    """Take back what `train_only` froze for a run before: a run that begins chooses anew."""
+    """Unfreeze what `train_only` froze for an earlier run, since a new run makes its own choice."""
     for parameter in (held() for held in support.frozen):
-        if parameter is not None:  # else it has been dropped
+        if parameter is not None:  # otherwise it has been dropped
             parameter.requires_grad_(True)
     support.frozen, support.trained_layers = [], None
 
 
 def check_room(trained: Sequence[int], num_layers: int, target: int, config: TrimConfig) -> None:
-    """Refuse a plan by which all blocks that train would have to go, once there is no other that may.
+    """Refuse a plan that would have to drop all trained blocks, once no other block may be dropped.
 
     Raises:
         ValueError: With the arithmetic.
@@ -75,10 +75,10 @@ def check_room(trained: Sequence[int], num_layers: int, target: int, config: Tri
 
 
 def refuse_bare_callback(config: TrimConfig, support: TrainerSupport) -> None:
-    """Refuse the setting where no TrimTrainer can freeze layers before the optimizer is made.
+    """Refuse the setting without a TrimTrainer, which freezes layers before the optimizer is created.
 
     Raises:
-        ValueError: Saying what to use instead.
+        ValueError: With what to use instead.
     """
     ratio = config.trainable_ratio
     if ratio is not None and not support.freezes_layers:
@@ -94,7 +94,7 @@ def refuse_bare_callback(config: TrimConfig, support: TrainerSupport) -> None:
 
 
 def refuse_other_share(of_checkpoint: Sequence[int] | None, trained: Sequence[int] | None) -> None:
-    """Refuse to resume a run with a sparse update as one without.
+    """Refuse to resume a run with a sparse update as one without it.
 
     Raises:
         ValueError: Naming the layers that train in the checkpoint.

@@ -17,7 +17,7 @@ from .selection import LayerSelector, takes_calibration_examples
 
 
 def check_scores(config: TrimConfig) -> None:
-    """Refuse unknown scores, and, if scores per ms are asked for, scores that have no meaning per ms.
+    """Refuse unknown scores and, if scores per ms are requested, scores that have no meaning per ms.
 
     Raises:
         ValueError: Listing those that exist.
@@ -43,7 +43,7 @@ def refuse_several(callbacks: Sequence[Any]) -> None:
 
 
 def refuse_reached_target(config: TrimConfig, base_num_layers: int, num_layers: int) -> None:
-    """Refuse a model that is at the target already. All counts are in the unit.
+    """Refuse a model that is already at the target. All counts are in the unit.
 
     Raises:
         ValueError: With the arithmetic.
@@ -65,7 +65,7 @@ def refuse_emptied_groups(engine: Engine, model: PreTrainedModel, config: TrimCo
     """Refuse an optimizer with a parameter group that a drop may empty, if the engine does not allow empty groups.
 
     Raises:
-        ValueError: Saying how many layers the group is made of.
+        ValueError: With the number of layers in the group.
     """
     blocks = find_blocks(base_of(model), config.part).blocks
     layer_of = {id(parameter): number for number, block in enumerate(blocks) for parameter in block.parameters()}
@@ -84,7 +84,7 @@ def refuse_lost_calibration_set(config: TrimConfig, given_before: bool, calibrat
     """Refuse to resume with other calibration examples than the run began with.
 
     Raises:
-        ValueError: Saying how to give them.
+        ValueError: With how to pass them.
     """
     if calibration_dataset is None and given_before and takes_calibration_examples(config):
         raise ValueError(
@@ -102,14 +102,14 @@ def rehearse_scores(selector: LayerSelector, model: PreTrainedModel) -> None:
     """
     config = selector.config
     names = {config.score, config.tie_breaker or config.score}
-    if goes_by_loss(config.score) and config.warm_up_importance != "none":  # only such a one is replaced at chance
+    if goes_by_loss(config.score) and config.warm_up_importance != "none":  # only these are replaced at chance level
         names.add(config.warm_up_importance)
     for importance in sorted(names):
         try:
             selector.try_score(model, importance)
         except Exception as error:
             in_words = isinstance(error, ValueError) and str(error).startswith("Expected")
-            if in_words or should_reduce_batch_size(error):  # out of memory: auto_find_batch_size tries less
+            if in_words or should_reduce_batch_size(error):  # out of memory: auto_find_batch_size tries a smaller batch
                 raise
             raise ValueError(
                 f"Expected a model and batches by which {importance!r} can score layers, got {type(error).__name__}: "

@@ -1,9 +1,9 @@
-"""The stop rule on a metric: dropping stops when it has cost more than allowed, and the last model that passed is kept.
+"""The stop rule on a metric: dropping stops when the metric gets worse than allowed, and the last passing model is kept.
 
-Before each drop, and at the last step, the model is evaluated. The reference is the metric of the full-depth model: given,
-or what the last evaluation before the first drop says. With a given one the first drop waits until the run has come close
-enough to it. From the first drop on, each evaluation is judged, the user's own ones too: one that is worse than the
-reference by more than `max_metric_drop` stops all further dropping. Training goes on, so that a model that fails may heal
+The model is evaluated before each drop and at the last step. The reference is the metric of the full-depth model: given, or
+from the last evaluation before the first drop. With a given reference, the first drop waits until the run has come close
+enough to it. From the first drop on, every evaluation counts, including the user's own: one that is worse than the
+reference by more than `max_metric_drop` stops all further dropping. Training continues, so that a failing model may heal
 and pass in the end; the run ends with the last model that passed.
 """
 
@@ -29,17 +29,17 @@ from .trainer_hooks import save_model, unwrapped
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
-PASSING = "_passing-"  # a Trainer's push of its output_dir leaves out what begins with an underscore
+PASSING = "_passing-"  # a Trainer's push of its output_dir skips names that begin with an underscore
 
 
 @dataclass
 class StopState:
-    """Where a run stands with the rule; goes into trainer_state.json.
+    """The state of the rule in a run, stored in trainer_state.json.
 
     Attributes:
         reference: The metric at full depth, once it is known.
         started_at: Optimizer step of the first drop.
-        judged_at: Optimizer step of the last evaluation that was judged.
+        judged_at: Optimizer step of the last evaluation that was checked.
         passes: Whether it passed.
         stopped_at: Optimizer step at which an evaluation failed after a drop.
         passed: The last evaluation that passed and whose model was kept: its step, metric and kept-layer map.
@@ -61,10 +61,10 @@ class MetricRule:
         trainer: The Trainer, prepared.
         engine: How the processes agree.
         plan: When to drop how many layers.
-        stop_state: Where the run stands; of a resumed one, as its checkpoint says.
+        stop_state: The state of the rule; for a resumed run, from its checkpoint.
 
     Raises:
-        ValueError: If the run could not be judged, or could not go back to a model that passed.
+        ValueError: If the run could not be evaluated, or could not go back to a model that passed.
     """
 
     def __init__(self, config: TrimConfig, trainer: Trainer, engine: Engine, plan: Plan, stop_state: StopState) -> None:
@@ -73,7 +73,7 @@ class MetricRule:
         self.stop_state = stop_state
         refuse_what_cannot_end(trainer, engine)
         refuse_unshared_folder(engine, self.folder(0).parent)
-        passed = self._named = self.stop_state.passed  # by the checkpoint that is resumed
+        passed = self._named = self.stop_state.passed  # from the resumed checkpoint
         if passed is not None and not self.folder(passed["step"]).is_dir():
             raise ValueError(
                 f"Expected the model that had passed by this checkpoint in {self.folder(passed['step'])}, got no such "
@@ -81,32 +81,32 @@ class MetricRule:
             )
 
     def folder(self, step: int) -> Path:
-        """Where the model that passed after a step is kept."""
+        """The folder of the model that passed after a step."""
         return Path(self.trainer.args.output_dir or ".") / f"{PASSING}{step}"
 
     def is_open(self, step: int) -> bool:
-        """Whether layers may still be dropped: nothing has failed, and there is time left to heal."""
+        """Whether layers may still be dropped: no evaluation has failed, and there is time left to heal."""
         return self.stop_state.stopped_at is None and step <= last_step(self.config, self._max_steps)
 
     def plan_step(self, step: int) -> int:
-        """Where in the plan a step is: the plan begins when the full-depth model passes."""
+        """The step in the plan for a step of the run: the plan begins when the full-depth model passes."""
         first, started = min(self.plan, default=0), self.stop_state.started_at
         return min(step, first) if started is None else step - (started - first)
 
     def must_evaluate(self, step: int, due: int) -> bool:
-        """Whether to evaluate after this step, whatever the Trainer's own schedule is.
+        """Whether to evaluate after this step, regardless of the Trainer's own schedule.
 
-        While the first drop waits, at the steps of the plan; then before each drop; and at the end.
+        While the first drop is pending, at the steps of the plan; then before each drop; and at the end.
         """
         started = self.stop_state.started_at is not None
         return (started and step >= self._max_steps) or (due > 0 and (started or step in self.plan))
 
     def allows(self, step: int) -> bool:
-        """Whether the model as it is after this step has been evaluated and has passed."""
+        """Whether the model after this step has been evaluated and has passed."""
         return self.stop_state.judged_at == step and self.stop_state.passes
 
     def evaluated(self, metrics: dict[str, float], step: int, layer_map: LayerMap, due: bool) -> None:
-        """Judge an evaluation; keep the model if it passes and dropping has begun, or is about to."""
+        """Check an evaluation; keep the model if it passes and dropping has begun or is about to."""
         value = read_metric(metrics, self.name, isinstance(self.trainer.eval_dataset, dict))
         if value is None:
             return
@@ -120,17 +120,17 @@ class MetricRule:
         self.tidy()
 
     def dropped(self, step: int) -> None:
-        """Note a drop."""
+        """Record a drop."""
         if self.stop_state.started_at is None:
             self.stop_state.started_at = step
 
     def saved(self) -> None:
-        """Note that a checkpoint is complete: only the model that it names is gone back to from now on."""
+        """Record that a checkpoint is complete: from now on only the model that it names may be restored."""
         self._named = self.stop_state.passed
         self.tidy()
 
     def tidy(self) -> None:
-        """Remove the models that passed, but for the last one, and the one that the last checkpoint names."""
+        """Remove the models that passed, except for the last one and the one that the last checkpoint names."""
         kept = {self.folder(passed["step"]) for passed in (self.stop_state.passed, self._named) if passed is not None}
         if self.trainer.args.should_save and kept:
             for folder in self.folder(0).parent.glob(f"{PASSING}*"):
@@ -138,7 +138,7 @@ class MetricRule:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def passed_instead(self, step: int) -> tuple[Path, LayerMap, int] | None:
-        """Folder, map and step of the model that the run has to end with, if it is not that of its last step."""
+        """Folder, map and step of the model that the run must end with, if it is not that of its last step."""
         reference, passed = self.stop_state.reference, self.stop_state.passed
         if self.stop_state.started_at is None:
             told = "none" if reference is None else f"{reference:.6g}"
@@ -162,10 +162,10 @@ class MetricRule:
 
 
 def refuse_what_cannot_end(trainer: Trainer, engine: Engine) -> None:
-    """Refuse a run that could not be judged, or could not go back to a model that passed.
+    """Refuse a run that could not be evaluated, or could not go back to a model that passed.
 
     Raises:
-        ValueError: Saying why.
+        ValueError: With the reason.
     """
     args, model = trainer.args, unwrapped(trainer)
     if trainer.eval_dataset is None:
@@ -197,15 +197,15 @@ def watched_metric(config: TrimConfig, args: TrainingArguments) -> tuple[str, bo
 
 
 def read_metric(metrics: dict[str, float], name: str, others_follow: bool) -> float | None:
-    """The watched metric among those of an evaluation.
+    """The watched metric from an evaluation's metrics.
 
     Args:
         metrics: What the Trainer's evaluation returned.
         name: Its name without "eval_".
-        others_follow: Whether another evaluation may have it: a Trainer evaluates several data sets one by one.
+        others_follow: Whether another evaluation may contain it: a Trainer evaluates several data sets one by one.
 
     Raises:
-        ValueError: If it is not there.
+        ValueError: If it is missing.
     """
     if f"eval_{name}" in metrics:
         return float(metrics[f"eval_{name}"])
@@ -219,10 +219,10 @@ def read_metric(metrics: dict[str, float], name: str, others_follow: bool) -> fl
 
 
 def judge(stop_state: StopState, config: TrimConfig, value: float, step: int, greater_is_better: bool) -> None:
-    """Judge an evaluation at a step: note the reference, whether it passes, and whether dropping stops.
+    """Check an evaluation at a step: record the reference, whether it passes, and whether dropping stops.
 
     Raises:
-        ValueError: If the reference would not be a number.
+        ValueError: If the reference would not be finite.
     """
     assert config.max_metric_drop is not None
     if config.reference_metric is not None:

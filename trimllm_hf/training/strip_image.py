@@ -1,4 +1,4 @@
-"""The strip of kept layers as a picture in the trackers that take one."""
+"""The strip of kept layers as an image in the trackers that support images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _mlflow(callback: Any, image: Any, step: int) -> None:
     callback._ml_flow.log_image(image, f"trim_layers_{step}.png")
 
 
-# by the name of transformers' callback: their modules are imported only where the tracker is in use
+# by the name of transformers' callback: a tracker's module is imported only if it is in use
 SENDERS: Mapping[str, Callable[[Any, Any, int], None]] = {
     "TensorBoardCallback": _tensorboard,
     "WandbCallback": _wandb,
@@ -45,13 +45,13 @@ SENDERS: Mapping[str, Callable[[Any, Any, int], None]] = {
 
 
 def send_strip(callbacks: Sequence[TrainerCallback], layer_map: LayerMap, step: int) -> None:
-    """Send the strip to the trackers among a Trainer's callbacks; nothing without matplotlib, which draws it.
+    """Send the strip to the trackers among a Trainer's callbacks; does nothing without matplotlib, which draws it.
 
-    A tracker that does not take it is told of once: a picture is not worth a run.
+    A failure of a tracker is logged once and otherwise ignored, so that an image cannot stop a run.
 
     Args:
-        callbacks: The Trainer's, on the process that reports.
-        layer_map: What is kept now.
+        callbacks: The Trainer's callbacks, on the process that reports.
+        layer_map: The layers kept now.
         step: Optimizer step.
     """
     senders = [(SENDERS[type(each).__name__], each) for each in callbacks if type(each).__name__ in SENDERS]

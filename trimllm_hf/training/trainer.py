@@ -1,4 +1,4 @@
-"""`TrimTrainer`: the Trainer that trims. Calibration set, resume, and the best model at its own depth."""
+"""`TrimTrainer`: a Trainer that trims, with calibration set, resume, and the best model at its own depth."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ logger = logging.get_logger("transformers.trimllm_hf")
 class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, OptimizerMixin, CallbackStateMixin, _Base):
     """Trimming for any subclass of Trainer: `class MyTrainer(TrimTrainerMixin, SFTTrainer): pass`.
 
-    Over a plain Trainer with `TrimCallback` it adds: calibration examples are taken out of the training set;
-    `train(resume_from_checkpoint=…)` of a Trainer made with the full-depth model gives the model the checkpoint's layers
-    first, and passes over checkpoints that a kill left half written; `trainable_ratio`, TrimLLM's sparse update, which has
-    to be settled before an optimizer is made; a teacher (`distill_weight`); the model card, by `save_model` and, with
-    latency measured, `create_model_card`; a last push to the Hub that is checked and lands whole or not at all.
+    Compared with a plain Trainer with `TrimCallback`, it takes calibration examples out of the training set. On
+    `train(resume_from_checkpoint=…)` it first gives the full-depth model the checkpoint's layers, and it skips incomplete
+    checkpoints. It supports `trainable_ratio`, TrimLLM's sparse update, which must be set up before the optimizer is
+    created, and a teacher (`distill_weight`). It writes the model card, in `save_model` and, with measured latency, in
+    `create_model_card`. The final push to the Hub is checked and made as a single commit.
 
     Args:
         *args: As for the Trainer.
         trim: How far to trim, which layers, and when.
-        calibration_dataset: Examples to score layers by, processed like the training set. Without it,
-            `trim.calibration_size` examples of the training set are set aside (of a streaming one: the first).
-        card_data: What only you know and the card should say; can be filled later, as `trainer.card_data`.
+        calibration_dataset: Examples used to score layers, processed like the training set. Without it,
+            `trim.calibration_size` examples of the training set are set aside (from a streaming one, the first).
+        card_data: Information for the card that only you know; can be filled in later, as `trainer.card_data`.
         **kwargs: As for the Trainer.
 
     Raises:
@@ -92,7 +92,7 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, OptimizerMixin, 
         """Train, as the Trainer does; on resume the model gets the checkpoint's layers first.
 
         Raises:
-            ValueError: If there is no complete checkpoint to resume from, or the model cannot get its layers.
+            ValueError: If there is no complete checkpoint to resume from, or the model cannot be trimmed to its layers.
         """
         if self.model_init is None and self.teacher is None:
             self.take_teacher(unwrapped(self))
@@ -114,16 +114,16 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, OptimizerMixin, 
         return output
 
     def trim_callback(self) -> TrimCallback:
-        """The callback that this Trainer trims by."""
+        """The callback with which this Trainer trims."""
         return next(held for held in self.callback_handler.callbacks if isinstance(held, TrimCallback))
 
     def after_callbacks(self) -> None:
-        """Tell the callback what this Trainer does for it, also where it was made anew on resume."""
+        """Tell the callback what this Trainer does for it, also after it was recreated on resume."""
         callback = self.trim_callback()
         callback.support, callback.calibration_dataset = self.trim_support, self.calibration_dataset
 
     def call_model_init(self, trial: Any = None) -> Any:
-        """Make the model by `model_init`, with the layers of the checkpoint that is being resumed from."""
+        """Create the model with `model_init`, with the layers of the checkpoint that is being resumed from."""
         model: Any = super().call_model_init(trial)
         self.take_teacher(model)
         if self._resume_from is not None:
@@ -131,7 +131,7 @@ class TrimTrainerMixin(PushMixin, CardMixin, DistillationMixin, OptimizerMixin, 
         return model
 
     def before_optimizer(self, dataloader: Any) -> None:
-        """Choose the blocks that train and freeze the others, if `trainable_ratio` is set; once for all of a run."""
+        """Choose the blocks to train and freeze the others, if `trainable_ratio` is set; once per run."""
         config, support = self.trim_config, self.trim_support
         if config.trainable_ratio is None:
             return

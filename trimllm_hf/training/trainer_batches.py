@@ -1,4 +1,4 @@
-"""Calibration batches as a Trainer sees them: what it calls its model with, and the loss that it computes of them."""
+"""Calibration batches as a Trainer sees them: the inputs it passes to its model, and the loss it computes for them."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class TrainerBatch:
     """A calibration batch.
 
     Attributes:
-        collated: As the Trainer's collator makes it, with the number of its examples.
-        inputs: What the Trainer calls its model with for it, and the columns that a scan by choices looks at.
-        has_loss: Whether the Trainer's loss is a function of it; not where the Trainer generates what it trains on.
+        collated: The output of the Trainer's collator, with the number of its examples.
+        inputs: The inputs that the Trainer passes to its model for it, and the columns that a scan by choices uses.
+        has_loss: Whether the Trainer's loss is a function of it; it is not if the Trainer generates its training data.
     """
 
     collated: Batch
@@ -45,13 +45,13 @@ class TrainerBatch:
 
 
 class TrainerBatches:
-    """This process's calibration batches, and a filler for one whose share is empty.
+    """This process's calibration batches, and a filler batch for a process whose share is empty.
 
     Args:
         trainer: The Trainer.
         model: Its unwrapped model.
         examples: The calibration examples, in the same order on each process.
-        dataloader: The training run's: it tells how examples become batches.
+        dataloader: The training data loader, which defines how examples become batches.
         rank: This process's number.
         world_size: Number of processes.
     """
@@ -72,9 +72,9 @@ class TrainerBatches:
         size = train_batch_size(trainer)
         (filler,) = calibration_batches(examples[:1], collate, 1, columns)
         collated = calibration_batches(examples, collate, size, columns, rank, world_size)
-        most = -(-len(examples[::world_size]) // size)  # batches of the first process, which has the most
+        most = -(-len(examples[::world_size]) // size)  # number of batches of the first process, which has the most
         numbers = [min(size, len(examples[rank::world_size]) - start * size) for start in range(len(collated))]
-        # the loss of a sharded model is a matter of all processes: each asks for as many
+        # the loss of a sharded model is collective: each process computes the same number of batches
         with to_be_scored(model):
             asked = [as_called(trainer, model, *pair) for pair in zip(collated, numbers, strict=True)]
             fillers = [as_called(trainer, model, filler, 1) for _ in range(most - len(collated) + 1)]
@@ -90,12 +90,12 @@ class TrainerBatches:
 
 
 def as_called(trainer: Trainer, model: nn.Module, collated: Any, num_examples: int) -> TrainerBatch:
-    """What a Trainer calls its model with for a collated batch, found out by having it compute its loss up to that call.
+    """The inputs that a Trainer passes to its model for a collated batch, found by running its loss up to that call.
 
-    A Trainer that generates its own training data (GRPO) has prompts in its batches: they are the inputs then.
+    A Trainer that generates its own training data (GRPO) has prompts in its batches; they are the inputs then.
 
     Raises:
-        ValueError: If the Trainer cannot compute a loss of it.
+        ValueError: If the Trainer cannot compute a loss for it.
     """
     wrapped = {"batch": collated, "num_examples": num_examples}
     if isinstance(collated, Mapping):
@@ -106,7 +106,7 @@ def as_called(trainer: Trainer, model: nn.Module, collated: Any, num_examples: i
         ):
             of_choices = {name: collated[name] for name in CHOICE_COLUMNS if name in collated}
             if of_choices and "labels" in collated:
-                of_choices["labels"] = collated["labels"]  # a label smoother takes them out
+                of_choices["labels"] = collated["labels"]  # a label smoother removes them
             return TrainerBatch(wrapped, send_to_device({**inputs, **of_choices}, "cpu"), True)
     return TrainerBatch(wrapped, _prompts(trainer, collated), False)
 
@@ -118,14 +118,14 @@ class _Called(Exception):
 
 
 def _call(trainer: Trainer, model: nn.Module, batch: Batch) -> Batch:
-    """The first call of the model that a gradient goes through: a call without one is of a reference."""
+    """The first call of the model with gradients; a call without gradients is that of a reference model."""
     names = tuple(inspect.signature(base_of(model).forward).parameters)  # before it is replaced
 
     def stop(*args: Any, **kwargs: Any) -> None:
         if torch.is_grad_enabled():
             raise _Called({**dict(zip(names, args, strict=False)), **kwargs})
 
-    def stopping(_: int, forward: Forward) -> Forward:  # some call `forward` itself, past all hooks
+    def stopping(_: int, forward: Forward) -> Forward:  # some call `forward` directly, bypassing all hooks
         def stop_or_run(*args: Any, **kwargs: Any) -> Any:
             stop(*args, **kwargs)
             return forward(*args, **kwargs)
@@ -137,7 +137,7 @@ def _call(trainer: Trainer, model: nn.Module, batch: Batch) -> Batch:
         with torch.enable_grad(), without_trace(trainer), replaced_forwards([model], stopping):
             trainer.compute_loss(trained_module(trainer), prepare_inputs(trainer, batch))
     except _Called as call:
-        # not what it asks of a forward that it has replaced: TRL's own head, which gives no logits
+        # without arguments for a forward that it has replaced: TRL's own head, which returns no logits
         known = {*inspect.signature(type(base_of(model)).forward).parameters, *batch}
         return {name: value for name, value in call.inputs.items() if name in known}
     except Exception as error:
@@ -172,7 +172,7 @@ def _prompts(trainer: Trainer, collated: Any) -> Batch:
 
 
 def trainer_loss(trainer: Trainer) -> Loss:
-    """A Trainer's own loss, the mean over a batch's examples: as its evaluation weighs it."""
+    """A Trainer's own loss, the mean over a batch's examples, weighted as in its evaluation."""
 
     def loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, float]:
         inputs = prepare_inputs(trainer, model_inputs(dict(batch["batch"])))
@@ -184,9 +184,9 @@ def trainer_loss(trainer: Trainer) -> Loss:
 
 
 def computes_own_loss(trainer: Trainer, model: nn.Module, data: TrainerBatches, process_group: ProcessGroup) -> bool:
-    """Whether the Trainer's loss is the one that the model computes of the same inputs, on each calibration batch.
+    """Whether the Trainer's loss equals the one that the model computes for the same inputs, on each calibration batch.
 
-    That one is known better: it is the mean over labels, and what stands behind the blocks need run only where they are.
+    More is known about the model's own loss: it is the mean over labels, and what follows the blocks need run only at these.
     """
     labelled = all(batch.get("labels") is not None for batch in (*data.inputs, data.filler_inputs))
     if not all(process_group.gather(labelled and data.have_loss)):
@@ -204,13 +204,13 @@ def computes_own_loss(trainer: Trainer, model: nn.Module, data: TrainerBatches, 
     own = means(data.inputs, data.filler_inputs, of_model)
     theirs = means(data.collated, data.filler, trainer_loss(trainer))
     return all(
-        math.isclose(one, other, rel_tol=1e-4) or (math.isnan(one) and math.isnan(other))  # a batch without any label
+        math.isclose(one, other, rel_tol=1e-4) or (math.isnan(one) and math.isnan(other))  # a batch without labels
         for one, other in zip(own, theirs, strict=True)
     )
 
 
 def predictions(trainer: Trainer) -> Callable[[nn.Module, Batch], Predictions]:
-    """What a Trainer's evaluation gives to `compute_metrics`: loss, logits and labels."""
+    """What a Trainer's evaluation passes to `compute_metrics`: loss, logits and labels."""
 
     def predict(model: nn.Module, batch: Batch) -> Predictions:
         inputs = model_inputs(dict(batch["batch"]))
@@ -220,22 +220,22 @@ def predictions(trainer: Trainer) -> Callable[[nn.Module, Batch], Predictions]:
 
 
 def main_input(trainer: Trainer) -> Callable[[Batch], Any]:
-    """The inputs that a Trainer's evaluation adds where `include_for_metrics` asks for them."""
+    """The inputs that a Trainer's evaluation adds if `include_for_metrics` requests them."""
     name = getattr(unwrapped(trainer), "main_input_name", "input_ids")
     return lambda batch: batch["batch"][name]
 
 
 @contextmanager
 def without_trace(trainer: Trainer) -> Iterator[None]:
-    """What a Trainer notes of a loss (metrics, counters, its log) is afterwards as before."""
+    """Restore afterwards what a Trainer records when it computes a loss (metrics, counters, its log)."""
     attributes = vars(trainer)
     had = dict(attributes)
     copies = {
         name: _copied(value) for name, value in had.items() if type(value) in CONTAINERS and not name.endswith("dataset")
-    }  # examples in a list are read, not noted
+    }  # lists of examples are only read
     trainer.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     try:
-        with evaluating([trained_module(trainer)]):  # also what stands around a model
+        with evaluating([trained_module(trainer)]):  # including modules around a model
             yield
     finally:
         attributes.clear()
@@ -245,9 +245,9 @@ def without_trace(trainer: Trainer) -> Iterator[None]:
 
 
 def _copied(value: Any) -> Any:
-    """A container with the containers in it anew, and everything else the same object."""
+    """A copy of a container and the containers in it; everything else is the same object."""
     if isinstance(value, dict):
-        made = value.copy()  # a defaultdict keeps its default
+        made = value.copy()  # a defaultdict keeps its default factory
         made.update({key: _copied(item) for key, item in value.items()})
         return made
     if isinstance(value, deque):

@@ -1,4 +1,4 @@
-"""transformers' Trainer: how a callback finds it, what it does for one, and the private methods to step in front of."""
+"""Access to transformers' Trainer: how a callback finds it, what it does for one, and hooks before its private methods."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..surgery.adapters import inner_model
 
 @dataclass
 class TrainerSupport:
-    """What a Trainer does for a run that a callback cannot do; it tells its callback. The defaults: an unchanged Trainer.
+    """What a Trainer does for a run that a callback cannot; it passes this to its callback. Defaults: an unchanged Trainer.
 
     Attributes:
-        freezes_layers: Whether it settles which layers train before an optimizer is made (`trainable_ratio`).
+        freezes_layers: Whether it chooses which layers train before the optimizer is created (`trainable_ratio`).
         calibration_set_aside: Whether it has taken the calibration examples out of the training set.
-        trained_layers: The layers that train, in the base's numbering, where it froze the others.
-        frozen: The parameters that it froze for that.
-        teacher: The fingerprint of the model that teaches, where it trains by one.
+        trained_layers: The layers that train, in the base's numbering, if it froze the others.
+        frozen: The parameters that it froze for this.
+        teacher: The fingerprint of the teacher, if it has one.
     """
 
     freezes_layers: bool = False
@@ -34,14 +34,14 @@ class TrainerSupport:
 
 
 class OptimizerMixin:
-    """Calls `before_optimizer` before a Trainer, or DeepSpeed for it, looks at which parameters train.
+    """Calls `before_optimizer` before a Trainer, or DeepSpeed for it, collects the trainable parameters.
 
-    Neither has a seam there: a callback's first turn comes when the optimizer is made. This is the last public method
-    that the Trainer calls before.
+    Neither has a hook there: a callback is first called after the optimizer is created. This is the last public method
+    that the Trainer calls before that.
     """
 
     def before_optimizer(self, dataloader: Any) -> None:
-        """Settle which parameters train."""
+        """Choose which parameters train."""
         raise NotImplementedError
 
     def set_initial_training_values(self, args: Any, dataloader: Any, *more: Any, **named: Any) -> Any:
@@ -51,9 +51,9 @@ class OptimizerMixin:
 
 
 class CallbackStateMixin:
-    """Calls `after_callbacks` when a Trainer has made its callbacks anew from a checkpoint, if it does.
+    """Calls `after_callbacks` after a Trainer has recreated its callbacks from a checkpoint.
 
-    `restore_callback_states_from_checkpoint` makes them from plain values, without what the Trainer has told them.
+    `restore_callback_states_from_checkpoint` builds them from plain values, without what the Trainer has told them.
     """
 
     def after_callbacks(self) -> None:
@@ -66,14 +66,14 @@ class CallbackStateMixin:
 
 
 def find_trainer(callback: TrainerCallback, state: TrainerState, named: Trainer | None = None) -> Trainer:
-    """The Trainer that is calling a callback, known by its state: one callback may be held by several, one after another.
+    """The Trainer that is calling a callback, identified by its state; several may hold one callback, one after another.
 
-    One walk over the live objects, 0.1 to 0.3 s, once a run.
+    Searches the live objects once per run, which takes 0.1 to 0.3 s.
 
     Args:
         callback: The callback.
-        state: What it was called with.
-        named: Tried first.
+        state: The state it was called with.
+        named: A Trainer to try first.
 
     Raises:
         ValueError: If there is no such Trainer.
@@ -81,7 +81,7 @@ def find_trainer(callback: TrainerCallback, state: TrainerState, named: Trainer 
     if named is not None and named.state is state:
         return named
     for candidate in gc.get_objects():
-        if issubclass(type(candidate), Trainer) and vars(candidate).get("state") is state:  # isinstance would wake proxies
+        if issubclass(type(candidate), Trainer) and vars(candidate).get("state") is state:  # isinstance would load proxies
             return candidate
     raise ValueError(
         f"Expected a Trainer that calls {type(callback).__name__} with its own state, got none. Pass the callback to the "
@@ -90,33 +90,33 @@ def find_trainer(callback: TrainerCallback, state: TrainerState, named: Trainer 
 
 
 def trained_module(trainer: Trainer) -> nn.Module:
-    """What the Trainer trains, without any engine's wrapper and not compiled: a model, or a module around one."""
+    """What the Trainer trains, without any engine's wrapper or compilation: a model, or a module around one."""
     module: nn.Module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     return module
 
 
 def unwrapped(trainer: Trainer) -> PreTrainedModel:
-    """The transformers model that the Trainer trains, without whatever wraps it; a PeftModel keeps its own wrapper."""
+    """The transformers model that the Trainer trains, without wrappers, except for a PeftModel, which is kept."""
     model: Any = inner_model(trained_module(trainer))
     return model
 
 
 def save_model(trainer: Trainer, folder: str) -> None:
-    """Save the model, by all processes, without a push."""
+    """Save the model on all processes, without a push."""
     trainer.save_model(folder, _internal_call=True)
 
 
 def finish_current_push(trainer: Trainer) -> None:
-    """Wait until a push that the Trainer made at a save, in the background, is through."""
+    """Wait until a background push that the Trainer started at a save has finished."""
     trainer._finish_current_push()
 
 
 def prepare_inputs(trainer: Trainer, batch: dict[str, Any]) -> dict[str, Any]:
-    """A collated batch as the Trainer makes it ready for its loss."""
+    """A collated batch as the Trainer prepares it for its loss."""
     prepared: dict[str, Any] = trainer._prepare_inputs(batch)
     return prepared
 
 
 def train_batch_size(trainer: Trainer) -> int:
-    """Examples a process trains on at a time: what `auto_find_batch_size` has found, where that is on."""
+    """Number of training examples per process and batch: what `auto_find_batch_size` found, if it is enabled."""
     return int(trainer._train_batch_size)
