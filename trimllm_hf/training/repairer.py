@@ -87,8 +87,8 @@ class Repairer:
         """The repair for a planned drop, if it lowers the held-out loss; the same on every process, or an error on all.
 
         Returns:
-            The repair, and its result in plain values: a `RepairReport` and `weights` (for each refitted weight, by its name in
-            the block, the layers of the base in which it was refitted); or `why` there is none.
+            The repair, and its result in plain values: a `RepairReport` and `weights` (for each refitted weight, by its name
+            in the block, the layers of the base in which it was refitted); or `why` there is none.
 
         Raises:
             ValueError: If a repair is required and there is none. Nothing has changed.

@@ -26,8 +26,8 @@ def plan_drops(config: TrimConfig, num_layers: int, target: int, max_steps: int,
         For each step with a drop, the number of layers; they add up to `num_layers - target`.
 
     Raises:
-        ValueError: If the target cannot be reached with `healing_ratio` of the steps (at least one) left for healing; the message
-            has the arithmetic.
+        ValueError: If the target cannot be reached with `healing_ratio` of the steps (at least one) left for healing; the
+            message has the arithmetic.
     """
     to_drop = num_layers - target
     if to_drop <= 0:
