@@ -164,17 +164,19 @@ def find_bases(
 ) -> tuple[torch.Tensor, ...]:
     """The principal components of each block's input, with all earlier blocks sliced, and of the head's input."""
     centred = any(gain.centred for gain in gains.values())
-    bases = []
+    # Allocated together, ahead of the activations: small tensors between these keep freed memory from being reused.
+    device = calls[0].states.device
+    bases = tuple(torch.empty(wiring.width, width, dtype=torch.float32, device=device) for width in (*widths, widths[0]))
     for number, (block, width) in enumerate(zip(wiring.blocks, widths, strict=True)):
         module = model.get_submodule(block.name)
         basis = gather(calls, number, module, block, bar.update).basis(width, centred)
         advance(calls, number, module, block, basis, bar.update)
-        bases.append(basis.float())
-    last = Covariance(wiring.width, bases[0].device)
+        bases[number].copy_(basis)
+    last = Covariance(wiring.width, device)
     for call in calls:
         last.add(call.states, call.mask)
-    bases.append(last.basis(widths[0], centred).float())
-    return tuple(bases)
+    bases[-1].copy_(last.basis(widths[0], centred))
+    return bases
 
 
 def _cost(model: nn.Module, wiring: Wiring) -> Any:
