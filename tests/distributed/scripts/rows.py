@@ -14,6 +14,7 @@ if engine == "zero2":
 
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from test_training import config  # noqa: E402
@@ -36,6 +37,7 @@ own = {"a sequence's class": {"average_tokens_across_devices": False}}
 found = {}
 for number, row in enumerate(MOST_USED):
     callbacks = [TrimCallback(config(importance="random", drop_every="2"))]
+    AcceleratorState._reset_state()  # accelerate refuses a second Accelerator with a DeepSpeed config
     trainer = ROWS[row](folder / str(number), callbacks, **more, **own.get(row, {}))
     trainer.train()
     found[row] = {
@@ -46,6 +48,7 @@ for number, row in enumerate(MOST_USED):
     if trainer.args.process_index == 0:
         torch.save(trainer.model.state_dict(), folder / f"{number}.pt")
 if engine == "zero2":  # a group a layer, of which a drop would empty one
+    AcceleratorState._reset_state()
     trainer = ROWS["own optimizer"](folder / "emptied", [TrimCallback(config(importance="random", drop_every="2"))], **more)
     try:
         trainer.train()
