@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_training import arguments, config, losses
 from tiny import tiny_model, tiny_texts
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
@@ -219,3 +220,13 @@ def test_a_card_says_what_was_asked_for(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert "5 of its 6 layers kept; 3 training steps" in card
     assert "dropping stopped before the target of 4 layers" in card
+
+
+def test_a_folder_that_says_nothing_of_its_layers_is_no_checkpoint(tmp_path: Path) -> None:
+    """What Accelerate's save_state writes: weights and states, and no config."""
+    trained, model = tiny_model(), tiny_model()
+    drop_layers(trained, [1, 3])
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"Expected a folder that says which layers it holds.*none of trainer_state.json"):
+        trim_like(model, tmp_path)
+    assert model.config.num_hidden_layers == len(model.model.layers) == 6

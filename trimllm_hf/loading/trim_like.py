@@ -7,13 +7,15 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..layer_map import LayerMap
+from ..layer_map import TRAINER_STATE, LayerMap
 from ..surgery.adapters import base_of
 from ..surgery.blocks import find_blocks
 from ..surgery.custom_models import class_as, update_classes
 from ..surgery.drop import drop_layers
 from ..surgery.sublayers import custom_of
 from ..utils import json_at
+
+_DESCRIBING = (TRAINER_STATE, "config.json", "adapter_config.json")
 
 
 def trim_like(model: nn.Module, checkpoint: str | Path) -> LayerMap:
@@ -32,12 +34,19 @@ def trim_like(model: nn.Module, checkpoint: str | Path) -> LayerMap:
         The model's map after the drop. A checkpoint from before the first drop leaves the model as it is.
 
     Raises:
-        ValueError: If the folder does not exist or contradicts itself, if the model lacks layers that the checkpoint
-            keeps, or if the checkpoint is an adapter that was trained on other weights. The model is left unchanged.
+        ValueError: If the folder does not exist, does not say which layers it holds (Accelerate's `save_state` writes no
+            config) or contradicts itself, if the model lacks layers that the checkpoint keeps, or if the checkpoint is an
+            adapter that was trained on other weights. The model is left unchanged.
     """
     config = base_of(model).config
     of_checkpoint = LayerMap.from_checkpoint(checkpoint)
     if of_checkpoint is None:
+        if not any((Path(checkpoint) / name).is_file() for name in _DESCRIBING):
+            raise ValueError(
+                f"Expected a folder that says which layers it holds, got {str(checkpoint)!r}, which has none of "
+                f"{', '.join(_DESCRIBING)}. After Accelerate's save_state, drop the same layers with drop_layers before "
+                "prepare and load_state. Nothing was changed."
+            )
         return LayerMap.from_config(config)
     of_model = LayerMap.from_config(config, of_checkpoint.part)
     _refuse_other_weights(config, checkpoint, of_checkpoint)
