@@ -56,7 +56,8 @@ test: venv venv-deepspeed  ## the tests of one process, then those of several, e
 	$(PYTEST) -m "(distributed or deepspeed) and not slow"
 
 test-all: test  ## all of the above, then the slow ones: resume under every engine, whole recipes, the whole zoo
-	$(PYTEST) -m slow
+	$(PYTEST) -n 2 --dist loadfile -m "slow and not distributed and not deepspeed"
+	$(PYTEST) -m "slow and (distributed or deepspeed)"
 
 test-peers: venv  ## run PEFT's own tests on trimmed models (hours; it goes on where it stopped): see docs/readers.md
 	$(BIN)/python tests/peers/run_peft.py
