@@ -10,7 +10,7 @@ from tiny import tiny_model, tiny_texts
 from torch import nn
 
 from trimllm_hf import register_importance, score_layers
-from trimllm_hf.importance.scores import _REGISTRY
+from trimllm_hf.importance.scores import _REGISTRY, known, needs_data
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
@@ -72,3 +72,21 @@ def test_a_score_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert score_layers(with_identity_at(2), batches(), "by_norm").argmin() == 2
     with pytest.raises(ValueError, match="new name for an importance, got 'by_norm'"):
         register_importance("by_norm", by_norm)
+
+
+@pytest.mark.parametrize("name", filter(needs_data, known()))
+@pytest.mark.parametrize("shape", [(1, 0), (0, 4)])
+def test_a_batch_without_tokens_is_refused(name: str, shape: tuple[int, int]) -> None:
+    model, empty = tiny_model(), torch.zeros(shape, dtype=torch.long)
+    full = batches()[0]["input_ids"]
+    given = [{"input_ids": full, "labels": full}, {"input_ids": empty, "labels": empty}]
+    with pytest.raises(ValueError, match=rf"Expected .* with tokens .*{name}.*\({shape[0]}, {shape[1]}\)\. Leave out"):
+        score_layers(model, given, name)
+
+
+def test_an_empty_input_is_refused_under_any_name() -> None:
+    with pytest.raises(ValueError, match="inputs_embeds have the shape"):
+        score_layers(tiny_model(), [{"inputs_embeds": torch.zeros(1, 0, 32)}], "block_influence")
+    with pytest.raises(ValueError, match="decoder_input_ids have the shape"):
+        ids = torch.ones(1, 4, dtype=torch.long)
+        score_layers(tiny_model(), [{"input_ids": ids, "decoder_input_ids": ids[:, :0]}], "block_influence")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,12 +85,29 @@ def on_every_process(
     A process with fewer batches repeats its last one, without counting it: the forward pass of a sharded model is
     collective.
     """
-    shares = process_group.gather((len(batches), filler_batch is not None))
-    passes = max(share for share, _ in shares)
-    if passes == 0 or not all(share or stands_in for share, stands_in in shares):
+    empty = next((found for batch in batches if (found := _empty_input(model, batch))), None)
+    shares = process_group.gather((len(batches), filler_batch is not None, empty))
+    passes = max(share for share, *_ in shares)
+    for *_, empty in shares:
+        if empty is not None:
+            raise ValueError(
+                f"Expected calibration batches with tokens to score by {what!r}, got one whose {empty}. Leave out empty examples."
+            )
+    if passes == 0 or not all(share or stands_in for share, stands_in, _ in shares):
         raise ValueError(
             f"Expected calibration batches on every process to score by {what!r}, got none on at least one. Give more "
             "calibration examples, or a filler_batch."
         )
     spare = [batches[-1] if batches else filler_batch] * (passes - len(batches))
     return [send_to_device(batch, next(model.parameters()).device) for batch in batches + spare]
+
+
+def _empty_input(model: nn.Module, batch: Batch) -> str | None:
+    """Which of a batch's inputs holds nothing, in words; None if a forward pass has something to compute."""
+    if not isinstance(batch, Mapping):  # whatever the given loss accepts
+        return None
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", getattr(model, "main_input_name", "input_ids")):
+        value = batch.get(name)
+        if isinstance(value, torch.Tensor) and value.numel() == 0:
+            return f"{name} have the shape {tuple(value.shape)}"
+    return None

@@ -156,7 +156,7 @@ def score_layers(
         more important. For `angular`, of shape (layers - window + 1,): one for each window, by its first layer.
 
     Raises:
-        ValueError: If the name is unknown, there are no batches to score on, or a score is not finite.
+        ValueError: If the name is unknown, there are no batches to score on, a batch is empty, or a score is not finite.
     """
     with_data = needs_data(importance)
     batches, metric = list(batches), get_metric(metric)
