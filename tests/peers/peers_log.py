@@ -5,7 +5,6 @@ A plugin beside it counts in `models` what a test had of trimmed models.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from run_peft import in_rounds, number_of
 
 MODE = os.environ["PEERS_MODE"]
 LOG = Path(os.environ["PEERS_LOG"])
@@ -29,9 +29,10 @@ models: Counter[str] = Counter()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     done = {json.loads(line)["id"] for line in LOG.read_text().splitlines()} if LOG.is_file() else set()
     wanted = {item.nodeid for item in items if ONLY is None or item.nodeid in ONLY} - done
-    wanted = {name for name in wanted if int(hashlib.sha1(name.encode()).hexdigest()[:8], 16) < SHARE * 16**8}
+    wanted = {name for name in wanted if number_of(name) < SHARE * 16**8}
+    by_name = {item.nodeid: item for item in items}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in wanted])
-    items[:] = [item for item in items if item.nodeid in wanted]
+    items[:] = [by_name[name] for name in in_rounds(wanted)]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -54,5 +55,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         return
     said = f"{call.excinfo.typename}: {str(call.excinfo.value)[:500]}" if report.failed and call.excinfo else ""
     line = {"id": item.nodeid, "when": report.when, "outcome": report.outcome, "trimmed": models["trimmed"], "said": said}
+    line["seconds"] = round(report.duration, 2)
     with LOG.open("a") as log:
         log.write(json.dumps(line) + "\n")

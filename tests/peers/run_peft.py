@@ -14,14 +14,17 @@ tests that assume what a drop changes.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import time
 import tomllib
 from collections import Counter
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,7 +54,7 @@ def prepare(work: Path) -> None:
             archive.extractall(work, filter="data")
     (source / "tests" / "__init__.py").touch()
     if not (work / "site").is_dir():  # what its tests import and need not have: they are not run with it
-        target = ["--quiet", "--no-deps", "--target", str(work / "site"), "diffusers", "parameterized"]
+        target = ["--quiet", "--no-deps", "--target", str(work / "site"), "diffusers", "parameterized", "scipy"]
         subprocess.run([sys.executable, "-m", "pip", "install", *target], check=True)
     if not (work / "cache" / "made").is_file():
         subprocess.run([sys.executable, "-W", "ignore", str(HERE / "peft_models.py"), str(work / "cache")], check=True)
@@ -80,6 +83,29 @@ def run(work: Path, mode: str, files: list[str], deadline: float, only: set[str]
     options += " --continue-on-collection-errors -o addopts="
     command = [sys.executable, "-m", "pytest", *options.split(), *(f"tests/{name}" for name in files)]
     subprocess.run(command, cwd=source, env=environment, check=False)
+
+
+def number_of(name: str) -> int:
+    """A number below 16**8 that stands for a test's name, always the same."""
+    return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16)
+
+
+def group_of(name: str) -> tuple[str, str]:
+    """The file and the tuner of a test, by its name; without a tuner, the file and the function."""
+    path, _, test = name.partition("::")
+    function, _, parameters = test.partition("[")
+    tuner = re.search(r"(\w+)Config\b", parameters)
+    return path.removeprefix("tests/"), tuner[1] if tuner else function
+
+
+def in_rounds(names: Iterable[str]) -> list[str]:
+    """Tests in an order in which each round has one of every file and tuner that is left, so that any part stands for all."""
+    seen: Counter[tuple[str, str]] = Counter()
+    rounds = []
+    for name in sorted(names, key=lambda name: (number_of(name), name)):
+        rounds.append((seen[group_of(name)], number_of(name), name))
+        seen[group_of(name)] += 1
+    return [name for *_, name in sorted(rounds)]
 
 
 def log_of(work: Path, mode: str) -> Path:
