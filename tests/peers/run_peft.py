@@ -99,7 +99,7 @@ def group_of(name: str) -> tuple[str, str]:
 
 
 def in_rounds(names: Iterable[str]) -> list[str]:
-    """Tests in an order in which each round has one of every file and tuner that is left, so that any part stands for all."""
+    """Tests in rounds that have one of every file and tuner that is left, so that the beginning stands for all."""
     seen: Counter[tuple[str, str]] = Counter()
     rounds = []
     for name in sorted(names, key=lambda name: (number_of(name), name)):

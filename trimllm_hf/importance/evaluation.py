@@ -91,7 +91,8 @@ def on_every_process(
     for *_, empty in shares:
         if empty is not None:
             raise ValueError(
-                f"Expected calibration batches with tokens to score by {what!r}, got one whose {empty}. Leave out empty examples."
+                f"Expected calibration batches with tokens to score by {what!r}, got one whose {empty}. Leave out examples "
+                "without any."
             )
     if passes == 0 or not all(share or stands_in for share, stands_in, _ in shares):
         raise ValueError(
