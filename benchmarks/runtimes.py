@@ -8,7 +8,9 @@ Half of the base's blocks go, those with the least block influence on a text of 
 exported as `trimllm export` does, and compared with transformers. Then, in a process for each runtime with one thread, all
 its models are timed in turn, round by round: the prompt's pass, and decoding with the runtime's own cache. What is timed is
 the processor's time of that process, which other work on the machine stretches less than the clock's. A runtime that is not
-installed, or fails, gets a line that says so, and the others go on; what FOLDER holds is not exported again.
+installed, or fails, gets a line that says so, and the others go on. What FOLDER holds is not exported again, and its rounds
+are kept: on a busy machine, run the command several times with few rounds. FOLDER/trimmed can be made beforehand, by
+`trimllm trim`, to time another choice of layers.
 """
 
 import argparse
@@ -174,6 +176,17 @@ def measured(args: argparse.Namespace, runtime: str, folders: dict[str, Path], p
     return [{**model, **found} for model, found in zip(models, times, strict=True)]
 
 
+def with_earlier(found: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was timed now, behind the rounds of earlier runs of the same models."""
+    models = ("runtime", "variant", "model")
+    before = {tuple(row[name] for name in models): row for row in rows}
+    for row in found:
+        if known := before.get(tuple(row[name] for name in models)):
+            for what in ("prefill", "decode", "prefill_wall", "decode_wall"):
+                row[what] = known[what] + row[what]
+    return found
+
+
 def ratio(base: dict[str, Any], model: dict[str, Any], what: str) -> str:
     """Median over the rounds, and the interval of that median."""
     from trimllm_hf.latency.report import median_interval
@@ -232,7 +245,11 @@ def main() -> None:
     text = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
     prompt = list(AutoTokenizer.from_pretrained(args.base)(text).input_ids)[: args.prompt_tokens]
     results = args.work / "runtimes.json"
-    rows = json.loads(results.read_text())["rows"] if results.exists() else []
+    about = {"machine": platform.processor(), "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
+    earlier = json.loads(results.read_text()) if results.exists() else {**about, "rows": []}
+    rows = earlier.pop("rows")
+    if earlier != about:
+        parser.error(f"{results} was timed with {earlier}, not {about}: give another --work")
     for runtime in args.runtimes:
         print(f"{time.strftime('%H:%M:%S')} {runtime}, load {os.getloadavg()[0]:.1f}", flush=True)
         try:
@@ -240,9 +257,8 @@ def main() -> None:
         except (ValueError, RuntimeError) as error:
             print(f"{runtime}: {str(error)[-400:]}", flush=True)
             continue
-        rows = [row for row in rows if row["runtime"] != runtime] + found
-        about = {"machine": platform.processor(), "rounds": args.rounds, "prompt_tokens": args.prompt_tokens}
-        results.write_text(json.dumps({**about, "new_tokens": args.new_tokens, "rows": rows}))
+        rows = [row for row in rows if row["runtime"] != runtime] + with_earlier(found, rows)
+        results.write_text(json.dumps({**about, "rows": rows}))
     print(table(rows))
 
 

@@ -75,6 +75,49 @@ def test_it_says_who_reads_the_result(tmp_path: Path) -> None:
     assert "portable=True" in of_gemma["mlx-lm"] and of_gemma["llama.cpp"].startswith("not even the base: ")
 
 
+def text_of(folder: Path, *more: str) -> str:
+    done = CliRunner().invoke(app, ["doctor", str(folder), *more], env={"COLUMNS": "300"})
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_quantized_weights(tmp_path: Path) -> None:
+    """What is said of sizes and readers is not said of weights in 4 bits."""
+    config = tiny_model().config
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.save_pretrained(tmp_path)
+    said = doctor(tmp_path)
+    drops = {each["drops"] for each in said["readers"] if each["reader"] != "transformers 5"}
+    assert said["quantizer"] == "bitsandbytes" and drops == {"not tried with weights quantized by bitsandbytes"}
+    assert "quantized (bitsandbytes)" in text_of(tmp_path)
+    what_if = CliRunner().invoke(app, ["inspect", str(tmp_path), "--what-if"], env={"COLUMNS": "200"}).stdout
+    assert "quantized (bitsandbytes); the sizes are those of the same model unquantized" in what_if
+
+
+def test_of_an_encoder_decoder_it_says_which_part(tmp_path: Path) -> None:
+    """A T5's first decoder layer has the relative positions of all."""
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "vocab_size": 97}
+    config = AutoConfig.for_model("t5", num_layers=3, num_decoder_layers=4, **sizes)
+    config.save_pretrained(tmp_path)
+    refused = CliRunner().invoke(app, ["doctor", str(tmp_path)])
+    assert refused.exit_code == 1 and "one of type t5 with architectures None" in refused.stderr
+    config.architectures = ["T5ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    assert "from 4 decoder layers down to 1" in (text := text_of(tmp_path)) and "--part encoder" in text
+    assert "Cannot be dropped alone: 0." in text and "Nothing was changed" not in text
+    assert "from 3 encoder layers down to 1" in text_of(tmp_path, "--part", "encoder")
+
+
+def test_a_config_without_architectures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is taken for a causal language model; transformers' warnings are not repeated for each layer."""
+    config = AutoConfig.for_model(
+        "bert", vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4
+    )
+    config.save_pretrained(tmp_path)
+    assert "names no architecture; taken for BertLMHeadModel" in text_of(tmp_path)
+    assert "is_decoder" not in caplog.text
+
+
 def test_a_version_that_is_too_low(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model(num_hidden_layers=2).config.save_pretrained(tmp_path)
     monkeypatch.setattr(doctor_module, "requires", lambda name: ["torch>=99", "peft>=99; extra == 'dev'"])

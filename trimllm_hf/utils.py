@@ -152,6 +152,15 @@ def evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
+def quantizer_of(config: Any) -> str | None:
+    """What quantized the weights that a config describes, or None where they are not quantized."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return str(getattr(method, "value", method) or "an unnamed method")[:100]
+
+
 def checksum(path: Path, large: bool) -> str:
     """A file's checksum as the Hub tells it: git's of a small file, sha256 of a large one. Once per state of the file."""
     status = path.stat()

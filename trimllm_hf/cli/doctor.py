@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Annotated, Any
 
@@ -10,6 +12,7 @@ from packaging.requirements import Requirement
 
 from .app import Json, answer, app, table
 
+_OTHER = {"decoder": "encoder", "encoder": "decoder"}
 COPIES = 4  # of the weights that AdamW trains with: the weights, their gradients and two moments
 
 
@@ -39,11 +42,14 @@ def doctor(
 
     from ..latency.depths import with_random_weights
     from ..latency.sizes import sizes_of
+    from ..surgery.blocks import find_blocks
     from ..surgery.feasibility import feasible_drops
+    from ..utils import quantizer_of
 
     config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-    made = with_random_weights(config, device="meta")
-    found, sizes = feasible_drops(made, part), sizes_of(made)
+    with _without_warnings():
+        made = with_random_weights(config, device="meta")
+        found, sizes = feasible_drops(made, part), sizes_of(made)
     packages = {name: _version(name) for name in PACKAGES}
     missing = [name for name in ENGINES[engine] if packages[name] is None]
     old = _too_old()
@@ -52,6 +58,10 @@ def doctor(
     plain: dict[str, Any] = {
         "model": model,
         "model_type": config.model_type,
+        "built_as": type(made).__name__,
+        "architectures": config.architectures,
+        "part": find_blocks(made, part).part,
+        "quantizer": quantizer_of(config),
         "num_layers": layers,
         "parameters": sizes.parameters,
         "weight_bytes": sizes.weight_bytes,
@@ -73,6 +83,19 @@ def doctor(
     answer(plain, as_json, lambda: _shown(plain))
     if not found.depths or missing or old:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Without what transformers logs when it builds a model, which here happens once for each layer."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _passes(layers: int, target: int) -> float:
@@ -136,14 +159,24 @@ def _shown(plain: dict[str, Any]) -> list[Any]:
 
     layers, depths = plain["num_layers"], plain["depths"]
     alone, refused = plain["can_be_dropped_alone"], plain["refused"]
+    part = f" {plain['part']}" if plain["part"] else ""
     if not depths:
         verdict = "cannot be trimmed by blocks"
     else:
-        verdict = f"can be trimmed, from {layers} layers down to {min(depths)}"
+        verdict = f"can be trimmed, from {layers}{part} layers down to {min(depths)}"
     lines = [f"{plain['model']} ({plain['model_type']}, {plain['parameters']:,} parameters): {verdict}."]
+    if not plain["architectures"]:
+        lines.append(f"Its config.json names no architecture; taken for {plain['built_as']}.")
+    if plain["part"]:
+        lines.append(f"This is about the {plain['part']}; --part {_OTHER[plain['part']]} is about the other one.")
+    if plain["quantizer"]:
+        lines.append(
+            f"Its weights are quantized ({plain['quantizer']}): in general only adapters can be trained on them. Sizes "
+            "here are those of the same model unquantized."
+        )
     if refused and alone:
         lines.append(f"Cannot be dropped alone: {', '.join(refused)}.")
-    lines += [f"Why: {next(iter(refused.values()))}"] if refused else []
+    lines += [f"Why: {next(iter(refused.values())).removesuffix(' Nothing was changed.')}"] if refused else []
     steps = {first - second for first, second in zip([layers, *depths], depths, strict=False)}
     if depths and steps != {1}:
         lines.append(f"Depths that can be reached: {', '.join(map(str, depths))}. Layers go {max(steps)} at a time at most.")

@@ -114,7 +114,7 @@ def _adapter(model: str, revision: str | None) -> tuple[str, Any, dict[str, Any]
 
 def _what_if(model: str, config: Any, picture: Path | None, as_json: bool) -> None:
     from ..latency.depths import depths
-    from ..utils import format_bytes
+    from ..utils import format_bytes, quantizer_of
 
     found, equal = depths(config)
     if picture is not None:
@@ -139,6 +139,8 @@ def _what_if(model: str, config: Any, picture: Path | None, as_json: bool) -> No
         ]
         heads = ("layers", "parameters", "weights", "cache per token", "bytes a token, full depth / this one")
         notes = [] if equal else ["The blocks differ in size: a depth is given for blocks of average size."]
+        if quantizer := quantizer_of(config):
+            notes.append(f"Its weights are quantized ({quantizer}); the sizes are those of the same model unquantized.")
         return [table(model, *heads, rows=rows), *notes]
 
     answer(plain, as_json, show)

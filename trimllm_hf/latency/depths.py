@@ -102,10 +102,19 @@ def depths_between(base: Sizes, ours: Sizes) -> list[Depth]:
 def with_random_weights(
     config: PreTrainedConfig, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """The model that a config describes, of the class that it names; on "meta" it takes no memory."""
+    """The model that a config describes, of the class that it names; on "meta" it takes no memory.
+
+    Raises:
+        ValueError: If it names none, and is not that of a causal language model.
+    """
     kind = dtype or config.dtype or torch.float32
     named = getattr(transformers, (config.architectures or [""])[0], None)
     if named is None:
+        if not hasattr(config, "auto_map") and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(
+                f"Expected a config that names a class of transformers, or one of a causal language model, got one of type "
+                f"{config.model_type} with architectures {config.architectures}. Name the class in config.json."
+            )
         build: Any = AutoModelForCausalLM.from_config
     else:
         build = class_for(named, config)._from_config  # it may lack sublayers, or be sliced

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from ..layer_map import LayerMap, part_config
 from ..surgery.config_reader import ConfigReader
 from ..surgery.layer_pattern import KINDS, periods, unlike_default
+from ..utils import quantizer_of
 
 RIGHT, WRONG, UNTRIED = "right", "not right", "not tried"
 
@@ -121,7 +122,13 @@ def readers_of(config: PreTrainedConfig) -> tuple[Verdict, ...]:
         of_stock = Verdict(TRANSFORMERS_5, WRONG, "it does not know blocks that lack a sublayer, and says so")
         return (of_stock, *(Verdict(reader.name, WRONG, of_stock.reason) for reader in READERS))
     holder = part_config(config, layer_map.part)
+    quantizer = quantizer_of(config)
     found = [Verdict(TRANSFORMERS_5, RIGHT, "the layers that stay were compared when they were chosen")]
+    if quantizer is not None:
+        return (
+            *found,
+            *(Verdict(each.name, UNTRIED, f"not tried with weights quantized by {quantizer}") for each in READERS),
+        )
     return (*found, *(_verdict(reader, config, holder) for reader in READERS))
 
 
