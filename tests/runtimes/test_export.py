@@ -116,7 +116,7 @@ def test_what_is_missing_is_named(folder: Path, tmp_path: Path, monkeypatch: pyt
         ({"to": "onnx", "quantize": "Q8_0"}, "one of int8 to quantize onnx to"),
         ({"to": "onnx", "dtype": "int7"}, "one of float32"),
         ({"to": "fake", "out": "model"}, "new or empty folder"),
-        ({"to": "fake", "folder": "elsewhere"}, "no config.json"),
+        ({"to": "fake", "folder": "elsewhere"}, "without a config.json.*hf download NAME --local-dir FOLDER"),
     ],
 )
 def test_wrong_arguments(folder: Path, tmp_path: Path, arguments: dict[str, str], said: str) -> None:

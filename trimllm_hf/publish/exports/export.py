@@ -86,7 +86,10 @@ def export_model(
     if dtype not in TOLERANCES:
         raise ValueError(f"Expected one of {', '.join(TOLERANCES)} as dtype, got {dtype!r}.")
     if not (source / "config.json").is_file():
-        raise ValueError(f"Expected a folder with a checkpoint, got {source}, which has no config.json.")
+        raise ValueError(
+            f"Expected a folder with a checkpoint, got {source} without a config.json. A model of the Hub is downloaded first: "
+            "hf download NAME --local-dir FOLDER."
+        )
     config = AutoConfig.from_pretrained(source)
     _refuse_unreadable(source, config, made)
     versions = versions_of(made, quantize, python, to)
