@@ -87,8 +87,8 @@ def export_model(
         raise ValueError(f"Expected one of {', '.join(TOLERANCES)} as dtype, got {dtype!r}.")
     if not (source / "config.json").is_file():
         raise ValueError(
-            f"Expected a folder with a checkpoint, got {source} without a config.json. A model of the Hub is downloaded first: "
-            "hf download NAME --local-dir FOLDER."
+            f"Expected a folder with a checkpoint, got {source} without a config.json. A model of the Hub is downloaded "
+            "first: hf download NAME --local-dir FOLDER."
         )
     config = AutoConfig.from_pretrained(source)
     _refuse_unreadable(source, config, made)
