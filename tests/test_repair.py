@@ -70,9 +70,15 @@ def of_inputs(projection: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def by_hand(model: Any, before: int, last: int, down: str, scale: float, norm: str | None = None) -> torch.Tensor:
-    """The new weight, and bias in a last row, in float64, by the equations of the whole target r = e - (h - s y)."""
+def by_hand(
+    model: Any, before: int, last: int, down: str, scale: float, norm: str | None = None, unchanged: Any = None
+) -> torch.Tensor:
+    """The new weight, and bias in a last row, in float64, by the equations of the whole target r = e - (h - s y).
+
+    The target e is what block `last` of the unchanged model returns, by default of the model itself.
+    """
     blocks, seen = find_blocks(model).blocks, []
+    its_blocks = blocks if unchanged is None else find_blocks(unchanged).blocks
     projection = blocks[before].get_submodule(down)
     held: dict[str, torch.Tensor] = {}
 
@@ -82,15 +88,17 @@ def by_hand(model: Any, before: int, last: int, down: str, scale: float, norm: s
     hooks = [
         projection.register_forward_hook(lambda _, args, output: (keep("a", args[0]), keep("y", output), None)[-1]),
     ]
-    for name, position in (("h", before), ("e", last)):
+    for name, block in (("h", blocks[before]), ("e", its_blocks[last])):
         if norm is None:
             hook = lambda _, args, output, name=name: keep(name, hidden(output))  # noqa: E731
-            hooks.append(blocks[position].register_forward_hook(hook))
+            hooks.append(block.register_forward_hook(hook))
         else:
             hook = lambda _, args, name=name: keep(name, args[0])  # noqa: E731
-            hooks.append(blocks[position].get_submodule(norm).register_forward_pre_hook(hook))
+            hooks.append(block.get_submodule(norm).register_forward_pre_hook(hook))
     for batch, mask in inputs():
-        model(**batch)
+        for each in (model, unchanged):
+            if each is not None:
+                each(**batch)
         seen.append((dict(held), mask.bool()))
     for hook in hooks:
         hook.remove()
@@ -380,16 +388,24 @@ def test_by_default_the_penalty_is_chosen() -> None:
     assert sum(torch.equal(chosen, each) or torch.allclose(chosen, each, atol=1e-5) for each in with_each) == 1
 
 
-def test_what_does_not_fit_the_memory_together_takes_another_pass() -> None:
-    model, passes = tiny_model(), []
-    model.register_forward_pre_hook(lambda *_: passes.append(1))
-    together = fitted(model, [1, 3, 5])
-    once, one_by_one = len(passes), 8 * 64 * (64 + 32) * 2
-    with to_be_scored(model):
-        (alone,) = fit_repairs(model, [[1, 3, 5]], inputs(), penalty=0.1, memory=one_by_one)
-    assert len(passes) - once == once + 2 * len(inputs())
-    for one, other in zip(together.refits, alone.refits, strict=True):
-        assert all(torch.equal(change, other.changes[name]) for name, change in one.changes.items())
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_later_gap_is_fitted_on_the_model_repaired_so_far(family: str) -> None:
+    """It aims at the hidden states of the unchanged model, from those of the model without the layers in front."""
+    model, cut = tiny_model(family), tiny_model(family)
+    name, norm = ("output.dense", "output.LayerNorm") if family == "bert" else (DOWN[family], None)
+    first = fitted(model, [1])
+    add(first, cut)
+    drop_layers(cut, [1])  # block 3 is its block 2 now
+    expected = by_hand(cut, 2, 4, name, 1.0, norm, unchanged=model)
+    _, refit = fitted(model, [1, 4]).refits
+    projection = find_blocks(model).blocks[3].get_submodule(name)
+    bias = refit.changes.get(f"{name}.bias")
+    change = refit.changes[f"{name}.weight"]
+    new = of_inputs(projection) + (change if type(projection).__name__ == "Conv1D" else change.T)
+    found = whole(new, None if bias is None else projection.bias.detach() + bias)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-4 * float(expected.abs().max()))
+    (alone,) = fitted(model, [4]).refits
+    assert (alone.changes[f"{name}.weight"] - change).abs().max() > 1e-2 * change.abs().max()
 
 
 def test_quantized_weights_are_no_place_for_it() -> None:

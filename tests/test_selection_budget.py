@@ -27,7 +27,7 @@ def test_what_is_planned_is_affordable() -> None:
     plans = [plan_selection(0.05, 4.0 * steps, 64, 30, 15) for steps in STEPS]
     for plan, steps in zip(plans, STEPS, strict=True):
         assert plan.passes <= plan.affordable == pytest.approx(0.05 * STEP * 4.0 * steps)
-    assert [plan.examples for plan in plans[:4]] == [1, 6, 60, 64]
+    assert [plan.examples for plan in plans[:4]] == [1, 6, 32, 32]
     assert plans[3].scanned == 0 and plans[-1].scanned == 64 and plans[-1].width is None
     assert [plan.passes for plan in plans] == sorted(plan.passes for plan in plans)
 

@@ -19,7 +19,6 @@ from ..importance.calibration import Batch, model_inputs
 from ..importance.evaluation import on_every_process, to_be_scored
 from ..importance.labelled import headless
 from ..importance.metrics import is_causal
-from ..importance.scan import free_bytes
 from ..importance.statistics import real_tokens
 from ..surgery.adapters import adapters_of, base_of
 from ..surgery.blocks import find_blocks
@@ -76,7 +75,7 @@ def repair_layers(
     """Prepare a model for dropping layers: a refitted weight in front of each gap compensates for them as far as possible.
 
     Call it before `drop_layers(model, layers)`, with the same layers. One weight changes for each gap (in most architectures
-    the MLP's down projection in the last kept layer before it), computed in closed form after one pass over the batches
+    the MLP's down projection in the last kept layer before it), computed in closed form from the batches
     (see `surgery.repair.fit_repairs`). If this does not lower the loss on held-out batches, nothing changes.
 
     Args:
@@ -174,7 +173,7 @@ def fit(
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,
 ) -> list[Repair]:
-    """Fit the repairs for candidate sets of layers, in one pass over calibration batches; see `fit_repairs`."""
+    """Fit the repairs for candidate sets of layers on calibration batches; see `fit_repairs`."""
     process_group, batches = process_group or SingleProcess(), list(batches)
     everyones = on_every_process(model, batches, "repair", process_group, filler_batch)
     with isolated_rng(0), to_be_scored(model), process_group.heard(model):
@@ -186,10 +185,7 @@ def fit(
             if number >= len(batches):  # a pass only to stay in step with the other processes
                 mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
             inputs.append((headless(model, model_inputs(batch)), mask))
-        memory = min(process_group.gather(free_bytes(next(model.parameters()).device) / 2))
-        return fit_repairs(
-            model, candidates, inputs, unit, penalty=penalty, memory=memory, part=part, process_group=process_group
-        )
+        return fit_repairs(model, candidates, inputs, unit, penalty=penalty, part=part, process_group=process_group)
 
 
 def evaluate_repair(

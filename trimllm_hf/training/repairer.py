@@ -30,6 +30,7 @@ from .trainer_hooks import train_batch_size, unwrapped
 logger = logging.get_logger("transformers.trimllm_hf")
 
 TOKENS = 8  # per unit of the MLP's width: a width of 1,536 needs 12,288 tokens, 128 examples of 96
+JUDGED = 16  # calibration examples that a repair is evaluated on; where so few cannot tell, it matters little
 
 
 class Repairer:
@@ -50,6 +51,7 @@ class Repairer:
         self._trainer, self._dataloader = trainer, dataloader
         self._batch_size = train_batch_size(trainer)
         calibration, self._rest = _examples(config, trainer.train_dataset, dataset)
+        calibration = calibration[: max(JUDGED, process_group.world_size)]
         with isolated_rng(config.calibration_seed):  # a collator may use random numbers
             held_out = self._batches(calibration)
             self._filler_batch, self._held_out = held_out.filler_inputs, held_out.inputs
@@ -71,7 +73,7 @@ class Repairer:
                 refuse_without_refits(repair)
 
     def fit(self, model: PreTrainedModel, candidates: Sequence[Sequence[int]], penalty: float | None = None) -> list[Repair]:
-        """Fit the repairs for candidate sets of layers, by their positions in the unit, in one pass."""
+        """Fit the repairs for candidate sets of layers, by their positions in the unit."""
         config = self.config
         self._to_fit = self._to_fit or self._enough(model)
         how: dict[str, Any] = {"process_group": self.process_group, "filler_batch": self._filler_batch}

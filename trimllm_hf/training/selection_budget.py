@@ -7,9 +7,10 @@ from dataclasses import dataclass
 SHARE = 0.05  # default share of a run that may be spent
 STEP = 3  # cost of a training step in forward passes: one for forward, two for backward
 LOOKS = 3  # approximate number of models a lazy scan evaluates per layer after the first (benchmarks/README.md, scan)
+RANKED = 32  # calibration examples that suffice for a ranking by block influence, a mean over all their tokens
 LEAST = 8  # calibration examples below which a scan is not worth its passes
 # what a budget can allow, the best first: candidates of a lazy scan (None: all), and the share of the examples
-SCANS = ((None, 1.0), (8, 1.0), (4, 1.0), (4, 0.5), (2, 0.5), (2, 0.25))
+SCANS = ((None, 1.0), (8, 1.0), (4, 1.0), (4, 0.5))
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def plan_selection(share: float | None, run_examples: float, examples: int, dept
     """The best way to choose layers that a run can afford.
 
     Args:
-        share: Share of the run that may be spent; None: `SHARE`, and a pass over all calibration examples in any case.
+        share: Share of the run that may be spent; None: `SHARE`, and in any case a pass over `RANKED` examples.
         run_examples: Number of training examples of the run, divided by the number of selections.
         examples: Calibration examples available.
         depth: Number of layers that may be dropped.
@@ -52,7 +53,7 @@ def plan_selection(share: float | None, run_examples: float, examples: int, dept
         ValueError: If not even a pass over one example is affordable; with the arithmetic.
     """
     if share is None:
-        affordable = max(float(examples), SHARE * STEP * run_examples)
+        affordable = max(float(min(examples, RANKED)), SHARE * STEP * run_examples)
     elif (affordable := share * STEP * run_examples) < 1:
         raise ValueError(
             "Expected a selection_budget that affords a pass over a calibration example each time that layers are chosen, "
@@ -60,7 +61,7 @@ def plan_selection(share: float | None, run_examples: float, examples: int, dept
             f"passes. Raise it to {1 / (STEP * run_examples):.2g}, train longer, drop less often, or name an importance "
             "that takes no passes ('last')."
         )
-    ranked = min(examples, int(affordable))
+    ranked = min(examples, RANKED, int(affordable))
     left = 1 - (drops - 1) / (2 * depth)  # share of the layers that remain, on average over the drops
     for width, part in SCANS:
         scanned = int(examples * part)

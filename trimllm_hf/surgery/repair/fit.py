@@ -1,11 +1,11 @@
-"""`fit_repairs`: one pass of the unchanged model, and a new weight in front of each gap."""
+"""`fit_repairs`: a new weight in front of each gap, from the input side on."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ...engines import ProcessGroup, SingleProcess
 from ..adapters import base_of
 from ..blocks import find_blocks
-from .gaps import Gap, find_gaps, places
+from .gaps import Gap, Place, find_gaps, places
 from .normal_equations import NormalEquations, State
 from .output_projection import OutputProjection, shape_of
 from .probe import probe
@@ -25,7 +25,7 @@ from .ridge import Sums, best_penalty, solve
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
-PENALTIES = (0.1, 0.03, 0.01, 0.3, 1.0, 3.0)  # the first if there is nothing to choose by
+PENALTIES = (0.3, 0.1, 1.0, 3.0)  # the first if there is nothing to choose by
 HELD_OUT = 8  # one in this many batches is held out to choose among them
 INFINITE = "the penalty is infinite"
 ENOUGH = 4  # tokens per feature of a refit
@@ -40,17 +40,21 @@ def fit_repairs(
     unit: str = "block",
     *,
     penalty: float | None = None,
-    memory: float = math.inf,
     part: str | None = None,
     process_group: ProcessGroup | None = None,
 ) -> list[Repair]:
-    """Fit the repairs for one or more candidate sets of dropped layers, in one pass over the batches.
+    """Fit the repairs for one or more candidate sets of dropped layers.
 
-    For each gap, the output projection in front of it (in most blocks the MLP's down projection) gets a new weight. With a
-    its input and R what the dropped layers add to the hidden states after it, both in the unchanged model, the weight
-    changes by (sum a^T a + penalty D)^-1 sum a^T R, with D the mean of the first sum's diagonal: ridge regression around
-    the old weight. It generalises ReplaceMe (Shopkhoev et al., arXiv 2505.02819), where the new weight is the old one times
-    a matrix; that form is used if there are few tokens. The model is not changed here.
+    For each gap, the output projection in front of it (in most blocks the MLP's down projection) gets a new weight, so that
+    the hidden states after it are as close as possible to those of the unchanged model after the gap. The gaps are fitted
+    from the input side on, each on the hidden states of the model as it is with the gaps in front of it dropped and
+    repaired, so that a refit also makes up for what the earlier ones could not. With a the projection's input and R the
+    difference between the two hidden states, the weight changes by (sum a^T a + penalty D)^-1 sum a^T R, with D the mean of
+    the first sum's diagonal: ridge regression around the old weight. It generalises ReplaceMe (Shopkhoev et al.,
+    arXiv 2505.02819), where the new weight is the old one times a matrix; that form is used if there are few tokens. The
+    model is not changed here.
+
+    The cost is one pass over the batches, and for each gap one through the layers in front of it that are kept.
 
     Args:
         model: A transformers model, unwrapped, in evaluation mode, without gradients and without a cache.
@@ -60,8 +64,6 @@ def fit_repairs(
         unit: What a layer is, "block" or "sublayer", as for `drop_layers`.
         penalty: Strength of the ridge penalty; infinite: nothing changes. None: for each gap, the value of `PENALTIES` that
             does best on one in eight batches when fitted on the others; the final fit uses all batches.
-        memory: Bytes that the sums may take at a time, the same on every process. If the gaps need more, the batches are
-            run several times.
         part: For an encoder-decoder, the stack that the layers belong to.
         process_group: The processes of the run.
 
@@ -78,43 +80,49 @@ def fit_repairs(
     forms, projections = probe(base, ends, batches[0][0], unit, part, process_group)
     tokens = sum(process_group.gather(sum(_num_tokens(*batch) for batch in batches)))
     unrepaired: dict[Gap, str] = {}
-    sums: dict[Gap, NormalEquations] = {}
+    equations: dict[Gap, NormalEquations] = {}
     for gap in gaps:
-        found = _sums(gap, blocks, projections, tokens)
+        found = _equations(gap, blocks, projections, tokens)
         if isinstance(found, NormalEquations):
-            sums[gap] = found
+            equations[gap] = found
         else:
             unrepaired[gap] = found
     if penalty == math.inf:
-        unrepaired |= dict.fromkeys(sums, INFINITE)
-        sums.clear()
-    refits: dict[Gap, Refit] = {}
-    for at_once in _within(memory, sums):
-        _sum_up(base, [sums[gap] for gap in at_once], batches, penalty is None)
-        for number, gap in enumerate(at_once):
-            change = _solved(sums[gap], penalty, number, process_group)
+        unrepaired |= dict.fromkeys(equations, INFINITE)
+        equations.clear()
+
+    def up_to(place: Place, layers: Collection[int], refits: Sequence[Refit]) -> AbstractContextManager[None]:
+        """Run the model without some layers, with some refits, and without what is behind a place."""
+        beyond = range(behind.index(place) + 1, len(behind))
+        return Repair((*sorted({*layers, *beyond}),), tuple(refits), {}, forms, unit, part).previewed(model)
+
+    if equations:
+        with up_to(max((gap.last for gap in equations), key=behind.index), (), ()):
+            _record_targets(base, list(equations.values()), batches)
+    repairs = []
+    for layers, gaps in zip(candidates, wanted, strict=True):
+        refits: list[Refit] = []
+        missing = {gap: unrepaired[gap] for gap in gaps if gap in unrepaired}
+        for number, gap in enumerate(gaps):
+            if gap.before is None or gap in missing:
+                continue
+            each, front = equations[gap], behind.index(gap.before)
+            with up_to(gap.before, [layer for layer in layers if layer < front], refits):
+                _sum_up(base, each, batches, penalty is None)
+            change = _solved(each, penalty, number, process_group)
             if change is None:
-                unrepaired[gap] = "its equations have no solution in numbers"
-                logger.warning(f"No repair in front of {gap}: {unrepaired[gap]}. The weight there stays as it is.")
+                missing[gap] = "its equations have no solution in numbers"
+                logger.warning(f"No repair in front of {gap}: {missing[gap]}. The weight there stays as it is.")
             else:
-                refits[gap] = _refit(gap, sums[gap], change, process_group)
-    return [
-        Repair(
-            tuple(sorted(layers)),
-            tuple(refits[gap] for gap in gaps if gap in refits),
-            {gap: unrepaired[gap] for gap in gaps if gap in unrepaired},
-            forms,
-            unit,
-            part,
-        )
-        for layers, gaps in zip(candidates, wanted, strict=True)
-    ]
+                refits.append(_refit(gap, each, change, process_group))
+        repairs.append(Repair(tuple(sorted(layers)), tuple(refits), missing, forms, unit, part))
+    return repairs
 
 
-def _sums(
+def _equations(
     gap: Gap, blocks: Sequence[nn.Module], projections: Mapping[Any, OutputProjection], tokens: int
 ) -> NormalEquations | str:
-    """The sums for a gap, or why there are none."""
+    """The equations for a gap, still without tokens, or why there are none."""
     if gap.before is None:
         return "no layer stays in front of it"
     block, last, projection = blocks[gap.before.position], blocks[gap.last.position], projections.get(gap.before)
@@ -136,27 +144,21 @@ def _sums(
     return NormalEquations(before, State(last, other, gap.last.inside), by_output=tokens < ENOUGH * inputs)
 
 
-def _within(memory: float, sums: Mapping[Gap, NormalEquations]) -> list[list[Gap]]:
-    """The gaps in groups that fit in memory, at least one per group."""
-    groups: list[list[Gap]] = []
-    left = 0.0
-    for gap, each in sums.items():
-        left -= each.num_bytes
-        if not groups or left < 0:
-            groups.append([])
-            left = memory - each.num_bytes
-        groups[-1].append(gap)
-    return groups
+def _record_targets(base: nn.Module, equations: Sequence[NormalEquations], batches: Sequence[Inputs]) -> None:
+    """The hidden states that the refits aim at: one pass over the batches."""
+    for inputs, _ in batches:
+        with ExitStack() as recording:
+            for each in equations:
+                recording.enter_context(each.recording())
+            base(**inputs)
 
 
-def _sum_up(base: nn.Module, equations: Sequence[NormalEquations], batches: Sequence[Inputs], hold_out: bool) -> None:
-    """One pass over the batches."""
+def _sum_up(base: nn.Module, equations: NormalEquations, batches: Sequence[Inputs], hold_out: bool) -> None:
+    """The sums of one gap: one pass over the batches."""
     share = min(HELD_OUT, len(batches))
     for number, (inputs, mask) in enumerate(batches):
         held_out = hold_out and number % share == share - 1 > 0
-        with ExitStack() as collecting:
-            for each in equations:
-                collecting.enter_context(each.collecting(mask, held_out))
+        with equations.collecting(equations.targets[number], mask, held_out):
             base(**inputs)
 
 
@@ -175,7 +177,7 @@ def _solved(
         Sums(process_group.all_reduce(sums.gram), process_group.all_reduce(sums.cross))
         for sums in (equations.fitted, equations.held_out)
     )
-    equations.fitted = equations.held_out = Sums(torch.empty(0), torch.empty(0))
+    equations.clear()
     change: torch.Tensor | None = torch.zeros_like(fitted.cross)
     if number % process_group.world_size == process_group.rank:
         if penalty is None:
@@ -185,28 +187,28 @@ def _solved(
     return change.float() if torch.isfinite(change).all() else None
 
 
-def _refit(gap: Gap, sums: NormalEquations, change: torch.Tensor, process_group: ProcessGroup) -> Refit:
+def _refit(gap: Gap, equations: NormalEquations, change: torch.Tensor, process_group: ProcessGroup) -> Refit:
     """Convert the change to the shapes of the parameters."""
     assert gap.before is not None
-    before, last, projection = sums.before.block, sums.last.block, sums.projection
+    before, last, projection = equations.before.block, equations.last.block, equations.projection
     changes: dict[str, torch.Tensor] = {}
     closing: nn.Module | None = None
     with process_group.gathered([*before.modules(), *last.modules()]), torch.autocast(change.device.type, enabled=False):
-        weight: Any = sums.module.weight
-        bias: Any = getattr(sums.module, "bias", None)
-        transposed = isinstance(sums.module, Conv1D)
-        if sums.by_output:
+        weight: Any = equations.module.weight
+        bias: Any = getattr(equations.module, "bias", None)
+        transposed = isinstance(equations.module, Conv1D)
+        if equations.by_output:
             own = weight.float() if transposed else weight.float().T
             of_weight, of_bias = own @ change, None if bias is None else bias.float() @ change
         else:
-            inputs = shape_of(sums.module)[0]
+            inputs = shape_of(equations.module)[0]
             of_weight, of_bias = change[:inputs], None if bias is None else change[inputs]
         changes[f"{projection.name}.weight"] = (of_weight if transposed else of_weight.T).detach().contiguous()
         if of_bias is not None:
             changes[f"{projection.name}.bias"] = of_bias.detach()
         if projection.norm is not None:
-            assert sums.last.projection is not None
-            norm, others = before.get_submodule(projection.norm), last.get_submodule(str(sums.last.projection.norm))
+            assert equations.last.projection is not None
+            norm, others = before.get_submodule(projection.norm), last.get_submodule(str(equations.last.projection.norm))
             whole: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone(), False) for p in others.parameters()}
             closing = copy.deepcopy(others, whole)
             for name, parameter in norm.named_parameters():

@@ -1,4 +1,4 @@
-"""The normal equations of a refit, summed over tokens while the unchanged model runs."""
+"""The normal equations of a refit, summed over tokens while the model runs."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class State:
             yield
 
     def take(self) -> torch.Tensor:
-        """The recorded states in float32; they can be taken once."""
+        """The recorded states; they can be taken once."""
         found, self.found = self.found, None
         assert found is not None
-        return found.float()
+        return found
 
     def _given(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.found = first_tensor(args, kwargs)
@@ -68,8 +68,9 @@ class State:
 class NormalEquations:
     """The sums over tokens from which one gap's refit is computed.
 
-    With a the features (the input of the output projection in front of the gap) and R what the layers in the gap add to the
-    hidden states, they are the sums of a^T a and a^T R. Each token's rows of both are multiplied by
+    With a the features (the input of the output projection in front of the gap) and R the difference between the hidden
+    states after the gap in the unchanged model and those in front of it in the model as it runs, they are the sums of
+    a^T a and a^T R. Each token's rows of both are multiplied by
     w = min(1, 3 median|r| / |r|, 3 median|a| / |a|), where r = R plus what the projection adds: a token with massive
     activations (the first one, some delimiters), whose square would outweigh all others together, is reduced to the weight
     of a large one. It must not be left out, since nothing would then constrain the new weight in its direction.
@@ -89,19 +90,23 @@ class NormalEquations:
         # a bias is one more feature that is always 1
         self.features = self.width if by_output else inputs + (getattr(self.module, "bias", None) is not None)
         self.fitted = self.held_out = Sums(torch.empty(0), torch.empty(0))
+        self.targets: list[torch.Tensor] = []
         self._seen: dict[str, torch.Tensor] = {}
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory that both sums take."""
-        return 2 * 8 * self.features * (self.features + self.width)
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the hidden states after the gap of one forward pass of the unchanged model, as the next batch's target."""
+        with self.last.watched():
+            yield
+        self.targets.append(self.last.take().to("cpu", copy=True))  # a GPU's memory is for the sums; some add in place
 
     @contextmanager
-    def collecting(self, mask: torch.Tensor | None, held_out: bool = False) -> Iterator[None]:
+    def collecting(self, target: torch.Tensor, mask: torch.Tensor | None, held_out: bool = False) -> Iterator[None]:
         """Add one forward pass's tokens.
 
         Args:
-            mask: Which of them are real, of shape (rows, tokens); None: all.
+            target: The hidden states after the gap in the unchanged model, of shape (rows, tokens, width).
+            mask: Which of the tokens are real, of shape (rows, tokens); None: all.
             held_out: Whether to add them to the sums used to choose a penalty.
         """
 
@@ -111,15 +116,15 @@ class NormalEquations:
         with ExitStack() as stack:
             stack.callback(self.module.register_forward_hook(note, with_kwargs=True).remove)
             stack.enter_context(self.before.watched())
-            stack.enter_context(self.last.watched())
             yield
-        self._add(mask, held_out)
+        before = self.before.take().float()
+        with torch.autocast(before.device.type, enabled=False):  # a caller's autocast is meant for the model
+            self._add_rows(before, target.to(before.device).float() - before, mask, held_out)
         self._seen.clear()
 
-    def _add(self, mask: torch.Tensor | None, held_out: bool) -> None:
-        before = self.before.take()
-        with torch.autocast(before.device.type, enabled=False):  # a caller's autocast is meant for the model
-            self._add_rows(before, self.last.take() - before, mask, held_out)
+    def clear(self) -> None:
+        """Forget the sums."""
+        self.fitted = self.held_out = Sums(torch.empty(0), torch.empty(0))
 
     def _add_rows(self, before: torch.Tensor, residual: torch.Tensor, mask: torch.Tensor | None, held_out: bool) -> None:
         rows = before.shape[:-1]
