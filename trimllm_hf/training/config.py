@@ -152,7 +152,7 @@ class TrimConfig(JsonSettings):
     )
     repair_tokens: int | None = field(
         default=None,
-        metadata={"help": "Tokens of training examples that it is fitted on. Default: 8 times the MLP's width."},
+        metadata={"help": "Tokens of training examples that it is fitted on. Default: 4 times the MLP's width."},
     )
     scan_memory_gb: float | None = field(
         default=None,
