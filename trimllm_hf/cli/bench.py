@@ -1,4 +1,4 @@
-"""`trimllm bench`: the speed of a model, compared with its base and with the bound set by weight bytes."""
+"""`trimllm bench`: the speed of a model, compared with its base and with the ratio of weight bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model weighs: parameters, bytes, cache; and how much faster fewer bytes can make it."""
+"""What a model weighs: parameters, bytes, cache; and the ratio of the bytes read per token."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
 
 
 def byte_bound(base: Sizes, trimmed: Sizes) -> float | None:
-    """Highest speed-up of decoding by weights alone: bytes read per token of the base / of the trimmed model.
+    """Speed-up of decoding if time went with weight bytes alone: those read per token of the base / of the trimmed model.
 
     With blocks of equal size it is 1 / (1 - f*s), f the share of blocks dropped, s the blocks' share of those bytes.
     """

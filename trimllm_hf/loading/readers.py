@@ -118,8 +118,8 @@ def readers_of(config: PreTrainedConfig) -> tuple[Verdict, ...]:
         ValueError: If its map is damaged.
     """
     layer_map = LayerMap.from_config(config)
-    if not layer_map.has_all_sublayers:
-        of_stock = Verdict(TRANSFORMERS_5, WRONG, "it does not know blocks that lack a sublayer, and says so")
+    if lacking := unknown_to_stock(layer_map, getattr(config, "slicing", None) is not None):
+        of_stock = Verdict(TRANSFORMERS_5, WRONG, f"it does not know {lacking}, and says so")
         return (of_stock, *(Verdict(reader.name, WRONG, of_stock.reason) for reader in READERS))
     holder = part_config(config, layer_map.part)
     quantizer = quantizer_of(config)
@@ -130,6 +130,12 @@ def readers_of(config: PreTrainedConfig) -> tuple[Verdict, ...]:
             *(Verdict(each.name, UNTRIED, f"not tried with weights quantized by {quantizer}") for each in READERS),
         )
     return (*found, *(_verdict(reader, config, holder) for reader in READERS))
+
+
+def unknown_to_stock(layer_map: LayerMap, sliced: bool) -> str:
+    """What a model consists of that no reader knows without this package, in words; an empty string for whole layers."""
+    missing = "" if layer_map.has_all_sublayers else "blocks that lack a sublayer"
+    return " and ".join(filter(None, (missing, "layers of different widths" * sliced)))
 
 
 def _verdict(reader: Reader, config: PreTrainedConfig, holder: PreTrainedConfig) -> Verdict:

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from ..layer_map import LayerMap
+from ..loading.readers import unknown_to_stock
 from ..surgery.remote_code import is_our_code
 from . import pictures
 from .card_data import TrimCardData
@@ -161,6 +162,7 @@ def render(data: TrimCardData) -> str:
         text_strip=text_strip(layer_map),
         dropped=dropped(layer_map),
         widths=widths,
+        unknown=unknown_to_stock(layer_map, widths is not None),
         text_widths=None if widths is None else text_widths(widths.full, widths.kept),
         widths_file=pictures.WIDTHS if pictures.WIDTHS in data.pictures else None,
         history=history_rows(layer_map),

@@ -9,6 +9,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ...latency.depths import Depth, depths_between
+from ...loading.readers import unknown_to_stock
 from ..card_data import TrimCardData
 from ..figures import latency_of, map_of
 from ..widths import widths_of
@@ -56,8 +57,16 @@ def first_scan(data: TrimCardData) -> dict[str, Any] | None:
 
 
 def depths_of(data: TrimCardData) -> list[Depth]:
-    """Every depth of the base, where it and a shallower model were measured."""
+    """Every depth of the base, where it and a model of fewer whole layers were measured; else none.
+
+    What sublayers and widths save says nothing about a layer.
+    """
     report = latency_of(data)
     if report is None or report.base_sizes is None or report.base_sizes.num_layers <= report.sizes.num_layers:
         return []
-    return depths_between(report.base_sizes, report.sizes)
+    if unknown_to_stock(map_of(data), "slicing" in (data.trimmed or {})):
+        return []
+    found = depths_between(report.base_sizes, report.sizes)
+    least = found[-1]  # of one layer, which is impossible if the dropped ones were heavier than the others
+    possible = least.weight_bytes > 0 and (least.byte_bound or 1) > 0 and (least.kv_cache_bytes_per_token or 0) >= 0
+    return found if possible else []

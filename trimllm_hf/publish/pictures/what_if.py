@@ -1,4 +1,4 @@
-"""What a model would be at each depth: how fast at most, and what memory its weights and its cache take."""
+"""What a model would be at each depth: what bytes are read per token, and what memory its weights and its cache take."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ TOKENS = 1000  # that the cache is shown for
 
 
 def what_if_figure(depths: Sequence[Depth], kept: int | None = None) -> Any:
-    """The bound on decoding speed, the weights and the cache against depth, one panel each; the kept depth is marked.
+    """The ratio of bytes read per token, the weights and the cache against depth, a panel each; the kept depth is marked.
 
-    Down to a quarter of the layers, or to what is kept: the bounds of what nobody drops would hide the others.
+    Down to a quarter of the layers, or to what is kept: the ratios of what nobody drops would hide the others.
     """
     from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
     from matplotlib.ticker import MaxNLocator
@@ -23,7 +23,7 @@ def what_if_figure(depths: Sequence[Depth], kept: int | None = None) -> Any:
     depths = [depth for depth in depths if depth.num_layers >= least]
     unit, factor = ("GB", 1e9) if depths[0].weight_bytes >= 1e9 else ("MB", 1e6)
     panels: dict[str, list[float | None]] = {
-        "times as fast, at most": [depth.byte_bound for depth in depths],
+        "bytes a token, all layers / these": [depth.byte_bound for depth in depths],
         f"weights ({unit})": [depth.weight_bytes / factor for depth in depths],
         f"KV cache (MB, {TOKENS:,} tokens)": [
             None if depth.kv_cache_bytes_per_token is None else depth.kv_cache_bytes_per_token * TOKENS / 1e6
