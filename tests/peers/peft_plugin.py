@@ -1,17 +1,19 @@
 """A plugin for pytest that runs PEFT's own tests on the models of `peft_models.py`: see `run_peft.py`, which loads it.
 
-The mode says which: `untrimmed`; `in_memory`, where each model loses layers as soon as it is loaded; `reloaded`, trimmed
-folders, without this package.
+The mode says which: `in_memory`, where each model loses layers as soon as it is loaded; `reloaded`, trimmed folders; and
+`untrimmed`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
-from peers_log import MODE, models
+from peers_log import models, modes, switches
 
 MARK = "drop_once_loaded"
 
@@ -20,8 +22,16 @@ def pytest_configure(config: pytest.Config) -> None:
     from tests import testing_utils
 
     testing_utils.hub_online_once = never_online
+    switches.append(take_models_of)
     follow_loads()
     without_network()
+
+
+def take_models_of(mode: str) -> None:
+    """Point the cache of the Hub to that of a mode."""
+    cache = Path(os.environ["HF_HUB_CACHE"])
+    cache.unlink(missing_ok=True)
+    cache.symlink_to(mode)
 
 
 @contextmanager
@@ -42,11 +52,13 @@ def follow_loads() -> None:
             if hasattr(config := getattr(module, "config", None), MARK):
                 wanted = getattr(config, MARK)
                 delattr(config, MARK)
-        if MODE == "in_memory" and wanted and getattr(model.config, "trim", None) is None:  # a save keeps the base's words
+        if modes.mode == "in_memory" and wanted and getattr(model.config, "trim", None) is None:  # a save keeps base's words
             from trimllm_hf import drop_layers
 
+            models["trimmed"] += 1  # also if it is refused
             drop_layers(model, wanted["layers"], part=wanted["part"] if model.config.is_encoder_decoder else None)
-        models["trimmed"] += getattr(model.config, "trim", None) is not None
+        elif getattr(model.config, "trim", None) is not None:
+            models["trimmed"] += 1
         return found
 
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)

@@ -7,8 +7,8 @@
 
 PEFT's tests come with the source archive of the version that is installed, which pip downloads. They run on tiny models
 that lost layers in memory, and those that loaded such a model and passed run again on ones that were saved and reloaded.
-What fails runs once more on models that were never trimmed. `docs/readers.md` shows a table; `assumptions.toml` names the
-tests that assume what a drop changes.
+What fails runs once more on models that were never trimmed. The order is such that any part stands for all.
+`docs/readers.md` shows a table; `assumptions.toml` names the tests that assume what a drop changes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+LIBRARIES = ["diffusers", "parameterized", "scipy", "scikit-learn", "joblib", "threadpoolctl"]  # that its tests import
+MODES = ("in_memory", "reloaded", "untrimmed")
 # Those that load a model of the Hub and need neither a GPU, pictures, nor a library that the tests of this project lack.
 FILES = """
     test_adaption_prompt.py test_arrow.py test_auto.py test_boft.py test_cartridge.py test_config.py test_cpt.py
@@ -54,34 +56,28 @@ def prepare(work: Path) -> None:
             archive.extractall(work, filter="data")
     (source / "tests" / "__init__.py").touch()
     if not (work / "site").is_dir():  # what its tests import and need not have: they are not run with it
-        target = ["--quiet", "--no-deps", "--target", str(work / "site"), "diffusers", "parameterized", "scipy"]
+        target = ["--quiet", "--no-deps", "--target", str(work / "site"), *LIBRARIES]
         subprocess.run([sys.executable, "-m", "pip", "install", *target], check=True)
     if not (work / "cache" / "made").is_file():
         subprocess.run([sys.executable, "-W", "ignore", str(HERE / "peft_models.py"), str(work / "cache")], check=True)
         (work / "cache" / "made").touch()
 
 
-def run(work: Path, mode: str, files: list[str], deadline: float, only: set[str] | None = None, share: float = 1.0) -> None:
-    """Run tests in one mode, without those that its log has already."""
-    source = work / f"peft-{version('peft')}"
+def run(work: Path, source: Path, plugin: str, modes: str, files: list[str], options: list[str], **more: str) -> None:
+    """Run tests of a peer's in some modes, without those that the logs in a folder have already."""
     environment = {
         **os.environ,
-        "PEERS_MODE": mode,
-        "PEERS_LOG": str(log_of(work, mode)),
-        "PEERS_DEADLINE": str(deadline),
-        "PEERS_SHARE": str(share),
-        "HF_HUB_CACHE": str(work / "cache" / mode),
+        "PEERS_MODES": modes,
+        "PEERS_LOGS": str(work),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), str(source), str(work / "site")]),
+        **more,
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), more.get("PYTHONPATH", "")]),
     }
-    if only is not None:
-        (work / "only").write_text("\n".join(sorted(only)))
-        environment["PEERS_ONLY"] = str(work / "only")
-    options = "-p peers_log -p peft_plugin -p no:cacheprovider -q --no-header --tb=no -W ignore --timeout 120"
-    options += " --continue-on-collection-errors -o addopts="
-    command = [sys.executable, "-m", "pytest", *options.split(), *(f"tests/{name}" for name in files)]
+    plugins = ["-p", "peers_log", "-p", plugin, "-p", "no:cacheprovider"]
+    shown = ["-q", "--no-header", "--tb=no", "-W", "ignore", "--continue-on-collection-errors", "-o", "addopts="]
+    command = [sys.executable, "-m", "pytest", *plugins, *shown, *options, *(f"tests/{name}" for name in files)]
     subprocess.run(command, cwd=source, env=environment, check=False)
 
 
@@ -128,7 +124,7 @@ def assumptions(peer: str) -> dict[str, str]:
 def table(work: Path) -> tuple[list[str], list[str]]:
     """The rows of a table by file, and what fails on trimmed models only and is not among the assumptions."""
     known = tuple(assumptions("peft"))
-    modes = {mode: results(work, mode) for mode in ("in_memory", "reloaded", "untrimmed")}
+    modes = {mode: results(work, mode) for mode in MODES}
     counts: dict[str, Counter[str]] = {}
     only_trimmed = []
     for name, line in modes["in_memory"].items():
@@ -169,19 +165,17 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=1.0, help="of the tests that are left, so many, always the same")
     parser.add_argument("--table", action="store_true", help="run nothing: print what has been found so far")
     arguments = parser.parse_args()
-    work, begin = arguments.work.resolve(), time.time()
-    first, second, third = (begin + share * 60 * arguments.minutes for share in (0.55, 0.9, 1.0))
+    work = arguments.work.resolve()
     if not arguments.table:
         prepare(work)
-        run(work, "in_memory", arguments.files, first, share=arguments.share)
-        found = {name: line for name, line in results(work, "in_memory").items() if line["trimmed"]}
-        passed = {name for name, line in found.items() if line["outcome"] == "passed"}
-        if passed:
-            run(work, "reloaded", arguments.files, second, passed)
-        lost = {name for name, line in found.items() if line["outcome"] == "failed"}
-        lost |= {name for name, line in results(work, "reloaded").items() if line["outcome"] == "failed"}
-        if lost:
-            run(work, "untrimmed", arguments.files, third, lost)
+        source = work / f"peft-{version('peft')}"
+        settings = {
+            "PEERS_DEADLINE": str(time.time() + 60 * arguments.minutes),
+            "PEERS_SHARE": str(arguments.share),
+            "HF_HUB_CACHE": str(work / "cache" / "current"),  # a link, to that of a mode
+            "PYTHONPATH": os.pathsep.join([str(source), str(work / "site")]),
+        }
+        run(work, source, "peft_plugin", " ".join(MODES), arguments.files, ["--timeout", "600"], **settings)
     rows, only_trimmed = table(work)
     print("\n".join(rows))
     print(*(f"only trimmed: {each}" for each in only_trimmed), sep="\n")

@@ -48,3 +48,71 @@ def test_any_part_of_the_order_stands_for_all_files_and_tuners() -> None:
 def test_the_assumptions_have_a_reason() -> None:
     for peer in ("peft", "trl"):
         assert all(len(reason) > 10 for reason in run_peft.assumptions(peer).values())
+
+
+TOY = """
+import pytest
+from peers_log import models, modes
+
+@pytest.fixture(scope="module")
+def of_mode():
+    return modes.mode
+
+@pytest.mark.parametrize("number", range(50))
+def test_passes(of_mode, number):
+    models["trimmed"] += modes.mode != "untrimmed"
+    assert of_mode == modes.mode
+
+def test_without_model(): pass
+
+class TestMore:
+    def test_fails_trimmed(self):
+        models["trimmed"] += 1
+        assert modes.mode == "untrimmed"
+
+    def test_fails_late(self):
+        models["trimmed"] += 1
+        assert modes.mode != "reloaded"
+
+    def test_fails(self):
+        models["trimmed"] += 1
+        raise OSError("not there")
+
+def test_is_skipped(): pytest.skip("no")
+"""
+
+
+def outcomes(work: Path, mode: str) -> dict[str, str]:
+    return {name.rpartition("::")[2]: line["outcome"] for name, line in run_peft.results(work, mode).items()}
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_each_mode_runs_what_it_is_for(stopped: bool, tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_toy.py").write_text(TOY)
+    (tmp_path / "of_a_peer.py").write_text(
+        "from peers_log import switches\nswitches.append(lambda mode: print('now', mode))"
+    )
+    passes = {f"test_passes[{number}]": "passed" for number in range(50)}
+    if stopped:  # after some tests in one mode
+        ran = [{"id": f"tests/test_toy.py::test_passes[{n}]", "outcome": "passed", "trimmed": 1} for n in range(0, 50, 3)]
+        run_peft.log_of(tmp_path, "in_memory").write_text("".join(json.dumps(line) + "\n" for line in ran))
+    run_peft.run(tmp_path, tmp_path, "of_a_peer", " ".join(run_peft.MODES), ["test_toy.py"], [], PYTHONPATH=str(tmp_path))
+    late = {"test_fails_late": "passed"}
+    found = {
+        "test_without_model": "passed",
+        "test_fails_trimmed": "failed",
+        "test_fails": "failed",
+        "test_is_skipped": "skipped",
+    }
+    assert outcomes(tmp_path, "in_memory") == {**passes, **late, **found}
+    assert outcomes(tmp_path, "reloaded") == {**passes, "test_fails_late": "failed"}
+    assert outcomes(tmp_path, "untrimmed") == {
+        "test_fails_trimmed": "passed",
+        "test_fails": "failed",
+        "test_fails_late": "passed",
+    }
+    lines = [len(run_peft.log_of(tmp_path, mode).read_text().splitlines()) for mode in run_peft.MODES]
+    assert lines == [55, 51, 3], "each of them once"
+    _, only = run_peft.table(tmp_path)
+    assert {name.rpartition("::")[2].partition(":")[0] for name in only} == {"test_fails_trimmed", "test_fails_late"}
