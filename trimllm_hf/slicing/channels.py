@@ -22,6 +22,7 @@ from ..utils import evaluating
 from .allocation import allocate, redundancy_of
 from .channel_shapes import Channels, find_channels, keep
 from .classes import SLICED
+from .memory import release_freed_memory
 from .modules import assign
 from .preconditions import on_device, real_tokens, refuse_model
 from .principal import Covariance
@@ -63,6 +64,7 @@ def slice_channels(
     rounds = len(found) * len(batches)
     with torch.no_grad(), evaluating([stock]), tqdm(total=3 * rounds, desc="Slicing", disable=not progress) as bar:
         calls, influence = observe(stock, batches, bar.update)
+        release_freed_memory()
         if allocation == "uniform":
             widths = [one_width] * len(found)
         else:
@@ -200,9 +202,9 @@ def gather(calls: Sequence[Calls], number: int, module: nn.Module, channels: Cha
 def choose(module: nn.Module, channels: Channels, found: Covariance, size: torch.Tensor, width: int) -> tuple[Any, Any]:
     """Choose the channels to keep, in ascending order, and compute the writer's weight for them.
 
-    A channel's score is mean|a| times the norm of its column in the output matrix (as Wanda, arXiv 2306.11695, scores a
-    weight). The writer's new weight is W C[:, K] (C[K, K] + ridge)^-1, with C the covariance of the channels and K the kept
-    ones: the least-squares fit of its previous output from the kept channels.
+    A channel's score is mean|a| times the norm of its column in the output matrix (close to what Wanda, arXiv 2306.11695,
+    does for single weights). The writer's new weight is W C[:, K] (C[K, K] + ridge)^-1, with C the second moments of the
+    channels and K the kept ones: the ridge regression of its previous output on the kept channels.
     """
     writer: Any = module.get_submodule(channels.writer)
     weight = writer.weight.data if isinstance(writer, nn.Linear) else writer.weight.data.T  # (width of the states, channels)

@@ -24,7 +24,11 @@ class _Reached(Exception):
 class Calls:
     """The arguments of the blocks' calls for one batch.
 
-    Between blocks, hidden states are stored in 16 bits: those of all batches take most of the memory besides the model.
+    Args:
+        states: The hidden states at the input of the first block, of shape (rows, tokens, width).
+        arguments: The other arguments of each block, positional and named.
+        mask: Which tokens are not padding, of shape (rows, tokens); None: all.
+        room: Where the hidden states are stored between blocks; see `_room`.
 
     Attributes:
         arguments: The other arguments of each block, positional and named.
@@ -32,10 +36,15 @@ class Calls:
     """
 
     def __init__(
-        self, states: torch.Tensor, arguments: list[tuple[tuple[Any, ...], dict[str, Any]]], mask: torch.Tensor | None
+        self,
+        states: torch.Tensor,
+        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]],
+        mask: torch.Tensor | None,
+        room: torch.Tensor,
     ) -> None:
         self.arguments, self.mask, self._dtype = arguments, mask, states.dtype
-        self._states = states.to(states.dtype if states.element_size() <= 2 else torch.bfloat16, copy=True)
+        self._states = room.view(states.shape)
+        self.states = states
 
     @property
     def states(self) -> torch.Tensor:
@@ -44,7 +53,7 @@ class Calls:
 
     @states.setter
     def states(self, states: torch.Tensor) -> None:
-        self._states.copy_(states)  # in place: freed memory is not always reused
+        self._states.copy_(states)
 
     def run(self, number: int, block: nn.Module, states: torch.Tensor | None = None) -> torch.Tensor:
         """A block's output for the stored states, or for other ones."""
@@ -53,13 +62,19 @@ class Calls:
 
 
 @torch.no_grad()
-def record(model: PreTrainedModel, batch: dict[str, Any], see: Callable[[int, torch.Tensor, Any], None] | None) -> Calls:
+def record(
+    model: PreTrainedModel,
+    batch: dict[str, Any],
+    see: Callable[[int, torch.Tensor, Any], None] | None,
+    room: torch.Tensor,
+) -> Calls:
     """Run a model on a batch, up to its last block, and record the arguments of its blocks.
 
     Args:
         model: The stock model, in evaluation mode.
         batch: The model's inputs; labels are left out.
         see: Called with each block's number, input and output. None: the blocks are skipped and pass their input on.
+        room: Where the hidden states are stored.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     mask = inputs.get("attention_mask")
@@ -89,7 +104,17 @@ def record(model: PreTrainedModel, batch: dict[str, Any], see: Callable[[int, to
             model(**inputs, use_cache=False)
         except _Reached:
             pass
-    return Calls(states[0], arguments, mask if mask is not None and mask.dim() == 2 else None)
+    return Calls(states[0], arguments, mask if mask is not None and mask.dim() == 2 else None, room)
+
+
+def _room(model: PreTrainedModel, batches: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, ...]:
+    """Memory for the hidden states of each batch: 16 bits a number, since those of all batches take the most.
+
+    It is one tensor, made ahead of the activations: smaller ones between these would keep freed memory from being reused.
+    """
+    dtype = model.dtype if model.dtype.itemsize <= 2 else torch.bfloat16
+    sizes = [batch["input_ids"].numel() * model.config.get_text_config().hidden_size for batch in batches]
+    return torch.empty(sum(sizes), dtype=dtype, device=model.device).split(sizes)
 
 
 def observe(
@@ -107,7 +132,7 @@ def observe(
     counts = [float(b["input_ids"].numel() if (m := b.get("attention_mask")) is None else (m != 0).sum()) for b in batches]
     every = max(1, int(sum(counts) / INFLUENCE_TOKENS))
     calls, count = [], 0.0
-    for number, batch in enumerate(batches):
+    for number, (batch, room) in enumerate(zip(batches, _room(model, batches), strict=True)):
         mask = batch.get("attention_mask")
 
         def see(block: int, x: torch.Tensor, output: Any, mask: torch.Tensor | None = mask) -> None:
@@ -118,7 +143,7 @@ def observe(
             sums[block] += (distance if mask is None else distance.masked_fill(mask == 0, 0)).sum().double().cpu()
 
         seen = number % every == 0
-        calls.append(record(model, batch, see if seen else None))
+        calls.append(record(model, batch, see if seen else None, room))
         count += counts[number] if seen else 0.0
         done(depth)
     refuse_not_finite(sums)  # a cosine is undefined for states that are not finite

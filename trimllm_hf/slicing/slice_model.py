@@ -18,6 +18,7 @@ from ..utils import evaluating
 from .allocation import allocate, redundancy_of
 from .channels import slice_channels
 from .classes import SLICED
+from .memory import release_freed_memory
 from .modules import assign, norm_eps, replace_norm, shape_block
 from .preconditions import on_device, real_tokens, refuse_arguments, refuse_model, refuse_tied
 from .principal import Covariance
@@ -124,6 +125,7 @@ def plan(
         gains = read_gains(stock, wiring)
         refuse_unequal(stock, wiring, gains, batches[0]["input_ids"])
         calls, influence = observe(stock, batches, bar.update)
+        release_freed_memory()
         redundancy = redundancy_of(influence) if allocation == "redundancy" else [1.0] * len(influence)
         cost = _cost(stock, wiring) if mean == "parameters" else None
         widths = allocate(redundancy, wiring.width, ratio, spread, multiple, cost)
@@ -162,7 +164,7 @@ def read_gains(model: nn.Module, wiring: Wiring) -> dict[str, Gain]:
 def find_bases(
     model: nn.Module, wiring: Wiring, gains: dict[str, Gain], calls: list[Calls], widths: Sequence[int], bar: Any
 ) -> tuple[torch.Tensor, ...]:
-    """The principal components of each block's input, with all earlier blocks sliced, and of the head's input."""
+    """The principal components of what the norms of each block read, with all earlier blocks sliced; and the last norm."""
     centred = any(gain.centred for gain in gains.values())
     # Allocated together, ahead of the activations: small tensors between these keep freed memory from being reused.
     device = calls[0].states.device
@@ -214,6 +216,7 @@ def apply(planned: PlannedSlice) -> SliceMap:
     model, wiring, gains, bases = planned.model, planned.wiring, planned.gains, planned.bases
     widths = planned.slice_map.widths
     centred = any(gain.centred for gain in gains.values())
+    release_freed_memory()
     for number, (block, width, after) in enumerate(zip(wiring.blocks, widths, next_widths(widths), strict=True)):
         module = model.get_submodule(block.name)
         own = {norm: gains[f"{block.name}.{norm}"] for norm in block.norms}
@@ -221,6 +224,7 @@ def apply(planned: PlannedSlice) -> SliceMap:
         shape_block(module, block, wiring.width, width, after)
         for name, tensor in tensors.items():
             assign(module, name, tensor)
+    release_freed_memory()
     # after the blocks, which are smaller now; a tied head gets its own tensor before the table is replaced
     head = rotated_reader(model.get_submodule(wiring.head), gains[wiring.norm], bases[-1].double())
     for kind, tensor in dict(head).items():
