@@ -74,6 +74,25 @@ def test_a_trainer_trains_and_saves_it(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model.eval()))
 
 
+def test_a_trainer_trains_an_adapter_on_it(tmp_path: Path) -> None:
+    model = sliced()
+    model.save_pretrained(tmp_path / "base")
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj", "shortcut"]))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    Trainer(adapted, arguments, train_dataset=tiny_texts(size=24)).train()
+    trained = dict(adapted.named_parameters())
+    added = [value for key, value in trained.items() if "lora_B" in key]
+    assert len(added) == 3 * 6 and all(value.abs().max() > 0 for value in added)
+    kept = {key.removeprefix("base_model.model.").replace(".base_layer", ""): value for key, value in trained.items()}
+    assert all(torch.equal(kept[key], value) for key, value in before.items())
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(base, tmp_path / "checkpoint-3").eval()
+    torch.testing.assert_close(logits(again), logits(adapted.eval()))
+
+
 def test_a_run_that_would_trim_it_is_refused_before_its_first_step(tmp_path: Path) -> None:
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=8, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"

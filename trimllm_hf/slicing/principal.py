@@ -41,7 +41,8 @@ class Covariance:
     def basis(self, width: int, centred: bool = False) -> torch.Tensor:
         """The directions with the largest second moments, the largest first: of shape (full width, width), float64.
 
-        Eigenvectors of the sum, damped on the diagonal as SliceGPT does (arXiv 2401.15024, section 3.3).
+        Eigenvectors of the sum (SliceGPT, arXiv 2401.15024, section 3.3). As in its code the diagonal is damped, which only
+        matters to the numerics.
 
         Args:
             width: How many directions.

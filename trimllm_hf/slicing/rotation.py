@@ -1,9 +1,11 @@
 """The weights of a sliced model: gains folded, hidden states rotated into other bases and cut (SliceGPT, arXiv 2401.15024).
 
-All products are computed in float64. With Q the basis of a block's input, Q' that of the next block's, and g and b a norm's
-gain and shift: a matrix that reads becomes W diag(g) Q, with the bias W b; one that writes becomes Q'ᵀ W; the shortcut is
-Qᵀ Q'. Before a LayerNorm, the mean over the hidden dimension is first removed from the matrices that write, so that the
-norm only has to divide. A basis with fewer columns cuts.
+All products are computed in float64. With Q the basis of a block's input, Q' that of the next block's, g and b a norm's gain
+and shift, and W of shape (outputs, inputs): a matrix that reads becomes W diag(g) Q, with W b added to its bias; one that
+writes becomes Qᵀ W in the attention and Q'ᵀ W in the MLP (in a parallel block, Q'ᵀ W in both); the shortcut multiplies
+hidden states (tokens, width) by Qᵀ Q'; the table of embeddings is multiplied by the first block's Q. Before LayerNorms, the
+mean over the hidden dimension is first removed from the table and from what the matrices write, so that the norms only
+have to divide. A basis with fewer columns cuts.
 """
 
 from __future__ import annotations
