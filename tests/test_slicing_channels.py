@@ -126,6 +126,16 @@ def test_what_cannot_be_cut_is_refused_with_nothing_changed() -> None:
         slice_model(model_to_slice(), calibration(), what="heads", progress=False)
 
 
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("allocation", ["uniform", "redundancy"])
+def test_a_ratio_that_leaves_less_than_eight_channels_is_refused(allocation: str, multiple: int) -> None:
+    model = model_to_slice()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="at least 8 wide"):
+        slice_model(model, calibration(), 0.95, allocation, what="mlp", multiple=multiple, progress=False)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
 class Rolled(nn.Module):
     """A channel that depends on its neighbour."""
 

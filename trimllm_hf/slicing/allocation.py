@@ -66,13 +66,26 @@ def widths_of(shares: Sequence[float], width: int, multiple: int) -> list[int]:
             units[layer] += 1
             missing -= 1
     found = [width if unit == most else unit * multiple for unit in units]
-    narrow = [layer for layer, value in enumerate(found) if value < LEAST_WIDTH]
+    refuse_narrow(found, width)
+    return found
+
+
+def refuse_narrow(widths: Sequence[int], width: int) -> None:
+    """Refuse widths below 8.
+
+    Args:
+        widths: Of each layer.
+        width: The current width of every layer.
+
+    Raises:
+        ValueError: If one is.
+    """
+    narrow = [layer for layer, value in enumerate(widths) if value < LEAST_WIDTH]
     if narrow:
         raise ValueError(
             f"Expected a ratio that leaves each layer at least {LEAST_WIDTH} wide, got one by which the layers {narrow} of "
             f"a width of {width} would be narrower. Lower the ratio, or the spread."
         )
-    return found
 
 
 def allocate(

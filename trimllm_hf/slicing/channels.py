@@ -19,7 +19,7 @@ from ..layer_map import LayerMap, part_config
 from ..surgery.custom_models import update_classes
 from ..surgery.unshare_config import unshare_config
 from ..utils import evaluating
-from .allocation import allocate, redundancy_of
+from .allocation import allocate, redundancy_of, refuse_narrow
 from .channel_shapes import Channels, find_channels, keep
 from .classes import SLICED
 from .memory import release_freed_memory
@@ -53,7 +53,9 @@ def slice_channels(
     if any(channels.width != width for channels in found):
         raise ValueError("Expected MLPs of one width, got several. Nothing was changed.")
     tokens = real_tokens(batches, stock.config.get_text_config().hidden_size)
-    one_width = max(multiple, round((1 - ratio) * width / multiple) * multiple)
+    one_width = round((1 - ratio) * width / multiple) * multiple
+    if allocation == "uniform":
+        refuse_narrow([one_width] * len(found), width)
     field = width_name(stock, found, one_width) if allocation == "uniform" else None
     if allocation == "uniform" and field is None:
         raise ValueError(
