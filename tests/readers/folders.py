@@ -32,6 +32,9 @@ from trimllm_hf.surgery.older_spellings import with_older_spellings
 
 for gemma in ("gemma2", "gemma3_text"):  # as published, and as CTranslate2 takes for granted
     EXCEPTIONS[gemma] = {**EXCEPTIONS.get(gemma, {}), "query_pre_attn_scalar": 8}
+EXCEPTIONS["qwen3_moe"] = {**EXCEPTIONS["qwen3_moe"], "head_dim": 8}  # as published, and as mlx-lm asks for
+EXCEPTIONS["phimoe"] = {**EXCEPTIONS.get("phimoe", {}), "attention_bias": True, "lm_head_bias": True}
+EXCEPTIONS["recurrent_gemma"] = {**EXCEPTIONS.get("recurrent_gemma", {}), "num_key_value_heads": 1}
 TASKS = {"causal": CAUSAL, "classification": CLASSIFICATION, "seq2seq": DECODER}
 OLDER_WORDS = {"rope_theta", "global_rope_theta", "rotary_emb_base"}
 LEGACY_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
@@ -118,4 +121,4 @@ if __name__ == "__main__":
     for task, kind in TASKS.items():
         for model_type in kind.types():
             if not types or model_type in types:
-                list(write_type(root, task, model_type, [(1, 4), (2,), (0, 1, 2)]))
+                list(write_type(root, task, model_type, [(1, 4), (2,), (3,), (0, 1, 2)]))

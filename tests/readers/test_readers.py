@@ -61,6 +61,25 @@ def test_a_model_without_kinds_is_right_where_it_was_tried() -> None:
     assert verdicts(tiny_model("opt").config)["llama.cpp b11549"] == UNTRIED
 
 
+@pytest.mark.parametrize(
+    ("model_type", "kinds", "mlx"),
+    [
+        ("qwen3_next", "LLFL", RIGHT),  # a period of 3
+        ("qwen3_next", "LFLFL", RIGHT),
+        ("qwen3_next", "FLL", WRONG),
+        ("qwen3_next", "LLFF", WRONG),
+        ("afmoe", "FSS", RIGHT),
+        ("afmoe", "F", RIGHT),
+        ("afmoe", "SSS", WRONG),
+    ],
+)
+def test_what_mlx_makes_of_kinds(model_type: str, kinds: str, mlx: str) -> None:
+    words = {"L": "linear_attention", "S": "sliding_attention", "F": "full_attention"}
+    layer_types = [words[kind] for kind in kinds]
+    config = AutoConfig.for_model(model_type, num_hidden_layers=len(kinds), layer_types=layer_types)
+    assert verdicts(config)["mlx-lm 0.32"] == mlx
+
+
 def test_who_scales_attention_by_the_width_of_a_head_is_right_where_the_config_says_so() -> None:
     assert verdicts(tiny_model("gemma3_text", query_pre_attn_scalar=4).config)["CTranslate2 4.8"] == WRONG
 
@@ -135,11 +154,10 @@ def test_a_model_without_kinds_is_always_portable() -> None:
 
 TYPES = {  # for the slow test: who reads kinds, who works them out, and who has none
     "causal": ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "cohere2", "gpt_neox", "phi"],
-    "more": ["olmo3", "granitemoehybrid", "gpt2", "deepseek_v3", "mixtral"],
+    "more": ["olmo3", "granitemoehybrid", "gpt2", "deepseek_v3", "mixtral", "qwen3_next", "afmoe", "recurrent_gemma"],
     "classification": ["modernbert", "bert"],
     "seq2seq": ["t5", "bart"],
 }
-DROPS = [(1, 4), (2,), (0, 1, 2)]
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ class Reader:
         by_period: Types whose layers' kinds it derives from a layer's number and a period in the config.
         by_number: Types whose layers' kinds it derives from a layer's number alone.
         whole_period: Whether it needs at least one full period of layers.
+        needs_kinds: For these types, a kind of layer without which it cannot load the model.
         heads: Whether it has models with heads other than a language model's.
         by_head_width: Types whose attention it scales by the head dimension, whatever the config says.
         by_depth: For these types, the depth at which it assumes a model size whose attention is scaled by the hidden size
@@ -57,6 +58,7 @@ class Reader:
     by_period: frozenset[str] = frozenset()
     by_number: frozenset[str] = frozenset()
     whole_period: bool = False
+    needs_kinds: dict[str, str] = field(default_factory=dict)
     heads: bool = False
     by_head_width: frozenset[str] = frozenset()
     by_depth: dict[str, int] = field(default_factory=dict)
@@ -81,8 +83,8 @@ _TRANSFORMERS_4 = """
 """
 _MLX = """
     afmoe cohere dbrx deepseek_v3 deepseek_v32 dots1 ernie4_5 ernie4_5_moe falcon_mamba gemma gemma2 glm4 gptj
-    granite granitemoe helium hunyuan_v1_dense llama mamba mistral mixtral nemotron olmo2 olmo3 olmoe phi phi3 qwen2
-    qwen2_moe qwen3 seed_oss smollm3 stablelm starcoder2
+    granite granitemoe helium hunyuan_v1_dense llama mamba mistral mixtral nemotron olmo2 olmo3 olmoe phi phi3 phimoe
+    qwen2 qwen2_moe qwen3 qwen3_moe recurrent_gemma seed_oss smollm3 stablelm starcoder2
 """
 READERS = (
     Reader("transformers 4.57", by_list=frozenset(_TRANSFORMERS_4.split()), by_period=frozenset({"modernbert"}), heads=True),
@@ -96,8 +98,9 @@ READERS = (
     Reader(
         "mlx-lm 0.32",
         by_list=frozenset(_MLX.split()),
-        by_period=frozenset({"cohere2", "gemma3_text"}),
+        by_period=frozenset({"cohere2", "gemma3_text", "qwen3_next"}),
         whole_period=True,
+        needs_kinds={"afmoe": "full_attention"},
     ),
     Reader(
         "CTranslate2 4.8",
@@ -145,6 +148,9 @@ def _verdict(reader: Reader, config: PreTrainedConfig, holder: PreTrainedConfig)
         return Verdict(reader.name, UNTRIED, f"not tried with {named}")
     if model_type in reader.by_head_width and (scaled := _other_scale(reader, holder)):
         return Verdict(reader.name, WRONG, scaled)
+    needed = reader.needs_kinds.get(model_type)
+    if needed is not None and needed not in (getattr(holder, "layer_types", None) or [needed]):
+        return Verdict(reader.name, WRONG, f"it cannot load this type without a layer of {needed}")
     if model_type in reader.by_list:
         but = "; in one pass: it generates wrongly beyond the sliding window, trimmed or not"
         return Verdict(
