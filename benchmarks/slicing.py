@@ -3,7 +3,7 @@
     python benchmarks/quality/base.py --output_dir smollm2             # a base of 135M parameters, once
     python benchmarks/slicing.py --base smollm2 --method redundancy --ratio 0.25
     python benchmarks/slicing.py --base smollm2 --method depth --layers 24 --steps 60
-    python benchmarks/slicing.py --base smollm2 --speed                # of the runs with training, in turn with the base
+    python benchmarks/slicing.py --base smollm2 --speed                # of the runs without, in turn with the base
     python benchmarks/slicing.py --table                               # what all runs have found
 
 A run makes one model, measures it, fine-tunes it on MedQuAD if --steps are given, measures it again, and adds a line to
@@ -14,7 +14,8 @@ is left out, and answers of the test split. Training: the same rows in the same 
 
 `decode_bytes` are the weights that are read for each token that is generated, `bytes` all of them: the slicing unties the
 head from the embedding, and its shortcuts count. Speed depends on shapes alone: --speed builds the models of the runs anew,
-with weights that mean nothing, and times each in turn with the base, one thread.
+with weights that mean nothing, and times each in turn with the base, one thread. On a machine that does other work besides,
+`--clock cpu` counts the processor's time of the process.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimllm_hf import drop_layers, measure_latency, score_layers, slice_model
+from trimllm_hf.latency import measure
 from trimllm_hf.latency.sizes import sizes_of
 from trimllm_hf.slicing.channel_shapes import shape_channels
 from trimllm_hf.slicing.modules import shape_model
@@ -118,12 +120,14 @@ def train(model: nn.Module, rows: list[dict[str, torch.Tensor]], args: argparse.
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Adds to runs with training how many times as fast their models are as the base, with the interval of the median."""
+    """Adds to the runs how many times as fast their models are as the base, with the interval of the median."""
     torch.set_num_threads(1)
+    if args.clock == "cpu":
+        measure.timer = time.process_time
     base: Any = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
     rows = runs(args.out)
     for row in rows:
-        if row["method"] == "full" or "general_after" not in row:
+        if row["method"] == "full" or "speed" in row:
             continue
         model = copy.deepcopy(base)
         if row["method"] == "depth":
@@ -134,8 +138,9 @@ def speed(args: argparse.Namespace) -> None:
             shape_model(model, find_wiring(type(model), model.config), tuple(row["widths"]))
         report = measure_latency(model, base=base, prompt_tokens=128, new_tokens=32, repeats=7, warmup=1)
         row["speed"] = {found.what: (found.ratio, found.low, found.high) for found in report.speedups}
+        row["clock"] = args.clock
         print(row["method"], row["ratio"] or row["layers"], row["speed"], flush=True)
-    args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def runs(file: Path) -> list[dict[str, Any]]:
@@ -227,6 +232,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--out", type=Path, default=HERE / "slicing_results/runs.jsonl")
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="of --speed")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     speed(args) if args.speed else table(args) if args.table else run(args)
