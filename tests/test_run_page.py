@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -58,11 +59,26 @@ def test_the_page_needs_nothing_from_elsewhere_and_shows_the_run(run: Path) -> N
     outside = Outside()
     outside.feed(page)
     assert outside.found == [] and "@import" not in page and "url(http" not in page
-    assert "4 of 6 layers" in page and "&lt;run&gt; &amp; co" in page and "<run>" not in page
+    assert (
+        "4 of 6 layers" in page
+        and "4 of the 6 layers of the base are kept" in page
+        and "&lt;run&gt; &amp; co" in page
+        and "<run>" not in page
+    )
     assert page.count("<svg") == 3 and "var(--kept)" in page and "#1f5f99" not in page.partition("</style>")[2]
     assert "prefers-color-scheme: dark" in page
+    assert "an axis does not begin at 0" not in page  # the lowest score is 0
     rows = re.findall(r"<tr>\s*<td>(\d+)</td><td>([\d, ]+)</td>", page)
     assert rows == [("2", "4"), ("4", "1")]
+
+
+@pytest.mark.parametrize(("base", "said"), [("org/base", "org/base"), ("/home/someone/base/", "base")])
+def test_the_page_names_the_base_and_no_path(run: Path, base: str, said: str) -> None:
+    """Of a base that is a folder, the name alone; a picture of scores far above 0 says that its axis is cut."""
+    record = read_run(run)
+    scans = [{**record.scans[0], "scores": {str(i): 5.0 + i for i in range(6)}}]
+    page = render_run(replace(record, layer_map=replace(record.layer_map, base_model=base), scans=scans))
+    assert f"layers of {said} are kept" in page and "someone" not in page and "an axis does not begin at 0" in page
 
 
 def test_depth_and_loss_are_those_of_the_log(run: Path) -> None:

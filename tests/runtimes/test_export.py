@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from trimllm_hf.cli import app
 from trimllm_hf.publish.exports import export, export_model
 from trimllm_hf.publish.exports.comparison import NEW_TOKENS, Reference, compare, prompts_for
 from trimllm_hf.publish.exports.formats import FORMATS, Format
+from trimllm_hf.publish.exports.tool import Tool
 
 FAKE = Format(tool="fake_runtime", runtime="Fake", reader=None, packages={"numpy": "numpy"}, quantized=("int8",))
 
@@ -107,6 +109,18 @@ def test_what_is_missing_is_named(folder: Path, tmp_path: Path, monkeypatch: pyt
         export_model(folder, "fake", tmp_path / "out")
     with pytest.raises(ValueError, match="Expected a Python interpreter, got /no/python"):
         export_model(folder, "fake", tmp_path / "out", python="/no/python")
+
+
+def test_a_missing_quantizer_is_named_before_anything_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "llama.cpp").mkdir()
+    tool = Tool(FORMATS["gguf"], sys.executable, {"llama_cpp": str(tmp_path / "llama.cpp")})
+    with pytest.raises(ValueError, match=r"no convert_hf_to_gguf\.py in .*--llama-cpp"):
+        tool.check(None)
+    (tmp_path / "llama.cpp" / "convert_hf_to_gguf.py").touch()
+    tool.check("Q8_0")  # the script's own
+    with pytest.raises(ValueError, match="no program llama-quantize, which makes Q4_K_M"):
+        tool.check("Q4_K_M")
 
 
 @pytest.mark.parametrize(

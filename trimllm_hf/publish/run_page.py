@@ -20,6 +20,7 @@ from ..utils import is_list_of, json_at
 from .card import read_report
 from .card_data import TrimCardData
 from .figures import cost_rows, history_rows, quality_rows, repair_rows, text_strip
+from .folder import is_local
 from .pictures import (
     COLOURS,
     DROPPED,
@@ -136,7 +137,7 @@ def render_run(record: RunRecord) -> str:
     """
     refuse_no_matplotlib()
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
-    data = record.report
+    data, base = record.report, record.layer_map.base_model or "the base"
     scored = [scan for scan in record.scans if scan["scores"]]
     figures = {"The run": _course(record), "The time it took": loss_over_time(record.log, drop_times(record.scans))}
     if scored:
@@ -148,6 +149,7 @@ def render_run(record: RunRecord) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=record,
         map=record.layer_map,
+        base=base.rstrip("/").rpartition("/")[2] if is_local(base) else base,  # no path of a machine
         figures={title: _inline(figure) for title, figure in figures.items() if figure is not None},
         strip=text_strip(record.layer_map),
         history=history_rows(record.layer_map),

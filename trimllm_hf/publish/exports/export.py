@@ -94,6 +94,7 @@ def export_model(
     _refuse_unreadable(source, config, made)
     versions = versions_of(made, quantize, python, to)
     tool = Tool(made, python, {"llama_cpp": str(llama_cpp)} if llama_cpp and to == "gguf" else {})
+    tool.check(quantize)
     with new_folder(Path(out)) as unfinished:
         reference, prompts = Reference(source), prompts_for(source, config)
         plain = tool.convert(source, unfinished / "plain", dtype)

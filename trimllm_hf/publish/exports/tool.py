@@ -69,6 +69,14 @@ class Tool:
     def __init__(self, made: Format, python: str, settings: dict[str, Any]) -> None:
         self.made, self.python, self.settings = made, python, settings
 
+    def check(self, kind: str | None) -> None:
+        """Ask for the programs that converting and quantizing need.
+
+        Raises:
+            ValueError: If one is missing.
+        """
+        self._run("be complete", "check", json.dumps({**self.settings, "kind": kind}))
+
     def convert(self, source: Path, out: Path, dtype: str) -> Path:
         """Convert a folder into a new one.
 

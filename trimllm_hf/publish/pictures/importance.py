@@ -40,7 +40,8 @@ def importance_figure(
         axes.margins(x=0.01)
         dress(axes, "", name.replace("_", " "))
     said = "\nlines: ± one standard error over the batches" if spreads else ""
-    panels[-1].set_xlabel(f"layer ({legend}){said}", color=INK)
+    cut = "\nan axis does not begin at 0" if any(axes.get_ylim()[0] > 0 for axes in panels) else ""
+    panels[-1].set_xlabel(f"layer ({legend}){said}{cut}", color=INK)
     return figure
 
 

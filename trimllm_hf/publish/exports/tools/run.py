@@ -10,8 +10,12 @@ from typing import Any
 
 
 def main(tool: str, what: str, source: str, *rest: str) -> None:
-    """Do one of the three, and leave the answers of the last in a file."""
+    """Do one of the four, and leave the answers of the last in a file."""
     module = importlib.import_module(tool)
+    if what == "check":
+        if hasattr(module, "check"):
+            module.check(**json.loads(source))
+        return
     if what == "convert":
         out, settings = rest
         module.convert(Path(source), Path(out), **json.loads(settings))

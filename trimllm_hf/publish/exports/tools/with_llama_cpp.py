@@ -22,6 +22,13 @@ BY_SCRIPT = ("Q8_0",)
 SHOWN = 2000  # of a row of logits, the highest: a server says them in JSON
 
 
+def check(kind: str | None, llama_cpp: str | None = None) -> None:
+    """Fail if the script, or what quantizes to a kind, is not there."""
+    _script(llama_cpp)
+    if kind is not None and kind not in BY_SCRIPT:
+        _program(llama_cpp, kind)
+
+
 def convert(folder: Path, out: Path, dtype: str, llama_cpp: str | None = None) -> None:
     """Write `model.gguf`."""
     _by_script(folder, out, OUTTYPES[dtype], llama_cpp)
