@@ -126,6 +126,13 @@ def test_what_cannot_be_cut_is_refused_with_nothing_changed() -> None:
         slice_model(model_to_slice(), calibration(), what="heads", progress=False)
 
 
+def test_blocks_that_take_several_hidden_states_per_token_are_refused() -> None:
+    model = model_to_slice()
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: (args[0][None], *args[1:]))
+    with pytest.raises(ValueError, match=r"\(rows, tokens, width\), got \(1, 4, 16, 32\) for \(4, 16\) tokens"):
+        slice_model(model, calibration(), what="mlp", progress=False)
+
+
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("allocation", ["uniform", "redundancy"])
 def test_a_ratio_that_leaves_less_than_eight_channels_is_refused(allocation: str, multiple: int) -> None:

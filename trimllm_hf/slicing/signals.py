@@ -75,6 +75,9 @@ def record(
         batch: The model's inputs; labels are left out.
         see: Called with each block's number, input and output. None: the blocks are skipped and pass their input on.
         room: Where the hidden states are stored.
+
+    Raises:
+        ValueError: If the blocks take something else than one hidden state per token.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     mask = inputs.get("attention_mask")
@@ -84,6 +87,12 @@ def record(
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[:-1] != inputs["input_ids"].shape or hidden.numel() != room.numel():
+            raise ValueError(
+                f"Expected blocks that take hidden states of shape (rows, tokens, width), got {tuple(hidden.shape)} for "
+                f"{tuple(inputs['input_ids'].shape)} tokens in {type(model).__name__}. This architecture cannot be sliced. "
+                "Nothing was changed."
+            )
         states[:] = [hidden] if not states else [states[0], hidden]
         arguments.append((args[1:], rest))
 
@@ -137,7 +146,7 @@ def observe(
 
         def see(block: int, x: torch.Tensor, output: Any, mask: torch.Tensor | None = mask) -> None:
             nonlocal every
-            if isinstance(output, tuple):  # only the block knows the other elements
+            if isinstance(output, tuple | list):  # only the block knows the other elements
                 every = 1
             distance = 1 - torch.cosine_similarity(x.float(), _first(output).float(), dim=-1)
             sums[block] += (distance if mask is None else distance.masked_fill(mask == 0, 0)).sum().double().cpu()
@@ -204,8 +213,8 @@ def advance(
 
 
 def _first(output: Any) -> torch.Tensor:
-    """The hidden states in a block's output: the output itself, or its first element."""
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    """The hidden states in a block's output: the output itself, or its first item."""
+    found: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return found
 
 
