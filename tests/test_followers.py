@@ -172,6 +172,22 @@ def test_an_engine_that_is_sent_the_weights_is_refused(make: Any, said: str, tmp
         train(tmp_path, kind=Generating)
 
 
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_trls_own_engine_is_refused(mode: str, tmp_path: Path) -> None:
+    module = pytest.importorskip("trl.generation.vllm_generation", reason="this TRL has no such module")
+
+    class Generating(Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.vllm_generation = object.__new__(module.VLLMGeneration)  # without starting vLLM
+            vars(self.vllm_generation).update(model=self.model, mode=mode, accelerator=self.accelerator)
+
+    with pytest.raises(
+        ValueError, match=r"got Generating\.vllm_generation, .* VLLMGeneration\.sync_weights takes to an engine"
+    ):
+        train(tmp_path, kind=Generating)
+
+
 def test_the_argument_that_starts_one_is_refused(tmp_path: Path) -> None:
     class Generating(Trainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
