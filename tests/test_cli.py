@@ -182,6 +182,42 @@ def test_inspect_of_what_is_no_model_or_a_damaged_one_is_refused(tmp_path: Path)
     assert "Expected base_num_layers of at most" in run("inspect", tmp_path, "--json", code=1)
 
 
+def test_a_file_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    said = run("inspect", tmp_path, code=1)
+    assert f"Expected {len(whole):,} bytes" in said and f"got {len(whole) - 100:,}" in said
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1044992\n")
+    assert "a pointer of Git LFS. Fetch" in run("inspect", tmp_path, code=1)
+    assert "a pointer of Git LFS. Fetch" in run("trim", tmp_path, tmp_path / "out", "--kept", "0,1", code=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["trim", "--kept", "0,1"], ["doctor"]])
+def test_a_name_that_is_no_model_is_said(command: list[str], tmp_path: Path) -> None:
+    tiny_model().config.save_pretrained(tmp_path)
+    out = [str(tmp_path / "out")] if command[0] == "trim" else []
+    names = {
+        str(tmp_path / "absent"): "there is no such folder",
+        "~/x": "there is no such folder",
+        "https://huggingface.co/org/model": "got the address https://huggingface.co/org/model",
+    }
+    if command != ["doctor"]:  # which needs no more than a config
+        names[str(tmp_path / "config.json")] = "Give the folder that it is in"
+    for name, said in names.items():
+        found = run(*command, name, *out, code=1).replace("\n", " ")
+        assert "Expected a model's folder, or its id on the Hub" in found and said in found
+
+
+def test_a_list_of_layers_to_drop_is_read_to_the_letter(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    assert "got [1] more than once" in run("trim", tmp_path / "base", tmp_path / "out", "--drop", "1,0-2", code=1)
+    assert "at least one of the 6 layers" in run("trim", tmp_path / "base", tmp_path / "out", "--drop", "0-5", code=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_as_a_module_it_exits_with_the_same_status() -> None:
     command = [sys.executable, "-m", "trimllm_hf.cli"]
     done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)

@@ -161,6 +161,12 @@ def quantizer_of(config: Any) -> str | None:
     return str(getattr(method, "value", method) or "an unnamed method")[:100]
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file only names a large one, as a clone without Git LFS leaves it."""
+    with path.open("rb") as opened:
+        return opened.read(23) == b"version https://git-lfs"
+
+
 def checksum(path: Path, large: bool) -> str:
     """A file's checksum as the Hub tells it: git's of a small file, sha256 of a large one. Once per state of the file."""
     status = path.stat()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,7 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+)
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -53,8 +59,24 @@ class Refusing(TyperGroup):
         try:
             return super().invoke(ctx)
         except _REFUSALS as error:
-            Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/]", escape(str(error)))
+            no_id = isinstance(error, HFValidationError) or isinstance(error.__cause__, HFValidationError)
+            said = _no_model(error) if no_id else str(error)
+            Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/]", escape(said))
             raise typer.Exit(1) from error
+
+
+def _no_model(error: Exception) -> str:
+    """What to do about a name that is neither a folder here nor an id on the Hub, which quotes it after a colon."""
+    quoted = re.search(r": '(.*)'", str(error), re.DOTALL)
+    if quoted is None:
+        return str(error)
+    name = quoted[1]
+    wanted = "Expected a model's folder, or its id on the Hub (namespace/name), got"
+    if Path(name).is_file():
+        return f"{wanted} the file {name}. Give the folder that it is in."
+    if "://" in name:
+        return f"{wanted} the address {name}. Give what follows the server's name there."
+    return f"{wanted} {name}: there is no such folder, and it is no id. Check the name."
 
 
 app = typer.Typer(

@@ -47,6 +47,10 @@ def trim(
         depth = num_hidden_layers(config, part)
         if missing := [layer for layer in named if layer >= depth]:
             raise ValueError(f"Expected layers from 0 to {depth - 1} (the base has {depth}), got {missing} to drop.")
+        if repeated := sorted({layer for layer in named if named.count(layer) > 1}):
+            raise ValueError(f"Expected each layer to drop once, got {repeated} more than once. Check the list.")
+        if len(named) == depth:
+            raise ValueError(f"Expected at least one of the {depth} layers to stay, got all of them to drop.")
         named = [layer for layer in range(depth) if layer not in set(named)]
     layer_map = write_kept_layers(
         base, named, out, part=part, portable=portable, revision=revision, trust_remote_code=trust_remote_code

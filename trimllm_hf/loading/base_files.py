@@ -21,6 +21,8 @@ from transformers.utils import (  # type: ignore[attr-defined]  # its types re-e
     cached_file,
 )
 
+from ..utils import is_lfs_pointer
+
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 FILE_ARGUMENTS = ("use_safetensors", "variant")
 CODE_ARGUMENTS = ("trust_remote_code", "code_revision")
@@ -227,7 +229,9 @@ def _whole(name: str, path: Path, pickled: bool) -> WeightFile:
         with safe_open(path, framework="pt") as opened:
             return WeightFile(name, tuple(opened.keys()), path)
     except SafetensorError as error:
-        raise ValueError(f"Expected safetensors weights in {path}, got: {error}. The file is damaged.") from None
+        pointer = is_lfs_pointer(path)
+        said = "a pointer of Git LFS. Fetch the weights: git lfs pull" if pointer else f"{error}. The file is damaged"
+        raise ValueError(f"Expected safetensors weights in {path}, got: {said}.") from None
 
 
 def _of_variant(name: str, variant: str | None) -> str:

@@ -17,7 +17,7 @@ from transformers.utils import cached_file, logging  # type: ignore[attr-defined
 
 from ..layer_map import LayerMap
 from ..loading.readers import readers_of
-from ..utils import checksum, json_at
+from ..utils import checksum, is_lfs_pointer, json_at
 from .remote import brief, transient
 
 logger = logging.get_logger("transformers.trimllm_hf")
@@ -34,12 +34,18 @@ def describe_weights(model: str | Path, revision: str | None = None) -> dict[str
     """Files, parameters and bytes of a folder or a model on the Hub, by the headers of its safetensors files.
 
     Raises:
+        ValueError: If a file of a folder is shorter or longer than its header says, or a pointer of Git LFS.
         NotASafetensorsRepoError: If it has no such files.
         SafetensorsParsingError: If one is damaged.
         OSError: If the Hub cannot be reached.
     """
     if Path(model).is_dir():
+        for path in Path(model).glob("*.safetensors"):
+            if is_lfs_pointer(path):
+                raise ValueError(f"Expected weights in {path}, got a pointer of Git LFS. Fetch them: git lfs pull.")
         found = get_local_safetensors_metadata(model)
+        for name, file in found.files_metadata.items():
+            _refuse_another_size(Path(model) / name, max((t.data_offsets[1] for t in file.tensors.values()), default=0))
     else:
         found = get_safetensors_metadata(str(model), revision=revision)
     tensors = [tensor for file in found.files_metadata.values() for tensor in file.tensors.values()]
@@ -49,6 +55,21 @@ def describe_weights(model: str | Path, revision: str | None = None) -> dict[str
         "parameters_by_dtype": dict(sorted(found.parameter_count.items())),
         "bytes": sum(end - start for start, end in (tensor.data_offsets for tensor in tensors)),
     }
+
+
+def _refuse_another_size(path: Path, tensors: int) -> None:
+    """Refuse a file that is not as long as its header says.
+
+    Raises:
+        ValueError: Naming both lengths.
+    """
+    with path.open("rb") as opened:
+        expected = 8 + int.from_bytes(opened.read(8), "little") + tensors
+    if (size := path.stat().st_size) != expected:
+        raise ValueError(
+            f"Expected {expected:,} bytes in {path}, by its header, got {size:,}: it is damaged, or was not written or "
+            "downloaded to its end. Fetch it again."
+        )
 
 
 def describe_adapter(file: Path) -> dict[str, Any]:
