@@ -200,20 +200,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     """A row for each precision of each runtime."""
     heads = (
         "runtime", "weights", "ms a token, base", "trimmed", "decoding", "prefill", "bytes",
-        "trimmed, beside the whole base", "greedy tokens equal",
+        "quantized alone", "trimmed and quantized", "greedy tokens equal: base, trimmed",
     )  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "--:|" * (len(heads) - 2)]
     whole: dict[str, dict[str, Any]] = {}
     for base, model in zip(rows[::2], rows[1::2], strict=True):
-        whole.setdefault(base["runtime"], base)
-        equal = "-"
+        first = whole.setdefault(base["runtime"], base)
+        alone = both = equal = ""
+        if first is not base and len(first["decode"]) == len(base["decode"]):
+            alone, both = ratio(first, base, "decode"), ratio(first, model, "decode")
         if "comparison" in model:
-            both = [f"{each['comparison']['equal_tokens']} of {each['comparison']['tokens']}" for each in (base, model)]
-            equal = ", ".join(both)
+            equal = ", ".join(
+                f"{each['comparison']['equal_tokens']} of {each['comparison']['tokens']}" for each in (base, model)
+            )
         cells = (
             base["runtime"], base["variant"] or base.get("dtype", "float32"), f"{1e3 * median(base['decode']):.1f}",
             f"{1e3 * median(model['decode']):.1f}", ratio(base, model, "decode"), ratio(base, model, "prefill"),
-            f"{base['bytes'] / model['bytes']:.2f}", ratio(whole[base["runtime"]], model, "decode"), equal,
+            f"{base['bytes'] / model['bytes']:.2f}", alone, both, equal,
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -183,15 +183,20 @@ def test_the_command_writes_it_into_the_folder(run: Path) -> None:
         ({}, "which has none of them"),
         ({"trainer_state.json": "{"}, "Expected JSON in"),
         ({"trainer_state.json": '{"log_history": []}'}, "tell of no drop"),
+        ({"trainer_state.json": "of a run that ended before its first drop"}, "tell of no drop"),
         ({"trainer_state.json": "of a scoring without scores"}, "damaged ones in"),
     ],
 )
 def test_a_folder_that_is_no_run_is_refused(files: dict[str, str], said: str, tmp_path: Path) -> None:
-    layer_map = LayerMap.from_config(tiny_model().config).drop([4], step=2)
-    damaged = {"saved_run": {"layer_map": layer_map.to_dict(), "scans": [{"step": 2}]}}
-    state = {"log_history": [], "stateful_callbacks": {"TrimCallback": {"attributes": damaged}}}
+    whole = LayerMap.from_config(tiny_model().config)
+    runs = {
+        "of a run that ended before its first drop": {"layer_map": whole.to_dict(), "scans": []},
+        "of a scoring without scores": {"layer_map": whole.drop([4], step=2).to_dict(), "scans": [{"step": 2}]},
+    }
     for name, text in files.items():
-        (tmp_path / name).write_text(json.dumps(state) if text.startswith("of a scoring") else text)
+        saved = {"TrimCallback": {"attributes": {"saved_run": runs.get(text)}}}
+        state = {"log_history": [], "stateful_callbacks": saved}
+        (tmp_path / name).write_text(json.dumps(state) if text in runs else text)
     with pytest.raises(ValueError, match=said):
         read_run(tmp_path)
     with pytest.raises(ValueError, match="which is not a folder"):
