@@ -158,7 +158,14 @@ def test_a_run_that_goes_on_adds_to_its_times(tmp_path: Path) -> None:
     assert not any("trim/seconds" in entry for entry in record.log if "loss" not in entry)
 
 
-def test_an_evaluation_has_the_time_of_the_record_before_it() -> None:
+def test_an_evaluation_lies_between_the_records_around_it() -> None:
+    log = [{"step": 10, "loss": 4.0, "trim/seconds": 5.0}, {"step": 12, "eval_loss": 3.0}, {"step": 18, "eval_loss": 2.0}]
+    log += [{"step": 20, "loss": 1.0, "trim/seconds": 15.0}, {"step": 20, "eval_loss": 1.5}]
+    assert timed(log, "eval_loss") == [(7.0, 3.0), (13.0, 2.0), (15.0, 1.5)]  # a second a step
+    assert timed(log, "loss") == [(5.0, 4.0), (15.0, 1.0)]
+
+
+def test_an_evaluation_before_the_first_record_has_no_time() -> None:
     log = [{"step": 0, "eval_loss": 5.0}, {"step": 2, "loss": 4.0, "trim/seconds": 3.5}, {"step": 3, "eval_loss": 3.0}]
     assert timed(log, "eval_loss") == [(3.5, 3.0)] and timed(log, "loss") == [(3.5, 4.0)]
     assert loss_over_time(log, []) is None  # one point is no curve

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from .style import INK, KEPT, MARK, dress
 
 SECONDS = "trim/seconds"  # in the records of a run's log
@@ -56,14 +58,17 @@ def drop_times(scans: Sequence[Mapping[str, Any]]) -> list[tuple[float, int]]:
 def timed(log: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     """Times and values of a metric in the log; what is no finite number is left out.
 
-    Records of training have a time; an evaluation has that of the record before it.
+    Records of training have a time. An evaluation has none: it lies between those of the records before and after it, by
+    its step, and one before the first is left out.
     """
-    found, now = [], None
+    known = [(entry["step"], entry[SECONDS]) for entry in log if SECONDS in entry and "step" in entry]
+    steps, times = [step for step, _ in known], [seconds for _, seconds in known]
+    found = []
     for entry in log:
-        now = entry.get(SECONDS, now)
-        value = entry.get(name)
-        if now is not None and isinstance(value, int | float) and math.isfinite(value):
-            found.append((float(now), float(value)))
+        value, step = entry.get(name), entry.get("step")
+        if step is None or not known or step < steps[0] or not isinstance(value, int | float) or not math.isfinite(value):
+            continue
+        found.append((float(entry.get(SECONDS, np.interp(step, steps, times))), float(value)))
     return found
 
 
