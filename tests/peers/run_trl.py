@@ -35,9 +35,8 @@ def prepare(work: Path) -> Path:
         with tarfile.open(work / f"trl-{RELEASE}.tar.gz") as archive:
             archive.extractall(work, filter="data")
     if not (work / "site").is_dir():
-        subprocess.run(
-            [*pip, "install", "--quiet", "--no-deps", "--target", str(work / "site"), f"trl=={RELEASE}"], check=True
-        )
+        target = ["--quiet", "--no-deps", "--target", str(work / "site"), f"trl=={RELEASE}", "parameterized"]
+        subprocess.run([*pip, "install", *target], check=True)
     (source / "tests" / "__init__.py").touch()
     if not (work / "data").is_dir():
         subprocess.run([sys.executable, "-W", "ignore", str(HERE / "trl_models.py"), str(work), str(source)], check=True)

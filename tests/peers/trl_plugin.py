@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peers_log import models, modes
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 before: dict[str, torch.Tensor] = {}  # not of the callback: what holds parameters there would be refused
 
@@ -45,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
     tell_what_is_installed()
     if "TRL_DATA" in os.environ:
         load_data_from(Path(os.environ["TRL_DATA"]))
+    if not torch.accelerator.is_available():
+        train_on_cpu()
     trim_in_each_trainer()
 
 
@@ -54,6 +56,17 @@ def tell_what_is_installed() -> None:
     for name, value in vars(module).items():
         if name.endswith("_available") and isinstance(value, tuple):
             setattr(module, name, value[0])
+
+
+def train_on_cpu() -> None:
+    """TRL trains in bfloat16 unless it is told otherwise, which transformers takes for a wish for a GPU."""
+    check = TrainingArguments.__post_init__
+
+    def __post_init__(self: Any) -> None:
+        self.use_cpu = True
+        check(self)
+
+    TrainingArguments.__post_init__ = __post_init__
 
 
 def load_data_from(folder: Path) -> None:
