@@ -217,6 +217,28 @@ def test_an_adapter_of_other_layers_is_not_swapped(has: list[int], swapped: list
 # ---- names with a layer's number
 
 
+@pytest.mark.parametrize("modules", [[], ["q_proj"]], ids=["alone", "beside modules"])
+@pytest.mark.parametrize(
+    "parameters",
+    [["mlp.experts.gate_up_proj"], ["layers.2.mlp.experts.gate_up_proj"], ["layers.4.mlp.experts.down_proj"]],
+    ids=["in all layers", "in one", "in another"],
+)
+def test_an_adapter_of_parameters_follows_them(parameters: list[str], modules: list[str], tmp_path: Path) -> None:
+    kind = transformers.MixtralForCausalLM
+    tiny_model("mixtral").save_pretrained(tmp_path / "base")
+    settings = {"target_modules": modules, "target_parameters": parameters, "init_lora_weights": False}
+    model = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), peft.LoraConfig(**settings))
+    drop_layers(model, [1, 3])
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = kind.from_pretrained(tmp_path / "base")
+    trim_like(again, tmp_path / "adapter")
+    found = logits(peft.PeftModel.from_pretrained(again, tmp_path / "adapter"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+
+
 @pytest.mark.parametrize(
     "changes", [{"modules_to_save": ["layers.2.mlp"]}, {"modules_to_save": ["layers.1.mlp", "lm_head"]}]
 )

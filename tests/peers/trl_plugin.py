@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peers_log import models, modes
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 before: dict[str, torch.Tensor] = {}  # not of the callback: what holds parameters there would be refused
 
@@ -51,7 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def tell_what_is_installed() -> None:
-    """TRL before 0.24 takes the pairs that transformers 5 tells of a package for a yes."""
+    """TRL before 0.24 takes the pairs that transformers 5 tells of a package for a yes, and asks models for a dict."""
+    if not hasattr(PreTrainedModel, "warnings_issued"):
+        PreTrainedModel.warnings_issued = {}
     module = import_module("trl.import_utils")
     for name, value in vars(module).items():
         if name.endswith("_available") and isinstance(value, tuple):

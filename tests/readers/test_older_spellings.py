@@ -338,9 +338,13 @@ def test_a_tokenizer_is_saved_in_words_of_transformers_4(first: str, tmp_path: P
     plain = json.loads((tmp_path / "both" / "tokenizer_config.json").read_text())
     assert plain["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in plain
     assert plain["additional_special_tokens"] == ["<one>", "<two>"]
+    tiny_model().save_pretrained(tmp_path / "alone")
+    write_kept_layers(tmp_path / "alone", KEPT, tmp_path / "files")
+    assert json.loads((tmp_path / "files" / "tokenizer_config.json").read_text()) == plain
     alone = json.loads((tmp_path / "alone" / "tokenizer_config.json").read_text())
     assert alone["tokenizer_class"] == "TokenizersBackend"  # of no trimmed model: as transformers writes it
-    found = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("alone", "both")]
-    assert found[0].get_vocab() == found[1].get_vocab()
-    assert found[0].all_special_tokens == found[1].all_special_tokens
-    assert found[0]("a b <two>")["input_ids"] == found[1]("a b <two>")["input_ids"]
+    found = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("alone", "both", "files")]
+    for other in found[1:]:
+        assert found[0].get_vocab() == other.get_vocab()
+        assert found[0].all_special_tokens == other.all_special_tokens
+        assert found[0]("a b <two>")["input_ids"] == other("a b <two>")["input_ids"]

@@ -19,6 +19,7 @@ from .base_files import CODE_ARGUMENTS, FILE_ARGUMENTS, HUB_ARGUMENTS, BaseFiles
 from .beside_weights import copy_beside_weights
 from .kept_layers import KeptLayers, plan_kept_layers, renumbered
 from .new_folder import new_folder
+from .tokenizer_words import use_older_words
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -73,6 +74,7 @@ def write_kept_layers(
         if (described := files.find("config.json")) is not None:
             add_to(unfinished / "config.json", plan.config, json.loads(described.read_text(encoding="utf-8")))
         left_out = copy_beside_weights(files, unfinished, hasattr(plan.config, "auto_map"))
+        use_older_words(unfinished)
         if plan.generation:
             file = unfinished / "generation_config.json"
             text = json.dumps({**json.loads(file.read_text(encoding="utf-8")), **plan.generation}, indent=2) + "\n"

@@ -141,7 +141,7 @@ def _add_stop(
 ) -> None:
     of_layers = [name.removeprefix(layers).partition(".")[2] for name in sorted(tensors) if name.startswith(layers)]
     # if all layers have the same names, use the name of an adapter's own tensor, which other readers expect
-    rest = of_layers[0] if of_layers and not names_layers(config) else of_base
+    rest = of_layers[0] if of_layers and not names_layers(config, "target_parameters") else of_base
     tensors[f"{layers}{missing or f'{layer_map.num_layers}.{rest}'}"] = torch.empty(
         0, 0, 0
     )  # no weight has this shape, and it cannot be copied into one

@@ -147,11 +147,11 @@ def renumber_statistics(model: nn.Module, names: LayerNames) -> None:
             setattr(allocator, field, names.renumber(noted))
 
 
-def names_layers(config: Any) -> bool:
-    """Whether a config's choice of modules may depend on a layer's number."""
+def names_layers(config: Any, *more: str) -> bool:
+    """Whether a config's choice of modules, or of what more of its fields choose, may depend on a layer's number."""
     if getattr(config, "layers_to_transform", None) is not None:
         return True
-    chosen = [getattr(config, field, None) or () for field in ("target_modules", "exclude_modules")]
+    chosen = [getattr(config, field, None) or () for field in ("target_modules", "exclude_modules", *more)]
     texts = [text for value in chosen for text in ([value] if isinstance(value, str) else value)]
     return any(_NUMBERED.search(text) for text in texts)
 
