@@ -70,7 +70,8 @@ MODELS = {
 
 EXPORTS = [
     ("llama", "gguf", "Q8_0"), ("llama", "onnx", "int8"), ("llama", "openvino", "int8"), ("llama", "mlx", None),
-    ("llama", "ctranslate2", "int8"), ("gemma", "gguf", None), ("gemma", "mlx", None),
+    ("llama", "ctranslate2", "int8"), ("gemma", "gguf", None), ("gemma", "mlx", None), ("gemma", "onnx", None),
+    ("gemma", "openvino", None),
 ]  # fmt: skip
 
 

@@ -90,7 +90,8 @@ def _onnx(out: Path, threads: int) -> Answer:
     settings.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(out / "model.onnx"), settings, providers=["CPUExecutionProvider"])
     value = onnxruntime.OrtValue.ortvalue_from_numpy
-    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    # of a sliding window, the tokens seen are a number of the cache
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
     names = [given.name for given in session.get_inputs()]
     wanted = [given.name for given in session.get_outputs()]
     # An input of the cache is called as the output that follows it, but for the beginning.
