@@ -204,19 +204,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     )  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "--:|" * (len(heads) - 2)]
     whole: dict[str, dict[str, Any]] = {}
+    stock = {row["model"]: row["tokens"] for row in rows if row["runtime"] == "transformers"}
     for base, model in zip(rows[::2], rows[1::2], strict=True):
         first = whole.setdefault(base["runtime"], base)
         alone = both = equal = ""
         if first is not base and len(first["decode"]) == len(base["decode"]):
             alone, both = ratio(first, base, "decode"), ratio(first, model, "decode")
         if "comparison" in model:
-            equal = ", ".join(
-                f"{each['comparison']['equal_tokens']} of {each['comparison']['tokens']}" for each in (base, model)
-            )
+            pairs = [(each["comparison"]["equal_tokens"], each["comparison"]["tokens"]) for each in (base, model)]
+            equal = ", ".join(f"{same} of {count}" for same, count in pairs)
+        elif stock and base["runtime"] != "transformers":  # of those that were timed
+            pairs = [(each["tokens"], stock[each["model"]]) for each in (base, model)]
+            equal = ", ".join(f"{sum(map(int.__eq__, ours, theirs))} of {len(theirs)}" for ours, theirs in pairs)
+        in_memory = base["tool"] is None and base["variant"] is not None  # quantized when it is loaded: no file of its own
         cells = (
             base["runtime"], base["variant"] or base.get("dtype", "float32"), f"{1e3 * median(base['decode']):.1f}",
             f"{1e3 * median(model['decode']):.1f}", ratio(base, model, "decode"), ratio(base, model, "prefill"),
-            f"{base['bytes'] / model['bytes']:.2f}", alone, both, equal,
+            "" if in_memory else f"{base['bytes'] / model['bytes']:.2f}", alone, both, equal,
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
