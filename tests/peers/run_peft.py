@@ -31,7 +31,10 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-LIBRARIES = ["diffusers", "parameterized", "scipy", "scikit-learn", "joblib", "threadpoolctl"]  # that its tests import
+# What its tests import, with what these import in turn.
+LIBRARIES = """
+    diffusers parameterized scipy scikit-learn joblib threadpoolctl cloudpickle narwhals
+""".split()
 MODES = ("in_memory", "reloaded", "untrimmed")
 # Those that load a model of the Hub and need neither a GPU, pictures, nor a library that the tests of this project lack.
 FILES = """

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_model, tiny_texts
 from typer.testing import CliRunner
 
 from trimllm_hf import drop_layers
@@ -18,6 +18,7 @@ from trimllm_hf.publish.exports import export, export_model
 from trimllm_hf.publish.exports.comparison import NEW_TOKENS, Reference, compare, prompts_for
 from trimllm_hf.publish.exports.formats import FORMATS, Format
 from trimllm_hf.publish.exports.tool import Tool
+from trimllm_hf.slicing.slice_model import slice_model
 
 FAKE = Format(tool="fake_runtime", runtime="Fake", reader=None, packages={"numpy": "numpy"}, quantized=("int8",))
 
@@ -93,12 +94,17 @@ def test_a_model_that_a_reader_takes_for_another_is_refused(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_lacks_sublayers_is_refused_by_every_format(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lacking", ["blocks that lack a sublayer", "layers of different widths"])
+def test_what_no_reader_knows_is_refused_by_every_format(lacking: str, tmp_path: Path) -> None:
     model = tiny_model()
-    drop_layers(model, [3], unit="sublayer")
+    if "widths" in lacking:
+        batches = [{"input_ids": text["input_ids"][None]} for text in tiny_texts(8)]
+        slice_model(model, batches, 0.4, multiple=1, progress=False)
+    else:
+        drop_layers(model, [3], unit="sublayer")
     model.save_pretrained(tmp_path / "model")
     for to in FORMATS:
-        with pytest.raises(ValueError, match="does not know blocks that lack a sublayer"):
+        with pytest.raises(ValueError, match=f"does not know {lacking}"):
             export_model(tmp_path / "model", to, tmp_path / "out")
 
 
