@@ -40,10 +40,12 @@ def describe_weights(model: str | Path, revision: str | None = None) -> dict[str
         OSError: If the Hub cannot be reached.
     """
     if Path(model).is_dir():
-        for path in Path(model).glob("*.safetensors"):
-            if is_lfs_pointer(path):
-                raise ValueError(f"Expected weights in {path}, got a pointer of Git LFS. Fetch them: git lfs pull.")
-        found = get_local_safetensors_metadata(model)
+        try:
+            found = get_local_safetensors_metadata(model)
+        except SafetensorsParsingError:
+            for path in filter(is_lfs_pointer, Path(model).glob("*.safetensors")):
+                raise ValueError(f"Expected weights in {path}, got a pointer of Git LFS. Fetch: git lfs pull.") from None
+            raise
         for name, file in found.files_metadata.items():
             _refuse_another_size(Path(model) / name, max((t.data_offsets[1] for t in file.tensors.values()), default=0))
     else:
