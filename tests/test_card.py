@@ -118,6 +118,16 @@ def test_after_training_a_card_is_measured_and_its_example_run_without_this_pack
     assert report_of(folder)["latency"] == report["latency"] and report_of(folder)["usage"] == report["usage"]
 
 
+def test_a_trainer_shows_how_far_measuring_is(trained: tuple[TrimTrainer, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, _ = trained
+    shown: list[bool] = []
+    monkeypatch.setattr("trimllm_hf.training.card_mixin.write_card", lambda *_, **how: shown.append(how["progress"]))
+    for quiet in (True, False):
+        monkeypatch.setattr(trainer.args, "disable_tqdm", quiet)
+        trainer.create_model_card()
+    assert shown == [False, True]
+
+
 def test_of_the_training_arguments_the_card_tells_what_is_not_the_default(trained: tuple[TrimTrainer, Path]) -> None:
     told = report_of(trained[1])["training"]["arguments"]
     given = {"disable_tqdm", "eval_on_start", "eval_steps", "eval_strategy", "logging_steps", "output_dir", "save_strategy"}
