@@ -66,7 +66,6 @@ def slice_channels(
     rounds = len(found) * len(batches)
     with torch.no_grad(), evaluating([stock]), tqdm(total=3 * rounds, desc="Slicing", disable=not progress) as bar:
         calls, influence = observe(stock, batches, bar.update)
-        release_freed_memory()
         if allocation == "uniform":
             widths = [one_width] * len(found)
         else:
@@ -109,6 +108,7 @@ def _next(module: nn.Module, number: int, channels: Channels, calls: list[Calls]
     for call in calls:
         call.states = call.run(number, cut)
         done()
+    release_freed_memory()
     return kept, weight.to(next(module.parameters()).dtype)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..surgery.blocks import find_blocks
+from .memory import release_freed_memory
 from .principal import Covariance, refuse_not_finite
 from .wiring import Block
 
@@ -154,6 +155,7 @@ def observe(
         seen = number % every == 0
         calls.append(record(model, batch, see if seen else None, room))
         count += counts[number] if seen else 0.0
+        release_freed_memory()
         done(depth)
     refuse_not_finite(sums)  # a cosine is undefined for states that are not finite
     return calls, (sums / count).tolist()
@@ -165,8 +167,7 @@ def gather(calls: Sequence[Calls], number: int, module: nn.Module, block: Block,
 
     `done` is called after each batch.
     """
-    first = calls[0].states
-    found = Covariance(first.shape[-1], first.device)
+    found = Covariance(calls[0].states.shape[-1], calls[0].states.device)
     for call in calls:
         states = call.states
         found.add(states, call.mask)
@@ -182,6 +183,7 @@ def gather(calls: Sequence[Calls], number: int, module: nn.Module, block: Block,
                 except _Reached:
                     pass
         done()
+    release_freed_memory()
     return found
 
 
@@ -210,6 +212,7 @@ def advance(
                 result = call.run(number, module, states)
             call.states = result - lost[0].view(result.shape)
         done()
+    release_freed_memory()
 
 
 def _first(output: Any) -> torch.Tensor:

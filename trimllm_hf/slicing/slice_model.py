@@ -124,8 +124,8 @@ def plan(
     with torch.no_grad(), evaluating([stock]), tqdm(total=3 * rounds, desc="Slicing", disable=not progress) as bar:
         gains = read_gains(stock, wiring)
         refuse_unequal(stock, wiring, gains, batches[0]["input_ids"])
-        calls, influence = observe(stock, batches, bar.update)
         release_freed_memory()
+        calls, influence = observe(stock, batches, bar.update)
         redundancy = redundancy_of(influence) if allocation == "redundancy" else [1.0] * len(influence)
         cost = _cost(stock, wiring) if mean == "parameters" else None
         widths = allocate(redundancy, wiring.width, ratio, spread, multiple, cost)
@@ -216,7 +216,6 @@ def apply(planned: PlannedSlice) -> SliceMap:
     model, wiring, gains, bases = planned.model, planned.wiring, planned.gains, planned.bases
     widths = planned.slice_map.widths
     centred = any(gain.centred for gain in gains.values())
-    release_freed_memory()
     for number, (block, width, after) in enumerate(zip(wiring.blocks, widths, next_widths(widths), strict=True)):
         module = model.get_submodule(block.name)
         own = {norm: gains[f"{block.name}.{norm}"] for norm in block.norms}
