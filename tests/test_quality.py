@@ -68,6 +68,11 @@ def test_equal_time_is_what_the_other_took(quality: Any) -> None:
     assert curves.difference(plain, repaired, 40, by_time=False) == pytest.approx([1.0, 1.3])
     assert curves.difference(plain, repaired, 40, by_time=True) == pytest.approx([0.5])  # 130 s; seed 1 had no more than 90
     assert curves.difference(plain, repaired, 0, by_time=True) == pytest.approx([1.0, 1.25])
+    decayed = {("writing", "influence-ranked", 15): plain, ("writing", "default", 15): repaired}
+    table = curves.ends_tables(decayed)
+    assert (
+        table[-2] == "| writing | 15 | +0.650 ± 0.650 | 1.00 ± 0.31 | 2 |"
+    )  # 3.0 - 3.0 at 170 of 130 s, 4.5 - 3.2 at 90 of 130
 
 
 def test_the_end_of_text_may_begin_a_piece(quality: Any) -> None:

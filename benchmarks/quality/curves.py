@@ -144,6 +144,41 @@ def gains(groups: dict[Group, Runs], domain: str, steps: Sequence[int]) -> list[
     return lines if len(lines) > 2 else []
 
 
+def ends_tables(groups: dict[Group, Runs]) -> list[str]:
+    """Runs whose learning rate falls to 0, so that only the loss at the end of each counts; a row for each method and depth.
+
+    The plain cut got as many more steps as the other spends on choosing and repairing: they are compared at equal time.
+    """
+    lines = [
+        "| domain | blocks | method | steps | before training | at the end | choosing and repairing, s | in all, s | seeds |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (domain, method, target), runs in sorted(groups.items(), key=lambda item: (item[0][0], -item[0][2], item[0][1])):
+        first, last = ([run["curve"][at] for run in runs.values()] for at in (0, -1))
+        starts, ends = (mean_and_error([point["loss"] for point in points]) for points in (first, last))
+        before, seconds = (statistics.mean(point["seconds"] for point in points) for points in (first, last))
+        steps = " and ".join(map(str, sorted({point["step"] for point in last})))
+        lines.append(
+            f"| {domain} | {target} | {METHODS[method].says} | {steps} | {starts} | {ends} | {before:.0f} | {seconds:.0f} "
+            f"| {len(runs)} |"
+        )
+    lines += [
+        "",
+        "| domain | blocks | plain cut minus the defaults | its CPU time, of theirs | seeds |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for (domain, method, target), plain in sorted(groups.items()):
+        repaired = groups.get((domain, REPAIRED[0], target), {})
+        seeds = sorted(plain.keys() & repaired.keys())
+        if method != RIVAL or not seeds:
+            continue
+        ends = [(plain[seed]["curve"][-1], repaired[seed]["curve"][-1]) for seed in seeds]
+        gained = mean_and_error([one["loss"] - other["loss"] for one, other in ends], 3, "+")
+        times = mean_and_error([one["seconds"] / other["seconds"] for one, other in ends])
+        lines.append(f"| {domain} | {target} | {gained} | {times} | {len(seeds)} |")
+    return [*lines, ""]
+
+
 def with_count(values: Sequence[float], seeds: int) -> str:
     """Mean and error, and of how many seeds where they are fewer: a plain cut that was stopped early has no later loss."""
     fewer = f" ({len(values)} of {seeds})" if 0 < len(values) < seeds else ""

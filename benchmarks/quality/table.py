@@ -2,11 +2,12 @@
 
     python benchmarks/quality/table.py            # from benchmarks/quality/results; also writes benchmarks/quality.png
 
-A file of results is a base. Of a base whose runs were measured along the way, the table and the picture are of how the loss
-falls; the picture is of the first such base. Of the others the table is of what the runs ended with: ± at an accuracy is the
-larger of two standard errors of the mean over the seeds, that from the seeds' own spread and that from the number of
-questions; what a method is above full depth, and its time, are of the full-depth runs of the same seeds, and ± is the
-standard error of that difference. How fast each depth decodes is what `speed.py` measured.
+A file of results is a base; NAME-decayed.jsonl holds runs of a base with curves whose learning rate falls to 0. Of a base
+whose runs were measured along the way, the table and the picture are of how the loss falls; the picture is of the first such
+base. Of the others the table is of what the runs ended with: ± at an accuracy is the larger of two standard errors of the mean
+over the seeds, that from the seeds' own spread and that from the number of questions; what a method is above full depth, and
+its time, are of the full-depth runs of the same seeds, and ± is the standard error of that difference. How fast each depth
+decodes is what `speed.py` measured.
 """
 
 import argparse
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import results
-from curves import curve_tables, grouped, picture
+from curves import curve_tables, ends_tables, grouped, picture
 from methods import METHODS
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- quality -->", "<!-- end of quality -->"
+DECAYED = "**With a learning rate that falls linearly to 0 at the end of each run** (the Trainer's default schedule)"
 
 Result = dict[str, Any]
 Runs = dict[tuple[str, str, int], dict[int, Result]]  # domain, method, layers: by seed
@@ -158,6 +160,8 @@ def main() -> None:
         file, speed = args.results / f"{name}.jsonl", args.bases / f"speed-{name}.json"
         if groups := grouped(results.read(file)):
             told += [about(name, base), "", *curve_tables(groups)]
+            if decayed := grouped(results.read(args.results / f"{name}-decayed.jsonl")):
+                told += [DECAYED, "", *ends_tables(decayed)]
             picture(groups, args.page.with_name("quality.png"))
             continue
         found = read(file)
