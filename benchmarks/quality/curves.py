@@ -150,7 +150,7 @@ def ends_tables(groups: dict[Group, Runs]) -> list[str]:
     The plain cut got as many more steps as the other spends on choosing and repairing: they are compared at equal time.
     """
     lines = [
-        "| domain | blocks | method | steps | before training | at the end | choosing and repairing, s | in all, s | seeds |",
+        "| domain | blocks | method | steps | before training | at the end | choosing, repairing, s | in all, s | seeds |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for (domain, method, target), runs in sorted(groups.items(), key=lambda item: (item[0][0], -item[0][2], item[0][1])):
