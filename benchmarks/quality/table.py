@@ -4,10 +4,10 @@
 
 A file of results is a base; NAME-decayed.jsonl holds runs of a base with curves whose learning rate falls to 0. Of a base
 whose runs were measured along the way, the table and the picture are of how the loss falls; the picture is of the first
-such base. Of the others the table is of what the runs ended with: ± at an accuracy is the larger of two standard errors of the mean
-over the seeds, that from the seeds' own spread and that from the number of questions; what a method is above full depth, and
-its time, are of the full-depth runs of the same seeds, and ± is the standard error of that difference. How fast each depth
-decodes is what `speed.py` measured.
+such base. Of the others the table is of what the runs ended with: ± at an accuracy is the larger of two standard errors
+of the mean over the seeds, that from the seeds' own spread and that from the number of questions; what a method is above
+full depth, and its time, are of the full-depth runs of the same seeds, and ± is the standard error of that difference.
+How fast each depth decodes is what `speed.py` measured.
 """
 
 import argparse
