@@ -76,7 +76,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_shows_the_run(run: Path) -> N
 def test_the_page_names_the_base_and_no_path(run: Path, base: str, said: str) -> None:
     """Of a base that is a folder, the name alone; a picture of scores far above 0 says that its axis is cut."""
     record = read_run(run)
-    scans = [{**record.scans[0], "scores": {str(i): 5.0 + i for i in range(6)}}]
+    scans = [{**record.scans[0], "scores": {str(i): 50.0 + i for i in range(6)}}]
     page = render_run(replace(record, layer_map=replace(record.layer_map, base_model=base), scans=scans))
     assert f"layers of {said} are kept" in page and "someone" not in page and "an axis does not begin at 0" in page
 

@@ -55,7 +55,8 @@ def _set_limits(axes: Any, values: Sequence[float], errors: Sequence[float]) -> 
     if not rise:
         return
     top = highest + 0.25 * rise if len(near) < len(values) else highest + 0.05 * rise
-    axes.set_ylim(max(0.0, lowest - 0.1 * rise) if low > 0 else lowest - 0.05 * rise, top)
+    bottom = lowest - 0.1 * rise
+    axes.set_ylim((0.0 if bottom < 0.5 * highest else bottom) if low > 0 else lowest - 0.05 * rise, top)
     for place, value in enumerate(values):
         if value > far:
             axes.text(place, top, f"{value:.3g} ", rotation=90, ha="center", va="top", color="white", fontsize=8)
