@@ -211,8 +211,8 @@ def advance(
             with at(module, block.mlp.norm, narrow):
                 result = call.run(number, module, states)
             call.states = result - lost[0].view(result.shape)
+        release_freed_memory()
         done()
-    release_freed_memory()
 
 
 def _first(output: Any) -> torch.Tensor:
