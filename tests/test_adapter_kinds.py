@@ -214,6 +214,37 @@ def test_an_adapter_of_other_layers_is_not_swapped(has: list[int], swapped: list
             hotswap_adapter_from_state_dict.__wrapped__(model, named, "default", config)
 
 
+def mixed(model: Any, *folders: Path) -> Any:
+    model.config.use_cache = False  # X-LoRA asks for it
+    adapters = {str(number): str(folder) for number, folder in enumerate(folders)}
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=model.config.hidden_size, xlora_depth=1, adapters=adapters)
+    return peft.get_peft_model(model, config)
+
+
+def test_adapters_are_mixed_on_the_right_depth(base: Path, tmp_path: Path) -> None:
+    """X-LoRA refuses a file with any tensor that it does not know."""
+    for number, name in enumerate(("one", "two")):
+        adapter_at(base, tmp_path / name, number, [1, 3])
+    model = full(base)
+    trim_like(model, tmp_path / "one")
+    model = mixed(model, tmp_path / "one", tmp_path / "two")
+    held = dict(model.named_parameters())
+    for number, name in enumerate(("one", "two")):
+        saved = peft.utils.load_peft_weights(str(tmp_path / name), device="cpu")
+        tensors = {key: tensor for key, tensor in saved.items() if tensor.numel()}
+        assert len(tensors) == len(saved) - 1
+        for key, tensor in tensors.items():
+            layer = key[key.index("layers.") :].replace(".weight", f".{number}.weight")
+            (found,) = [parameter for of, parameter in held.items() if of.endswith(layer)]
+            assert torch.equal(found, tensor)
+
+
+def test_adapters_of_other_layers_are_not_mixed(base: Path, tmp_path: Path) -> None:
+    adapter_at(base, tmp_path / "one", 1, [1, 3])
+    with pytest.raises(ValueError, match="its base was trimmed"):
+        mixed(full(base), tmp_path / "one")
+
+
 # ---- names with a layer's number
 
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from .patches import follow_configs, follow_hotswap, follow_models, follow_peft_models, follow_tokenizers
+from .patches import follow_configs, follow_hotswap, follow_models, follow_peft_models, follow_tokenizers, follow_xlora
 
 AUTO = "transformers.models.auto.configuration_auto"
 
@@ -33,6 +33,7 @@ def register_when_imported(kinds: Mapping[str, str]) -> None:
         "transformers.tokenization_utils_base": follow_tokenizers,
         "peft.peft_model": follow_peft_models,
         "peft.utils.hotswap": follow_hotswap,
+        "peft.tuners.xlora.model": follow_xlora,
     }
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return

@@ -124,6 +124,19 @@ def follow_hotswap(module: ModuleType) -> None:
     module.hotswap_adapter = hotswap_adapter  # type: ignore[attr-defined]
 
 
+def follow_xlora(module: ModuleType) -> None:
+    """Ignore the stop tensor in the files of the adapters that X-LoRA mixes; refuse them on another depth."""
+    set_state: Callable[..., Any] = module.set_peft_model_state_dict
+
+    @wraps(set_state)
+    def set_peft_model_state_dict(model: Any, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        from ..surgery.adapter_files import without_stop
+
+        return set_state(model, without_stop(model, state_dict), *args, **kwargs)
+
+    module.set_peft_model_state_dict = set_peft_model_state_dict  # type: ignore[attr-defined]
+
+
 def _follow_adapters(kind: Any) -> None:
     save: Callable[..., Any] = kind.save_pretrained
 

@@ -81,7 +81,8 @@ def without_stop(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[
             continue
         module, _, attribute = name.rpartition(".")
         try:
-            found = hasattr(model.get_submodule(module), attribute)
+            holds = model.get_submodule(module)
+            found = hasattr(holds, attribute) or isinstance(holds, nn.ModuleDict)  # by adapter, where the name has none
         except AttributeError:
             found = False
         if found:
