@@ -60,7 +60,8 @@ def trained(folder: Path, trim: TrimConfig, model: Any = None, trim_trainer: boo
 
 @pytest.mark.parametrize("trim_trainer", [True, False])
 def test_a_run_begins_repaired(tmp_path: Path, trim_trainer: bool) -> None:
-    trainer, callback, state = trained(tmp_path, config(), trim_trainer=trim_trainer)
+    # enough tokens that it does lower the loss of a random model
+    trainer, callback, state = trained(tmp_path, config(repair_tokens=1024), trim_trainer=trim_trainer)
     (repair,) = callback.record.repairs
     assert repair["applied"] and repair["step"] == 0 and repair["repaired_loss"] < repair["plain_loss"]
     _, plain, other = trained(tmp_path / "plain", config(repair="none"), trim_trainer=trim_trainer)
