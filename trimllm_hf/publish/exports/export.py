@@ -124,7 +124,12 @@ def _refuse_unreadable(folder: Path, config: PreTrainedConfig, made: Format) -> 
     """
     stock, *others = readers_of(config)
     verdicts = [each for each in others if made.reader is not None and each.reader.startswith(made.reader)]
-    for verdict in (stock, *verdicts):
+    if stock.verdict == WRONG:
+        raise ValueError(
+            f"Expected a checkpoint that stock {stock.reader} loads, as export tools do, got {folder}: {stock.reason}. "
+            "Nothing was written. Drop whole layers, or MLP channels of one width, to export a model."
+        )
+    for verdict in verdicts:
         if verdict.verdict == WRONG:
             raise ValueError(
                 f"Expected a checkpoint that {verdict.reader} reads as transformers 5 does, got {folder}: {verdict.reason}. "
