@@ -8,6 +8,7 @@ counts in `models` what a test had of trimmed models. Modes take turns every few
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -72,6 +73,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     by_name = {item.nodeid: item for item in items if number_of(item.nodeid) < SHARE * 16**8}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in by_name])
     items[:] = [by_name[name] for name in modes.plan(set(by_name))]
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # each collection, and each search of living modules, would walk the items: seconds for a drop
 
 
 @pytest.hookimpl(tryfirst=True)
