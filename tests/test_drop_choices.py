@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging as python_logging
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,35 @@ def test_taylor_before_the_first_step_is_on_the_calibration_set(tmp_path: Path) 
     assert all(parameter.grad is None for parameter in model.parameters())
     trainer = run(tmp_path, importance="taylor", target_layers=5)
     (record,) = history(trainer)
+    assert record["dropped"] == [1 + int(scores[1:-1].argmin())]
+    assert record["scores"] == [pytest.approx(scores[1:-1].min().item(), rel=1e-5)]
+
+
+def test_a_step_without_a_layer_is_not_scored_by(tmp_path: Path) -> None:
+    class Skip(TrainerCallback):
+        """Leaves a layer out of the second step, as LayerDrop does."""
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                model.model.layers[2].forward = lambda hidden_states, *args, **kwargs: hidden_states
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                self.absent = all(p.grad is None for p in model.model.layers[2].parameters())
+                del model.model.layers[2].forward
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                self.model = copy.deepcopy(model)
+
+    skip = Skip()
+    trim = TrimConfig(5, importance="taylor", drop_every="2", repair="none", warm_up_importance="none")
+    callbacks = [skip, TrimCallback(trim, calibration_dataset=CALIBRATION)]
+    trainer = Trainer(tiny_model(), arguments(tmp_path), train_dataset=tiny_texts(), callbacks=callbacks)
+    trainer.train()
+    scores = score_layers(skip.model, BATCHES, "taylor")
+    (record,) = history(trainer)
+    assert skip.absent and record["step"] == 2
     assert record["dropped"] == [1 + int(scores[1:-1].argmin())]
     assert record["scores"] == [pytest.approx(scores[1:-1].min().item(), rel=1e-5)]
 
