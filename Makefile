@@ -59,8 +59,9 @@ test-all: test  ## all of the above, then the slow ones: resume under every engi
 	$(PYTEST) -n 2 --dist loadfile -m "slow and not distributed and not deepspeed"
 	$(PYTEST) -m "slow and (distributed or deepspeed)"
 
-test-peers: venv  ## run PEFT's own tests on trimmed models (hours; it goes on where it stopped): see docs/readers.md
+test-peers: venv  ## run PEFT's and TRL's own tests on trimmed models (hours; it goes on where it stopped): see docs/readers.md
 	$(BIN)/python tests/peers/run_peft.py
+	$(BIN)/python tests/peers/run_trl.py
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .
