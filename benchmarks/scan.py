@@ -78,9 +78,9 @@ def plain(model: Any, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     return torch.tensor(scores, dtype=torch.float64)
 
 
-def load(base: Path, text: Path, rows: int, tokens: int) -> tuple[Any, Batches, Batches]:
+def load(base: Path, text: Path, rows: int, tokens: int, dtype: torch.dtype) -> tuple[Any, Batches, Batches]:
     """A real model, batches to choose by, and others to measure on."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
     ids = AutoTokenizer.from_pretrained(base)(text.read_text(encoding="utf-8"), verbose=False).input_ids
     pieces = torch.tensor(ids[: 4 * rows * tokens]).view(4, rows, tokens)
     batches = [{"input_ids": piece, "labels": piece} for piece in pieces]
@@ -129,7 +129,7 @@ def select(name: str, model: Any, batches: Batches, test: Batches, args: argpars
             f"{losses[0]:.4f} | {losses[0] / first['loss'] - 1:+.1%} | {losses[1]:.4f} |",
             flush=True,
         )
-    return {"shape": name, "drops": args.drops, "rows": rows, "clock": args.clock, **environment(args)}
+    return {"shape": name, "drops": args.drops, "rows": rows, "clock": args.clock, "dtype": args.dtype, **environment(args)}
 
 
 class Peak(threading.Thread):
@@ -246,7 +246,7 @@ def main() -> None:
                 model, batches = make(name, args.device, getattr(torch, args.dtype))
                 found = select(name, model, batches[:1], batches[1:], args)
             else:
-                found = select(name, *load(args.base, args.text, args.rows, 64), args)
+                found = select(name, *load(args.base, args.text, args.rows, 64, getattr(torch, args.dtype)), args)
             (args.out / f"select-{name}.json").write_text(json.dumps(found, indent=2) + "\n")
         return
     print("| shape | blocks | batch | plain | one sweep | ratio | from - to | largest difference | memory, of budget |")

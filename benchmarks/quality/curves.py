@@ -95,8 +95,9 @@ def loss_table(groups: dict[Group, Runs], domain: str, steps: Sequence[int]) -> 
 
 
 def draw(groups: dict[Group, Runs], domain: str, file: Path) -> None:
-    """Loss against CPU time, a panel for each depth, with full depth in all, and a line for each seed."""
-    trained = {group for group, runs in groups.items() if any(run["curve"][-1]["step"] >= STEPS[1] for run in runs.values())}
+    """Loss against CPU time, a panel for each depth that was trained, with full depth in all, and a line for each seed."""
+    steps = {group: max(run["curve"][-1]["step"] for run in runs.values()) for group, runs in groups.items()}
+    trained = {group for group, of_group in steps.items() if of_group >= max(steps.values()) / 10}
     targets = sorted({target for of, method, target in trained if of == domain and method != "full"}, reverse=True)
     figure, axes = plt.subplots(1, len(targets), figsize=(4.2 * len(targets), 3.4), squeeze=False, sharey=True)
     for axis, target in zip(axes[0], targets, strict=True):

@@ -209,6 +209,6 @@ def test_interrupted_by_hand(place: Place, folder: Path, tmp_path: Path) -> None
     assert fault.seen.wait(60)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode != 0 and "KeyboardInterrupt" in errors
+    assert process.returncode != 0 and "KeyboardInterrupt" in errors, errors
     assert place.hub.history("alice/stopped") == ["initial commit"]
     assert place.client.push(folder, "alice/stopped").new and is_whole(place, "alice/stopped", folder)
