@@ -203,7 +203,9 @@ def test_killed(place: Place, folder: Path, tmp_path: Path, moment: str) -> None
 def test_interrupted_by_hand(place: Place, folder: Path, tmp_path: Path) -> None:
     """Ctrl-C is no error to be tried again: it ends the push."""
     fault = place.hub.fail(UPLOADS["xet"]["xorb"], hold=5)
-    code = "import sys; from trimllm_hf.publish.hub import push_to_hub; push_to_hub(sys.argv[1], 'alice/stopped')"
+    code = """import signal, sys; from trimllm_hf.publish.hub import push_to_hub
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it, and so would this
+push_to_hub(sys.argv[1], 'alice/stopped')"""
     env = environment(place.hub, tmp_path / "home", HF_TOKEN=ALICE)
     process = subprocess.Popen([sys.executable, "-c", code, folder], env=env, stderr=subprocess.PIPE, text=True)
     assert fault.seen.wait(60)
