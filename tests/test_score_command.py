@@ -133,6 +133,11 @@ def test_a_file_of_another_kind_is_refused(name: str, content: bytes, said: str,
         read_examples(tmp_path / name, 4)
 
 
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected a file with examples, got .*none.jsonl .*No such file"):
+        read_examples(tmp_path / "none.jsonl", 4)
+
+
 def test_a_place_that_cannot_be_written_to_is_found_before_scoring(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,7 +226,7 @@ def test_a_place_that_cannot_be_written_is_found_before_all_else(base: Path, tmp
     (tmp_path / "file").write_text("x")
     monkeypatch.setattr(trimmed_folder, "plan_kept_layers", lambda *_: pytest.fail("the base was read"))
     for out in (tmp_path / "file" / "out", Path("/proc/out")):
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=f"Expected a folder that can be written to, got '{out}' .*Name another"):
             write_kept_layers(base, KEPT, out)
     with pytest.raises(ValueError, match="new or empty folder"):
         write_kept_layers(base, KEPT, tmp_path / "file")

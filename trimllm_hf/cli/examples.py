@@ -22,12 +22,14 @@ def read_examples(path: Path, limit: int) -> list[Example]:
     an example.
 
     Raises:
-        ValueError: If the file holds none, a row has other fields, or the file has another extension or is not UTF-8.
+        ValueError: If the file cannot be read, is not UTF-8, holds no examples or has another extension, or a row other fields.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected a text file in UTF-8, got {path} ({error.reason} at byte {error.start}).") from None
+    except OSError as error:
+        raise ValueError(f"Expected a file with examples, got {path} ({error.strerror}).") from None
     ending = path.suffix.lower()
     if ending in (".jsonl", ".json"):
         rows = _json_rows(text)

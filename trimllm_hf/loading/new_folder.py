@@ -26,7 +26,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     shutil.rmtree(unfinished, ignore_errors=True)  # left by an interrupted run
     try:
-        unfinished.mkdir(parents=True)
+        try:
+            unfinished.mkdir(parents=True)
+        except OSError as error:
+            why = f"Expected a folder that can be written to, got {str(folder)!r} ({error.strerror}). Name another."
+            raise OSError(why) from None
         yield unfinished
         for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
             path.rename(folder / path.name)
