@@ -134,7 +134,7 @@ def test_a_file_of_another_kind_is_refused(name: str, content: bytes, said: str,
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Expected a file with examples, got .*none.jsonl .*No such file"):
+    with pytest.raises(ValueError, match=r"Expected a file with examples, got .*none\.jsonl .*No such file"):
         read_examples(tmp_path / "none.jsonl", 4)
 
 

@@ -22,7 +22,7 @@ def read_examples(path: Path, limit: int) -> list[Example]:
     an example.
 
     Raises:
-        ValueError: If the file cannot be read, is not UTF-8, holds no examples or has another extension, or a row other fields.
+        ValueError: If the file cannot be read, has no examples or another extension, or a row has other fields.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
