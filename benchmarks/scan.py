@@ -7,7 +7,7 @@ The plain loop takes each block out of the list in turn and runs the model on ea
 Both run in this process on the same model and batches, in turn, so that drift meets both; medians of the repeats. On a CPU
 that does other work besides, `--clock cpu --threads 1` counts the seconds in which it did this work.
 With --drops the ways to choose several blocks are compared instead: a scan anew for each (the sweep above, and then the
-block goes), a lazy one, lazy ones among the 4, 2 and 1 of the lowest block influence, and one ranking by block influence.
+block goes), a lazy one, lazy ones among the 10, 4 and 1 of the lowest block influence, and one ranking by block influence.
 --base takes a folder with a real model, and --text what it is scored on: some of its pieces choose, and the loss on others
 is told as well.
 
@@ -111,7 +111,7 @@ def select(name: str, model: Any, batches: Batches, test: Batches, args: argpars
         "lazy": lambda: greedy_layers(model, batches, args.drops).layers,
         **{
             f"lazy, the {width} likeliest": lambda width=width: greedy_layers(model, batches, args.drops, width=width).layers
-            for width in (4, 2, 1)
+            for width in (10, 4, 1)
         },
         "block influence": lambda: by_influence(model, batches, args.drops),
     }

@@ -14,7 +14,8 @@ from trimllm_hf import drop_layers, score_layers
 from trimllm_hf.importance import evaluate_metric
 from trimllm_hf.importance.lazy import PassedOver, greedy_layers, lazy_greedy
 
-PLACES = (0.0, 1.0, 2.0, 3.5, 5.0, 5.5, 7.0, 9.0, 9.5, 12.0)
+PLACES = (0.0, 1.0, 2.0, 3.5, 5.0, 5.5, 7.0, 9.0, 9.5, 12.0, 12.7, 14.0, 16.1, 16.4, 18.2, 19.0, 21.5, 22.0)
+INNER = list(range(1, len(PLACES) - 1))
 
 
 def stretched(gone: Collection[int]) -> float:
@@ -31,20 +32,28 @@ def greedily(cost: Any, candidates: Collection[int], count: int) -> list[int]:
 
 
 def test_lazily_is_greedily_where_costs_grow() -> None:
-    candidates = list(range(1, 9))
-    for count in range(1, 8):
-        found = lazy_greedy(stretched, candidates, count, width=len(candidates))
-        assert list(found.layers) == greedily(stretched, candidates, count)
+    for count in range(1, len(INNER)):
+        found = lazy_greedy(stretched, INNER, count, width=len(INNER))
+        assert list(found.layers) == greedily(stretched, INNER, count)
         assert found.cost == pytest.approx(stretched(found.layers))
-    # beyond the whole model and the first look at each of the eight, of which a greedy scan has six more rounds
-    assert found.evaluations - 9 < sum(range(2, 8)) / 2
+    # beyond the whole model and the first look at each, after which a greedy scan has more rounds
+    assert found.evaluations - 1 - len(INNER) < sum(range(2, len(INNER))) / 2
+
+
+def test_what_gets_cheaper_as_others_go_is_seen() -> None:
+    """Without layer 3 the costs of 1 and 2 change places; a step measures the two that were cheapest before."""
+
+    def cost(gone: Collection[int]) -> float:
+        of_each = {1: 2.0, 2: 0.5, 3: 1.0, 4: 9.0} if 3 in gone else {1: 2.0, 2: 2.1, 3: 1.0, 4: 9.0}
+        return sum(of_each[layer] for layer in gone)
+
+    assert lazy_greedy(cost, [1, 2, 3, 4], 2, width=4).layers == (3, 2)
 
 
 def test_a_scan_spares_the_first_look_at_each() -> None:
-    candidates = list(range(1, 9))
-    of_each = {candidate: stretched((candidate,)) for candidate in candidates}
-    found = lazy_greedy(stretched, candidates, 1, width=8, of_each=of_each)
-    assert found.evaluations == 1 and list(found.layers) == greedily(stretched, candidates, 1)
+    of_each = {candidate: stretched((candidate,)) for candidate in INNER}
+    found = lazy_greedy(stretched, INNER, 1, width=len(INNER), of_each=of_each)
+    assert found.evaluations == 1 and list(found.layers) == greedily(stretched, INNER, 1)
 
 
 def test_the_filter_looks_at_so_many() -> None:

@@ -67,7 +67,7 @@ def mean_and_error(values: Sequence[float], digits: int = 2, sign: str = "") -> 
     """Mean, and its standard error where there are several."""
     if not values:
         return "-"
-    error = f" ± {statistics.stdev(values) / sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.{digits}f}{error}"
 
 
@@ -151,17 +151,20 @@ def ends_tables(groups: dict[Group, Runs]) -> list[str]:
     The plain cut got as many more steps as the other spends on choosing and repairing: they are compared at equal time.
     """
     lines = [
-        "| domain | blocks | method | steps | before training | at the end | choosing, repairing, s | in all, s | seeds |",
-        "|---|--:|---|--:|--:|--:|--:|--:|--:|",
+        "| domain | blocks | method | steps | before training | at the end | accuracy | choosing, repairing, s | in all, s "
+        "| seeds |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for (domain, method, target), runs in sorted(groups.items(), key=lambda item: (item[0][0], -item[0][2], item[0][1])):
         first, last = ([run["curve"][at] for run in runs.values()] for at in (0, -1))
         starts, ends = (mean_and_error([point["loss"] for point in points]) for points in (first, last))
         before, seconds = (statistics.mean(point["seconds"] for point in points) for points in (first, last))
         steps = " and ".join(map(str, sorted({point["step"] for point in last})))
+        chosen = all("accuracy" in run for run in runs.values())
+        right = "{:.3f} ± {:.3f}".format(*accuracy(runs)) if chosen else "-"
         lines.append(
-            f"| {domain} | {target} | {METHODS[method].says} | {steps} | {starts} | {ends} | {before:.0f} | {seconds:.0f} "
-            f"| {len(runs)} |"
+            f"| {domain} | {target} | {METHODS[method].says} | {steps} | {starts} | {ends} | {right} | {before:.0f} "
+            f"| {seconds:.0f} | {len(runs)} |"
         )
     lines += [
         "",
@@ -178,6 +181,17 @@ def ends_tables(groups: dict[Group, Runs]) -> list[str]:
         times = mean_and_error([one["seconds"] / other["seconds"] for one, other in ends])
         lines.append(f"| {domain} | {target} | {gained} | {times} | {len(seeds)} |")
     return [*lines, ""]
+
+
+def standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def accuracy(runs: Runs) -> tuple[float, float]:
+    """Mean over the seeds, and its standard error: from the seeds or from the questions, whichever is larger."""
+    values = [run["accuracy"] for run in runs.values()]
+    by_questions = sqrt(sum(run["standard_error"] ** 2 for run in runs.values())) / len(values)
+    return statistics.mean(values), max(by_questions, standard_error(values))
 
 
 def with_count(values: Sequence[float], seeds: int) -> str:

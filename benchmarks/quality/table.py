@@ -14,13 +14,11 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import results
-from curves import curve_tables, ends_tables, grouped, picture
+from curves import accuracy, curve_tables, ends_tables, grouped, picture, standard_error
 from methods import METHODS
 
 HERE = Path(__file__).parent
@@ -48,17 +46,6 @@ def full_depth(found: Runs, domain: str) -> tuple[int, dict[int, Result]]:
     """The base's depth, and its runs."""
     ((depth, runs),) = [(layers, runs) for (of, method, layers), runs in found.items() if (of, method) == (domain, "full")]
     return depth, runs
-
-
-def standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def accuracy(runs: dict[int, Result]) -> tuple[float, float]:
-    """Mean over the seeds, and its standard error: from the seeds or from the questions, whichever is larger."""
-    values = [run["accuracy"] for run in runs.values()]
-    by_questions = sqrt(sum(run["standard_error"] ** 2 for run in runs.values())) / len(values)
-    return statistics.mean(values), max(by_questions, standard_error(values))
 
 
 def loss_above(runs: dict[int, Result], full: dict[int, Result]) -> tuple[float, float]:

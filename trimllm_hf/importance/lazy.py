@@ -21,6 +21,8 @@ from .forwards import replaced_forwards
 from .metrics import Metric, get_metric
 from .scores import score_layers
 
+AGAIN = 2  # layers measured anew in each step at least: what a layer adds may also fall as others go (benchmarks/README.md)
+
 Cost = Callable[[Collection[int]], float]  # the cost of the model without the layers at these positions
 
 
@@ -91,8 +93,8 @@ def lazy_greedy(
 
     Each step considers the first `width` layers of `order` that remain (a filter, for example by block influence). A layer
     that was measured before is measured again only if, by the cost it added then, it may be the cheapest now (Minoux 1978,
-    "Accelerated greedy algorithms for maximizing submodular set functions"). That is exact if the cost a layer adds grows
-    with the number of layers removed; otherwise a layer that adds about as much may be chosen.
+    "Accelerated greedy algorithms for maximizing submodular set functions"), or the next after that. That is exact if the
+    cost a layer adds grows with the number of layers removed; otherwise a layer that adds about as much may be chosen.
 
     Args:
         cost: Measures the model without some layers; lower is better.
@@ -114,14 +116,20 @@ def lazy_greedy(
     fresh = set(added)  # measured with the current set of removed layers
     while len(gone) < count:
         left = [layer for layer in order if layer not in gone][:width]
-        while (cheapest := min(left, key=lambda layer: added.get(layer, -math.inf))) not in fresh:
-            added[cheapest] = cost((*gone, cheapest)) - now
-            fresh.add(cheapest)
+        while stale := [layer for layer in _cheapest(left, added) if layer not in fresh]:
+            added[stale[0]] = cost((*gone, stale[0])) - now
+            fresh.add(stale[0])
             evaluations += 1
+        cheapest = _cheapest(left, added)[0]
         gone.append(cheapest)
         now += added[cheapest]
         fresh.clear()
     return Greedy(tuple(gone), now, evaluations)
+
+
+def _cheapest(layers: Sequence[int], added: Mapping[int, float]) -> list[int]:
+    """The layers that have to be measured before one is chosen; those without a cost are the first."""
+    return sorted(layers, key=lambda layer: added.get(layer, -math.inf))[:AGAIN]
 
 
 class PassedOver:

@@ -10,7 +10,7 @@ LOOKS = 3  # approximate number of models a lazy scan evaluates per layer after 
 RANKED = 32  # calibration examples that suffice for a ranking by block influence, a mean over all their tokens
 LEAST = 8  # calibration examples below which a scan is not worth its passes
 # what a budget can allow, the best first: candidates of a lazy scan (None: all), and the share of the examples
-SCANS = ((None, 1.0), (8, 1.0), (4, 1.0), (4, 0.5))
+SCANS = ((None, 1.0), (10, 1.0), (4, 1.0), (4, 0.5))
 
 
 @dataclass(frozen=True)
