@@ -100,6 +100,32 @@ def test_what_is_not_plain_zero_is_refused(changes: dict, said: str | None, monk
         refuse_unsupported(engine)
 
 
+@pytest.mark.deepspeed
+def test_a_frozen_model_under_zero3_is_an_engine_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed
+
+    from trimllm_hf.engines.deepspeed import DeepSpeedEngine
+
+    class Engine(deepspeed.DeepSpeedEngine):
+        def __init__(self, model: nn.Module) -> None:
+            nn.Module.__init__(self)
+            self.module = model
+
+    asked: list[dict] = []
+
+    def initialize(model: nn.Module, config: dict) -> tuple:
+        asked.append(config)
+        return Engine(model), None, None, None
+
+    monkeypatch.setattr(deepspeed, "initialize", initialize)
+    config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}, "optimizer": {"type": "AdamW"}}
+    plugin = SimpleNamespace(deepspeed_config=config)
+    model = tiny_model().train()
+    placed = DeepSpeedEngine.place_frozen(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)), model)
+    assert isinstance(placed, Engine) and placed.module is model and not model.training
+    assert asked == [{"zero_optimization": {"stage": 3}}] and "optimizer" in config
+
+
 def test_data_parallel_is_refused() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match=r"got torch.nn.DataParallel. Launch with torchrun"):

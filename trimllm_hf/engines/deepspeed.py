@@ -151,7 +151,8 @@ class DeepSpeedEngine(DistributedProcesses, Engine):
             config.pop(name, None)
         config["zero_optimization"].pop("offload_optimizer", None)
         engine, *_ = deepspeed.initialize(model=model, config=config)
-        return engine.eval()
+        engine.eval()  # returns nothing in DeepSpeed 0.19
+        return engine
 
     @classmethod
     def refuse_other_processes(cls, accelerator: Any, saved: int) -> None:
