@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from methods import METHODS
 from results import Key, Result
 
-STEPS = (0, 40, 80, 120, 160, 200)  # in the table
+STEPS = (0, 40, 80, 120, 200, 300, 400, 500, 600)  # in the table
 SHOWN = {"full": "full depth", "default": "the defaults", "influence-ranked": "one cut, not repaired"}  # in the picture
 RIVAL, REPAIRED = "influence-ranked", ("default", "influence-repaired")
 COLOURS = dict(zip(SHOWN, ("tab:grey", "tab:green", "tab:orange"), strict=True))
@@ -27,7 +27,7 @@ Group = tuple[str, str, int]  # domain, method, blocks
 def grouped(found: dict[Key, Result]) -> dict[Group, Runs]:
     """The runs of each domain, method and depth that have a curve of more than its end."""
     groups: dict[Group, Runs] = {}
-    for (domain, method, target, seed), run in found.items():
+    for (domain, method, target, seed, _), run in found.items():
         if len(run.get("curve", ())) > 1:
             groups.setdefault((domain, method, target), {})[seed] = run
     return groups
@@ -145,21 +145,29 @@ def gains(groups: dict[Group, Runs], domain: str, steps: Sequence[int]) -> list[
     return lines if len(lines) > 2 else []
 
 
-def ends_tables(groups: dict[Group, Runs]) -> list[str]:
-    """Runs whose learning rate falls to 0, so that only the loss at the end of each counts; a row for each method and depth.
+def by_steps(found: dict[Key, Result]) -> dict[tuple[str, str, int, int], Runs]:
+    """The runs of each domain, method, depth and number of steps: where the learning rate falls only the end counts."""
+    groups: dict[tuple[str, str, int, int], Runs] = {}
+    for (domain, method, target, seed, steps), run in found.items():
+        groups.setdefault((domain, method, target, steps), {})[seed] = run
+    return groups
 
-    The plain cut got as many more steps as the other spends on choosing and repairing: they are compared at equal time.
+
+def ends_tables(groups: dict[tuple[str, str, int, int], Runs]) -> list[str]:
+    """What each method ends with, and how the defaults compare with full depth and the plain cut at the same seeds.
+
+    The plain cut got as many steps as the defaults, or as many more as they spend on choosing and repairing.
     """
     lines = [
         "| domain | blocks | method | steps | before training | at the end | accuracy | choosing, repairing, s | in all, s "
         "| seeds |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for (domain, method, target), runs in sorted(groups.items(), key=lambda item: (item[0][0], -item[0][2], item[0][1])):
+    ordered = sorted(groups.items(), key=lambda item: (item[0][0], -item[0][2], item[0][1], item[0][3]))
+    for (domain, method, target, steps), runs in ordered:
         first, last = ([run["curve"][at] for run in runs.values()] for at in (0, -1))
         starts, ends = (mean_and_error([point["loss"] for point in points]) for points in (first, last))
         before, seconds = (statistics.mean(point["seconds"] for point in points) for points in (first, last))
-        steps = " and ".join(map(str, sorted({point["step"] for point in last})))
         chosen = all("accuracy" in run for run in runs.values())
         right = "{:.3f} ± {:.3f}".format(*accuracy(runs)) if chosen else "-"
         lines.append(
@@ -168,18 +176,25 @@ def ends_tables(groups: dict[Group, Runs]) -> list[str]:
         )
     lines += [
         "",
-        "| domain | blocks | plain cut minus the defaults | its CPU time, of theirs | seeds |",
-        "|---|--:|--:|--:|--:|",
+        "| domain | blocks | the defaults, steps | beside | steps | CPU time, of the defaults' | loss, minus the defaults' "
+        "| accuracy, the defaults' minus | seeds |",
+        "|---|--:|--:|---|--:|--:|--:|--:|--:|",
     ]
-    for (domain, method, target), plain in sorted(groups.items()):
-        repaired = groups.get((domain, REPAIRED[0], target), {})
-        seeds = sorted(plain.keys() & repaired.keys())
-        if method != RIVAL or not seeds:
+    for (domain, method, target, steps), ours in ordered:
+        if method != REPAIRED[0]:
             continue
-        ends = [(plain[seed]["curve"][-1], repaired[seed]["curve"][-1]) for seed in seeds]
-        gained = mean_and_error([one["loss"] - other["loss"] for one, other in ends], 3, "+")
-        times = mean_and_error([one["seconds"] / other["seconds"] for one, other in ends])
-        lines.append(f"| {domain} | {target} | {gained} | {times} | {len(seeds)} |")
+        for (of, other, depth, their_steps), theirs in ordered:
+            seeds = sorted(ours.keys() & theirs.keys())
+            if of != domain or not seeds or ((other, depth) != (RIVAL, target) and (other, their_steps) != ("full", steps)):
+                continue
+            pairs = [(theirs[seed], ours[seed]) for seed in seeds]
+            losses = [one["curve"][-1]["loss"] - mine["curve"][-1]["loss"] for one, mine in pairs]
+            times = [one["curve"][-1]["seconds"] / mine["curve"][-1]["seconds"] for one, mine in pairs]
+            right = [mine["accuracy"] - one["accuracy"] for one, mine in pairs if "accuracy" in one and "accuracy" in mine]
+            lines.append(
+                f"| {domain} | {target} | {steps} | {SHOWN[other]} | {their_steps} | {statistics.mean(times):.2f} "
+                f"| {mean_and_error(losses, 3, '+')} | {mean_and_error(right, 3, '+')} | {len(seeds)} |"
+            )
     return [*lines, ""]
 
 

@@ -22,6 +22,7 @@ class Method:
         time_of: The method whose CPU time it gets, at the same seed: it trains for as many steps as fit in it.
         from_scratch: Whether it begins as a random model of the target's depth.
         only_head: Whether only the head, the last norm and the last three blocks train (arXiv 2411.15558).
+        repaired: Whether the cut of `only_head` is repaired.
     """
 
     says: str
@@ -32,6 +33,7 @@ class Method:
     time_of: str | None = None
     from_scratch: bool = False
     only_head: bool = False
+    repaired: bool = False
 
 
 ONCE: dict[str, Any] = {"drop_every": "once", "repair": "none"}
@@ -65,6 +67,9 @@ METHODS: dict[str, Method] = {
     "scan-spread": Method("scan, drops from 5% to 70%", {**SCAN, "healing_ratio": 0.3}),
     "scan-late": Method("scan, drops from 50% to 90%", {**SCAN, "healing_ratio": 0.1}, warm_up=0.5),
     "scan-once": Method("scan, all before the first step", {**SCAN, "warm_up_importance": "none", **ONCE}),
+    "scan-once-repaired": Method(
+        "scan, all before the first step, repaired", {**SCAN, "warm_up_importance": "none", **ONCE, "repair": "auto"}
+    ),
     "influence-once": Method("block influence, scored again for each, all before the first step", INFLUENCE),
     "influence-once-time": Method(
         "the same, for the CPU time of a scan with drops from 5% to 25%", INFLUENCE, time_of="scan-quarter"
@@ -74,7 +79,11 @@ METHODS: dict[str, Method] = {
     "influence-once-distilled": Method("block influence, at once, distilled", {**INFLUENCE, "distill_weight": 0.5}),
     "influence-quarter": Method("block influence, drops from 5% to 25%", {**SCAN, "importance": "block_influence"}),
     "last-once": Method("the last blocks, before the first step", LAST),
+    "last-once-repaired": Method("the last blocks, before the first step, repaired", {**LAST, "repair": "auto"}),
     "head-tuned": Method("the last blocks, before the first step; only head and last three train", LAST, only_head=True),
+    "head-tuned-repaired": Method(
+        "the last blocks, repaired; only head and last three train", LAST, only_head=True, repaired=True
+    ),
     "random-once": Method("random blocks, before the first step", {"importance": "random", **ONCE}),
     "scratch": Method("a random model of that depth", from_scratch=True),
 }

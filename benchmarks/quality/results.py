@@ -10,12 +10,16 @@ from typing import Any
 from filelock import FileLock
 
 Result = dict[str, Any]
-Key = tuple[str, str, int, int]  # domain, method, blocks that were asked for, seed
+Key = tuple[str, str, int, int, int]  # domain, method, blocks that were asked for, seed, steps
 
 
 def key_of(result: Result) -> Key:
-    """Which run it was. A model of sublayers has all of its blocks: `target` says how deep it is counted."""
-    return result["domain"], result["method"], result["target"], result["seed"]
+    """Which run it was. A model of sublayers has all of its blocks: `target` says how deep it is counted.
+
+    At a constant rate a longer run holds the shorter ones, and replaces them.
+    """
+    steps = 0 if result.get("constant") else result["steps"]
+    return result["domain"], result["method"], result["target"], result["seed"], steps
 
 
 def read(file: Path) -> dict[Key, Result]:

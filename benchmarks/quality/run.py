@@ -47,7 +47,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers
+from trimllm_hf import LayerMap, TrimConfig, TrimTrainer, drop_layers, repair_layers
 from trimllm_hf.training import schedule
 
 HERE = Path(__file__).resolve().parent
@@ -79,6 +79,13 @@ def tune_only_the_end(model: LlamaForCausalLM) -> None:
         module.requires_grad_(True)
 
 
+def repair_batches(questions: list[Question], encoder: QuestionEncoder) -> list[dict[str, Any]]:
+    """Training examples for a repair before the Trainer: as many as a run's own repair takes, and a few to judge by."""
+    of_length = sorted(questions[:72], key=length)
+    cut = [of_length[start::18] for start in range(18)]  # examples of all lengths in each
+    return [dict(encoder.collate(examples(batch, encoder))) for batch in cut]
+
+
 class Drops(TrainerCallback):
     """Keeps when how many layers were left."""
 
@@ -99,7 +106,7 @@ def steps_for_the_time_of(args: argparse.Namespace) -> int:
     both = str(METHODS[args.method].time_of), args.method.removesuffix("-time")
     found = results.read(args.results)
     for seed in (args.seed, 0):
-        runs = [found.get((args.domain, name, args.layers, seed)) for name in both]
+        runs = [found.get((args.domain, name, args.layers, seed, args.steps)) for name in both]
         other, same = (run and run["seconds"] for run in runs)
         if other and same:
             return round(args.steps * other / same)
@@ -108,6 +115,7 @@ def steps_for_the_time_of(args: argparse.Namespace) -> int:
 
 def train(
     args: argparse.Namespace,
+    steps: int,
     train: list[Question],
     test: list[Example],
     encoder: QuestionEncoder,
@@ -115,7 +123,6 @@ def train(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model that the method makes, and what it took; `say` is told how the loss falls."""
     method = METHODS[args.method]
-    steps = args.steps if method.time_of is None else steps_for_the_time_of(args)
     held, rest = train[: args.set_aside][: args.calibration], train[args.set_aside :]
     held = sorted(held, key=length)
     set_seed(args.seed)
@@ -150,8 +157,12 @@ def train(
         "processing_class": encoder.tokenizer,
         "callbacks": [drops, choosing.before],
     }
+    start = clock()
     if method.only_head:
-        drop_layers(model, list(range(args.layers, depth)))
+        last = list(range(args.layers, depth))
+        if method.repaired:
+            repair_layers(model, last, repair_batches(rest, encoder))
+        drop_layers(model, last)
         tune_only_the_end(model)
     if method.trim is None or method.only_head:
         trainer: Trainer = Trainer(model, arguments, **common)
@@ -162,13 +173,12 @@ def train(
         trainer = TrimTrainer(model, arguments, trim=trim, calibration_dataset=calibration, **common)
     trainer.add_callback(choosing.after)  # behind what drops layers
     trainer.add_callback(curve)
-    start = curve.began = clock()
+    curve.began = start
     trainer.train()
     seconds = clock() - start - curve.seconds
     return model, {
         "seconds": None if args.shared else seconds,
         "choosing_seconds": None if args.shared else choosing.seconds,
-        "steps": steps,
         "depth_after_step": drops.found,
         "curve": curve.points,
     }
@@ -212,11 +222,13 @@ def main(flags: list[str] | None = None) -> None:
 
     encoder = load_encoder(args.base, args.max_length)
     learned, tested = make_questions(args, encoder)
+    steps = args.steps if METHODS[args.method].time_of is None else steps_for_the_time_of(args)
     told: dict[str, Any] = {
         "domain": args.domain,
         "method": args.method,
         "target": AutoConfig.from_pretrained(args.base).num_hidden_layers if args.method == "full" else args.layers,
         "seed": args.seed,
+        "steps": steps,
         "batch_size": args.batch_size,
         "learning_rate": args.learning_rate,
         "constant": args.constant,
@@ -237,7 +249,7 @@ def main(flags: list[str] | None = None) -> None:
         if args.evaluate_at:
             results.add(args.results, {**told, "questions": len(tested), "curve": points, "unfinished": True})
 
-    model, cost = train(args, learned, examples(tested, encoder), encoder, so_far)
+    model, cost = train(args, steps, learned, examples(tested, encoder), encoder, so_far)
     chosen: dict[str, Any] = {"questions": len(tested)}
     if len(tested[0].choices) > 1:
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
@@ -252,7 +264,7 @@ def main(flags: list[str] | None = None) -> None:
         "answer_loss": cost["curve"][-1]["loss"],
         "book_loss": measure(model, book, encoder, args),
         "kept_layers": list(LayerMap.from_config(model.config).kept_layers),
-        "trained_questions": cost["steps"] * args.batch_size,
+        "trained_questions": steps * args.batch_size,
     }
     results.add(args.results, told)
     took = "" if args.shared else f", {told['seconds']:.0f} s"

@@ -51,7 +51,7 @@ def main() -> None:
         for seed in args.seeds
         for domain in args.domains
     ]
-    there = {key for key, result in results.read(args.results).items() if not result.get("unfinished")}
+    there = {key[:4] for key, result in results.read(args.results).items() if not result.get("unfinished")}
     missing = [key for key in wanted if (key if key[1] != "full" else (key[0], "full", depth, key[3])) not in there]
     print(f"{len(missing)} of {len(wanted)} rows are missing", flush=True)
     failed = 0
@@ -67,7 +67,7 @@ def main() -> None:
         raise SystemExit(f"{failed} of {len(missing)} rows failed.")
 
 
-def flags_of(key: results.Key) -> list[str]:
+def flags_of(key: tuple[str, str, int, int]) -> list[str]:
     """What tells run.py which row to run."""
     names = ("--domain", "--method", "--layers", "--seed")
     return [text for name, value in zip(names, key, strict=True) for text in (name, str(value))]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import results
-from curves import accuracy, curve_tables, ends_tables, grouped, picture, standard_error
+from curves import accuracy, by_steps, curve_tables, ends_tables, grouped, picture, standard_error
 from methods import METHODS
 
 HERE = Path(__file__).parent
@@ -32,7 +32,7 @@ Runs = dict[tuple[str, str, int], dict[int, Result]]  # domain, method, layers: 
 def read(file: Path) -> Runs:
     """All results, by domain, method and depth, and then by seed."""
     found: Runs = defaultdict(dict)
-    for (domain, method, target, seed), result in results.read(file).items():
+    for (domain, method, target, seed, _), result in results.read(file).items():
         found[domain, method, target][seed] = result
     return dict(found)
 
@@ -147,7 +147,7 @@ def main() -> None:
         file, speed = args.results / f"{name}.jsonl", args.bases / f"speed-{name}.json"
         if groups := grouped(results.read(file)):
             told += [about(name, base), "", *curve_tables(groups)]
-            if decayed := grouped(results.read(args.results / f"{name}-decayed.jsonl")):
+            if decayed := by_steps(results.read(args.results / f"{name}-decayed.jsonl")):
                 told += [DECAYED, "", *ends_tables(decayed)]
             picture(groups, args.page.with_name("quality.png"))
             continue
