@@ -6,6 +6,7 @@ import copy
 import logging as python_logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers.utils import logging
 from trimllm_hf import TrimConfig, TrimTrainer, score_layers
 from trimllm_hf.importance import evaluate_metric
 from trimllm_hf.importance.lazy import PassedOver, greedy_layers
-from trimllm_hf.training.selection_budget import STEP, plan_selection
+from trimllm_hf.importance.order import choose, num_gaps, with_fewer_gaps
+from trimllm_hf.training.selection_budget import RANKED, SETS, STEP, plan_selection
 
 STEPS = (2, 10, 100, 1000, 3000, 10_000, 30_000, 100_000)
 
@@ -30,6 +32,36 @@ def test_what_is_planned_is_affordable() -> None:
     assert [plan.examples for plan in plans[:4]] == [1, 6, 32, 32]
     assert plans[3].scanned == 0 and plans[-1].scanned == 64 and plans[-1].width is None
     assert [plan.passes for plan in plans] == sorted(plan.passes for plan in plans)
+
+
+def test_by_default_sets_are_compared_in_any_run() -> None:
+    plan = plan_selection(None, 8, 64, 30, 15)
+    assert (plan.examples, plan.sets, plan.scanned) == (RANKED, SETS, 0) and plan.passes == plan.affordable
+    assert plan_selection(None, 8, 64, 30, 1).sets == 0  # one layer is one gap
+    assert plan_selection(0.05, 4.0 * 120, 64, 30, 15).sets == 1  # of 72 passes
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fewer_gaps_are_the_lowest_of_all_such_sets(seed: int) -> None:
+    scores = torch.rand(11, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    candidates = [1, 2, 3, 4, 5, 7, 8, 9]  # 6 has to stay
+    for count in (2, 4, 6):
+        ranked = choose(scores, count, candidates=candidates).positions
+        sets = with_fewer_gaps(scores, ranked, candidates)
+        every = [list(one) for one in combinations(candidates, count)]
+        for found in sets:
+            allowed = [one for one in every if num_gaps(one) <= num_gaps(found)]
+            assert found == min(allowed, key=lambda one: scores[one].sum().item())
+            assert num_gaps(found) < num_gaps(ranked)
+        if num_gaps(ranked) > 1 and count <= 5:
+            assert num_gaps(sets[-1]) == 1
+        assert len(sets) <= 2
+
+
+def test_the_fewest_gaps_may_be_impossible() -> None:
+    """Six of these cannot be one gap, as what has to stay is between them."""
+    scores, candidates = torch.arange(9.0), [1, 2, 3, 5, 6, 7]
+    assert with_fewer_gaps(scores, candidates, candidates) == []
 
 
 def test_a_budget_that_affords_nothing_is_refused() -> None:
@@ -58,9 +90,15 @@ def telling(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
         logger.setLevel(python_logging.NOTSET)
 
 
-def run(folder: Path, budget: float, steps: int = 6, **trim: Any) -> tuple[Any, list[dict[str, torch.Tensor]]]:
-    """A model of six layers that was trimmed to three, its calibration batches, and the model as it was."""
-    examples, model = tiny_texts(16, seed=5), tiny_model(num_hidden_layers=6)
+def run(
+    folder: Path, budget: float | None, steps: int = 6, layers: int = 6, seed: int = 0, **trim: Any
+) -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    """A model that was trimmed, by default to three of six layers, its calibration batches, and the model as it was."""
+    examples, model = tiny_texts(16, seed=5), tiny_model(num_hidden_layers=layers, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # blocks of unlike influence, in no order
+        for block in model.model.layers:
+            block.mlp.down_proj.weight.mul_(torch.rand(1, generator=generator) * 2)
     before = copy.deepcopy(model)
     arguments = TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=4, save_strategy="no", use_cpu=True, report_to=[]
@@ -87,9 +125,9 @@ def test_with_more_the_better_of_two_sets_goes(tmp_path: Path, caplog: pytest.Lo
     """Whichever way found it: no set of the audition has a lower loss on what judged."""
     with telling(caplog):
         model, batches, before = run(tmp_path, 1.0, 15, warm_up_importance="none")
-    assert "and a lazy scan" in caplog.text
+    assert "beside a lazy scan" in caplog.text
     kept = model.config.trim["kept_layers"]
-    ranked = score_layers(before, batches, "block_influence")[1:-1].argsort()[:3] + 1
+    ranked = (score_layers(before, batches, "block_influence")[1:-1].argsort()[:3] + 1).sort().values
     scanned = greedy_layers(before, batches[:2], 3).layers
 
     def loss(layers: Any) -> float:
@@ -97,7 +135,29 @@ def test_with_more_the_better_of_two_sets_goes(tmp_path: Path, caplog: pytest.Lo
             return evaluate_metric(before, batches)
 
     gone = [layer for layer in range(6) if layer not in kept]
-    assert loss(gone) == pytest.approx(min(loss(ranked.tolist()), loss(scanned)))
+    sets = [
+        ranked.tolist(),
+        scanned,
+        *with_fewer_gaps(score_layers(before, batches, "block_influence"), ranked.tolist(), range(1, 5)),
+    ]
+    assert loss(gone) == pytest.approx(min(map(loss, sets)))
+
+
+def test_the_set_of_the_lowest_loss_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the ranking's and those in fewer gaps, by the loss without them on what compares them."""
+    with telling(caplog):
+        model, batches, before = run(tmp_path, None, warm_up_importance="none", target_layers=6, layers=12)
+    scores = score_layers(before, batches, "block_influence")
+    ranked = choose(scores, 6, 1, 1).positions
+    sets = [ranked, *with_fewer_gaps(scores, ranked, range(1, 11))]
+    losses = []
+    for layers in sets:
+        with PassedOver(before).without(layers):
+            losses.append(evaluate_metric(before, batches))
+    best = sets[losses.index(min(losses))]
+    assert best != ranked  # or nothing is shown
+    assert model.config.trim["kept_layers"] == [layer for layer in range(12) if layer not in best]
+    assert f"chosen by block influence ({num_gaps(best)} gaps)" in caplog.text
 
 
 def test_one_at_a_time_gets_a_share_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -76,6 +76,15 @@ METHODS: dict[str, Method] = {
     ),
     "influence-ranked": Method("block influence, one ranking, all before the first step", RANKED),
     "influence-repaired": Method("block influence, one ranking, repaired before the Trainer", {**RANKED, "repair": "auto"}),
+    "angular-once": Method(
+        "successive blocks of the lowest angular distance, before the first step", {"importance": "angular", **ONCE}
+    ),
+    "angular-repaired": Method(
+        "successive blocks of the lowest angular distance, repaired", {"importance": "angular", **ONCE, "repair": "auto"}
+    ),
+    "two-stages": Method(
+        "`TrimConfig`'s defaults, eight at step 6, the rest at step 12", {"drop_every": "6", "layers_per_drop": 8}
+    ),
     "influence-once-distilled": Method("block influence, at once, distilled", {**INFLUENCE, "distill_weight": 0.5}),
     "influence-quarter": Method("block influence, drops from 5% to 25%", {**SCAN, "importance": "block_influence"}),
     "last-once": Method("the last blocks, before the first step", LAST),

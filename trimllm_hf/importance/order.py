@@ -68,6 +68,54 @@ def choose(
     return Chosen(chosen, [scores[position].item() for position in chosen], margin)
 
 
+def with_fewer_gaps(scores: torch.Tensor, positions: Sequence[int], candidates: Sequence[int]) -> list[list[int]]:
+    """As many layers as `positions` in fewer gaps: the lowest total score with at most half as many, a quarter, down to one.
+
+    The layers that a ranking chooses may leave many gaps. Others of nearly the same total in a few gaps can do the model
+    less harm, and take fewer repairs.
+
+    Args:
+        scores: Of shape (layers,).
+        positions: The layers that a ranking has chosen.
+        candidates: The positions to choose from.
+
+    Returns:
+        The sets, ascending, without repetitions; those with more gaps come first.
+    """
+    wanted, gaps = [], num_gaps(positions)
+    while gaps > 1:
+        gaps = math.ceil(gaps / 2)
+        wanted.append(gaps)
+    found = _lowest_by_gaps(scores.tolist(), len(positions), max(wanted, default=0), set(candidates))
+    return [list(one) for one in dict.fromkeys(found[gaps] for gaps in wanted if gaps in found)]
+
+
+def num_gaps(positions: Sequence[int]) -> int:
+    """The number of runs of successive layers among these."""
+    return sum(position - 1 not in positions for position in positions)
+
+
+def _lowest_by_gaps(scores: Sequence[float], count: int, most: int, candidates: set[int]) -> dict[int, tuple[int, ...]]:
+    """For each number of gaps up to `most`, the `count` candidates of the lowest total that leave at most so many."""
+    # by layers chosen, gaps, and whether the layer before was chosen: the lowest total so far, and its layers
+    best: dict[tuple[int, int, bool], tuple[float, tuple[int, ...]]] = {(0, 0, False): (0.0, ())}
+    for position, score in enumerate(scores):
+        after: dict[tuple[int, int, bool], tuple[float, tuple[int, ...]]] = {}
+        for (chosen, gaps, inside), (total, layers) in best.items():
+            ways = [((chosen, gaps, False), (total, layers))]
+            if position in candidates and chosen < count and (inside or gaps < most):
+                ways.append(((chosen + 1, gaps + (not inside), True), (total + score, (*layers, position))))
+            for state, way in ways:
+                after[state] = min(way, after.get(state, way))
+        best = after
+    found: dict[int, tuple[int, ...]] = {}
+    for allowed in range(1, most + 1):
+        whole = [way for (chosen, gaps, _), way in best.items() if chosen == count and gaps <= allowed]
+        if whole:
+            found[allowed] = min(whole)[1]
+    return found
+
+
 def choose_window(scores: torch.Tensor, count: int, protect_first: int, protect_last: int) -> Chosen:
     """The window of `count` successive layers with the lowest score.
 

@@ -1,9 +1,9 @@
-"""`importance="auto"`: chooses layers by block influence, and by a lazy scan if the selection budget allows it."""
+"""`importance="auto"`: chooses layers by block influence, and compares sets as far as the selection budget allows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,14 @@ from transformers.utils import logging
 from ..importance import evaluate_metric, score_layers
 from ..importance.calibration import Batch, num_rows
 from ..importance.lazy import PassedOver, greedy_layers
-from ..importance.order import Chosen, choose
+from ..importance.order import Chosen, choose, num_gaps, with_fewer_gaps
 from ..importance.unigram_baseline import loss_at_unigram_baseline
 from ..surgery.adapters import adapters_of, base_of
 from .config import TrimConfig
 from .dry_run import droppable
 from .layer_scorer import LayerScorer
 from .repairer import Repairer
-from .selection_budget import plan_selection
+from .selection_budget import JUDGED, plan_selection
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
@@ -37,8 +37,9 @@ def choose_within_budget(
 ) -> tuple[Chosen, torch.Tensor]:
     """The layers to drop, and the scores of all layers by block influence.
 
-    If the budget allows a lazy scan and it finds a different set, the set whose removal gives the lower held-out loss is
-    dropped. A scan while the loss is at chance level would rank noise.
+    Sets of about as little influence in fewer gaps are compared with that of the ranking, by the loss without them. If the
+    budget allows a lazy scan as well and it finds yet another set, both are repaired, and the one with the lower held-out
+    loss is dropped. While the loss is at chance level only the ranking counts, since a loss would rank noise.
 
     Args:
         model: The unwrapped model.
@@ -69,23 +70,44 @@ def choose_within_budget(
     seen = {**how, "of_batches": scorer.of_batches}
     scores = score_layers(model, first(plan.examples), "block_influence", config.unit, **seen)
     chosen = choose(scores, count, candidates=candidates, spared=spared)
-    if not plan.scanned or config.unit != "block" or spared or not scorer.own_loss:
+    if config.unit != "block" or spared or not scorer.own_loss:
         return chosen, scores
-    if config.warm_up_importance != "none" and loss_at_unigram_baseline(model, batches, **processes):
+    sets = with_fewer_gaps(scores, chosen.positions, candidates)[: plan.sets]
+    if not (sets or plan.scanned):
         return chosen, scores
-    found = greedy_layers(model, first(plan.scanned), count, candidates=candidates, width=plan.width, **how)
-    if sorted(found.layers) == chosen.positions:
+    judged = batches if plan.scanned else first(JUDGED)
+    if config.warm_up_importance != "none" and loss_at_unigram_baseline(model, judged, **processes):
         return chosen, scores
-    sets = {"block influence": chosen.positions, "a lazy scan": sorted(found.layers)}
-    if repairer is None or adapters_of(base_of(model)):
-        passed, losses = PassedOver(model, config.part), {}
-        for name, layers in sets.items():
+    passed = PassedOver(model, config.part)
+
+    def losses_without(named: Mapping[str, list[int]]) -> dict[str, float]:
+        losses = {}
+        for name, layers in named.items():
             with passed.without(layers):
-                losses[name] = evaluate_metric(model, batches, **processes)
-    else:  # a repair can change which set is best
-        repairs = repairer.fit(model, list(sets.values()))
-        losses = {name: repairer.evaluate(model, repair).loss for name, repair in zip(sets, repairs, strict=True)}
-    winner = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
-    told = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
-    logger.info(f"Step {step}: chosen by {winner}. Losses on the calibration set: {told}.")
-    return Chosen(sets[winner], [scores[position].item() for position in sets[winner]], None), scores
+                losses[name] = evaluate_metric(model, judged, **processes)
+        return losses
+
+    def lowest(losses: Mapping[str, float]) -> str:
+        winner = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
+        told = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
+        logger.info(f"Step {step}: chosen by {winner}. Losses on the calibration set: {told}.")
+        return winner
+
+    found = chosen.positions
+    if sets:
+        of_gaps = {f"block influence ({num_gaps(layers)} gaps)": layers for layers in (found, *sets)}
+        found = of_gaps[lowest(losses_without(of_gaps))]
+    if plan.scanned:
+        greedy = greedy_layers(model, first(plan.scanned), count, candidates=candidates, width=plan.width, **how)
+        both = {"block influence": found, "a lazy scan": sorted(greedy.layers)}
+        if found == both["a lazy scan"]:
+            losses = {"block influence": greedy.cost}
+        elif repairer is None or adapters_of(base_of(model)):
+            losses = losses_without(both)
+        else:  # a repair can change which set is best
+            repairs = repairer.fit(model, list(both.values()))
+            losses = {name: repairer.evaluate(model, repair).loss for name, repair in zip(both, repairs, strict=True)}
+        found = both[lowest(losses)]
+    if found == chosen.positions:
+        return chosen, scores
+    return Chosen(found, [scores[position].item() for position in found], None), scores

@@ -50,9 +50,9 @@ class TrimConfig(JsonSettings):
     importance: str = field(
         default="auto",
         metadata={
-            "help": "The score by which the least important layer is chosen: 'auto' (block influence by one ranking, and a "
-            "lazy scan beside it where `selection_budget` affords one), 'sensitivity' (leave-one-out loss on the "
-            "calibration set), 'perplexity', 'activation_norm', 'block_influence', 'layer_redundancy', 'angular', "
+            "help": "The score by which the least important layer is chosen: 'auto' (block influence by one ranking, compared "
+            "with sets in fewer gaps, and with a lazy scan where `selection_budget` affords one), 'sensitivity' (leave-one-out "
+            "loss on the calibration set), 'perplexity', 'activation_norm', 'block_influence', 'layer_redundancy', 'angular', "
             "'relative_magnitude', 'taylor', 'last', 'deepest_except_last', 'first', 'random', or a name given to "
             "`register_importance`."
         },
@@ -61,8 +61,8 @@ class TrimConfig(JsonSettings):
         default=None,
         metadata={
             "help": "With importance='auto': the share of the run, in forward passes (a training step is three), that may "
-            "go into choosing layers; the log says what it affords. Default: 0.05, and in any case block influence on all "
-            "calibration examples."
+            "go into choosing layers; the log says what it affords. Default: 0.05, and in any case block influence and sets "
+            "in fewer gaps."
         },
     )
     scan_metric: str = field(

@@ -24,13 +24,13 @@ from ..surgery.repair.output_projection import is_linear, shape_of
 from ..utils import isolated_rng
 from .config import TrimConfig
 from .repair import RepairReport, evaluate_repair, fit, refuse_adapters, refuse_without_refits
+from .selection_budget import JUDGED
 from .trainer_batches import TrainerBatches
 from .trainer_hooks import train_batch_size, unwrapped
 
 logger = logging.get_logger("transformers.trimllm_hf")
 
 TOKENS = 4  # per unit of the MLP's width: a width of 1,536 needs 6,144 tokens, 64 examples of 96
-JUDGED = 16  # calibration examples that a repair is evaluated on; where so few cannot tell, it matters little
 
 
 class Repairer:
