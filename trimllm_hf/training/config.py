@@ -50,11 +50,11 @@ class TrimConfig(JsonSettings):
     importance: str = field(
         default="auto",
         metadata={
-            "help": "The score by which the least important layer is chosen: 'auto' (block influence by one ranking, compared "
-            "with sets in fewer gaps, and with a lazy scan where `selection_budget` affords one), 'sensitivity' (leave-one-out "
-            "loss on the calibration set), 'perplexity', 'activation_norm', 'block_influence', 'layer_redundancy', 'angular', "
-            "'relative_magnitude', 'taylor', 'last', 'deepest_except_last', 'first', 'random', or a name given to "
-            "`register_importance`."
+            "help": "The score by which the least important layer is chosen: 'auto' (block influence by one ranking, "
+            "compared with sets in fewer gaps, and with a lazy scan where `selection_budget` affords one), 'sensitivity' "
+            "(leave-one-out loss on the calibration set), 'perplexity', 'activation_norm', 'block_influence', "
+            "'layer_redundancy', 'angular', 'relative_magnitude', 'taylor', 'last', 'deepest_except_last', 'first', "
+            "'random', or a name given to `register_importance`."
         },
     )
     selection_budget: float | None = field(
