@@ -157,7 +157,7 @@ def test_the_set_of_the_lowest_loss_goes(tmp_path: Path, caplog: pytest.LogCaptu
     best = sets[losses.index(min(losses))]
     assert best != ranked  # or nothing is shown
     assert model.config.trim["kept_layers"] == [layer for layer in range(12) if layer not in best]
-    assert f"chosen by block influence ({num_gaps(best)} gaps)" in caplog.text
+    assert f"chosen by block influence, {num_gaps(best)} gap(s)." in caplog.text
 
 
 def test_one_at_a_time_gets_a_share_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -75,16 +75,16 @@ def choose_within_budget(
     sets = with_fewer_gaps(scores, chosen.positions, candidates)[: plan.sets]
     if not (sets or plan.scanned):
         return chosen, scores
-    judged = batches if plan.scanned else first(JUDGED)
-    if config.warm_up_importance != "none" and loss_at_unigram_baseline(model, judged, **processes):
+    labelled = batches if plan.scanned else first(JUDGED)
+    if config.warm_up_importance != "none" and loss_at_unigram_baseline(model, labelled, **processes):
         return chosen, scores
     passed = PassedOver(model, config.part)
 
-    def losses_without(named: Mapping[str, list[int]]) -> dict[str, float]:
+    def losses_without(named: Mapping[str, list[int]], on: Sequence[Batch]) -> dict[str, float]:
         losses = {}
         for name, layers in named.items():
             with passed.without(layers):
-                losses[name] = evaluate_metric(model, judged, **processes)
+                losses[name] = evaluate_metric(model, on, **processes)
         return losses
 
     def lowest(losses: Mapping[str, float]) -> str:
@@ -95,15 +95,15 @@ def choose_within_budget(
 
     found = chosen.positions
     if sets:
-        of_gaps = {f"block influence ({num_gaps(layers)} gaps)": layers for layers in (found, *sets)}
-        found = of_gaps[lowest(losses_without(of_gaps))]
+        of_gaps = {f"block influence, {num_gaps(layers)} gap(s)": layers for layers in (found, *sets)}
+        found = of_gaps[lowest(losses_without(of_gaps, first(JUDGED)))]
     if plan.scanned:
         greedy = greedy_layers(model, first(plan.scanned), count, candidates=candidates, width=plan.width, **how)
         both = {"block influence": found, "a lazy scan": sorted(greedy.layers)}
         if found == both["a lazy scan"]:
             losses = {"block influence": greedy.cost}
         elif repairer is None or adapters_of(base_of(model)):
-            losses = losses_without(both)
+            losses = losses_without(both, batches)
         else:  # a repair can change which set is best
             repairs = repairer.fit(model, list(both.values()))
             losses = {name: repairer.evaluate(model, repair).loss for name, repair in zip(both, repairs, strict=True)}
