@@ -51,6 +51,7 @@ PUBLISHED = {
 METHODS: dict[str, Method] = {
     "full": Method("full depth"),
     "default": Method("`TrimConfig`'s defaults", {}),
+    "default-plain": Method("`TrimConfig`'s defaults, not repaired", {"repair": "none"}),
     "default-distilled": Method("`TrimConfig`'s defaults, distilled from the base", {"distill_weight": 0.5}),
     "scan-quarter": Method("scan by loss, drops from 5% to 25% of the steps", SCAN),
     "scan-quarter-distilled": Method("the same, distilled from the base", {**SCAN, "distill_weight": 0.5}),
