@@ -76,7 +76,7 @@ METHODS: dict[str, Method] = {
         "the same, for the CPU time of a scan with drops from 5% to 25%", INFLUENCE, time_of="scan-quarter"
     ),
     "influence-ranked": Method("block influence, one ranking, all before the first step", RANKED),
-    "influence-repaired": Method("block influence, one ranking, repaired before the Trainer", {**RANKED, "repair": "auto"}),
+    "influence-repaired": Method("block influence, one ranking, repaired", {**RANKED, "repair": "auto"}),
     "angular-once": Method(
         "successive blocks of the lowest angular distance, before the first step", {"importance": "angular", **ONCE}
     ),

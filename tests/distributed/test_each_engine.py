@@ -15,6 +15,7 @@ pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).parent / "scripts" / "train.py"
 TYPES = {"plain": "MULTI_CPU", "fsdp2": "FSDP", **dict.fromkeys(["zero1", "zero2", "zero2_offload", "zero3"], "DEEPSPEED")}
+ZERO = [(1, [pytest.mark.slow]), (2, [pytest.mark.slow]), (3, [])]
 ENGINES = [pytest.param(name, marks=pytest.mark.deepspeed if "zero" in name else ()) for name in TYPES]
 
 
@@ -70,6 +71,21 @@ def test_two_processes_equal_one(engine: str, torchrun, one_process: Path, tmp_p
             assert before - held >= drops * rank["block_bytes"] * 3 / 2
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     assert final.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    "engine", ["plain", "fsdp2", *(pytest.param(f"zero{n}", marks=[pytest.mark.deepspeed, *slow]) for n, slow in ZERO)]
+)
+def test_two_processes_choose_as_one(engine: str, torchrun, tmp_path: Path) -> None:
+    """By the defaults: sets of blocks are compared while the blocks in them are passed over."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    options = ["--importance", "auto", "--calibration", "16"]
+    done = subprocess.run([sys.executable, SCRIPT, one, *options], check=True, timeout=240, text=True, capture_output=True)
+    assert "chosen by" in done.stderr and "a lazy scan" in done.stderr
+    torchrun("train.py", str(two), "--engine", engine, *options)
+    check_equal(two, engine, one, 1e-5)
 
 
 @pytest.mark.slow

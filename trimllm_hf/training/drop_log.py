@@ -76,9 +76,9 @@ def drop_log(
     if record.sublayers is not None:
         named = zip(record.sublayers, record.dropped, strict=True)
         layers = ", ".join(f"the {kind} of layer {layer}" for kind, layer in named)
-    to_next = "no other candidate" if margin is None else f"margin to the next best {margin:.4g}"
+    to_next = "" if margin is None else f", margin to the next best {margin:.4g}"
     line = (
-        f"Step {step}: dropped {layers} of {layer_map.base_num_layers} ({record.importance} {score:.4f}, {to_next}); "
+        f"Step {step}: dropped {layers} of {layer_map.base_num_layers} ({record.importance} {score:.4f}{to_next}); "
         f"{depth} layers, {parameters:,} parameters left."
     )
     logs = {"trim/num_layers": depth, "trim/parameters": parameters, "trim/score": score}

@@ -56,6 +56,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tiny import tiny_model, tiny_texts  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 from trimllm_hf import TrimCallback, TrimConfig, TrimTrainer  # noqa: E402
 from trimllm_hf.loading.checkpoints import unfinished  # noqa: E402
@@ -291,7 +292,11 @@ def main() -> None:
     if options.unit == "sublayer":
         trim = replace(trim, unit="sublayer", target_layers=6, layers_per_drop=3, importance_per_ms=options.per_ms)
         trim = replace(trim, latency_prompt_tokens=16)
-    if options.repair:
+    if options.importance == "auto":
+        logging.set_verbosity_info()
+        # sets of layers are compared by the model's loss without them
+        trim = replace(trim, layers_per_drop=2, selection_budget=1.0, repair="auto" if options.repair else "none")
+    elif options.repair:
         trim = replace(trim, repair="required", importance="block_influence", layers_per_drop=2, rescore=False)
     before = Before()
     after = After(before)
@@ -300,7 +305,8 @@ def main() -> None:
         trainer: Trainer = TrimTrainer(model, args, train_dataset=texts, trim=trim, callbacks=[before])
         trainer.add_callback(after)
     else:
-        watching = [] if options.repair else [before, after]  # a repair changes weights, as it should
+        # a repair changes weights, as it should; by the defaults both go in one drop
+        watching = [] if options.repair or options.importance == "auto" else [before, after]
         trainer = Trainer(model, args, train_dataset=texts, callbacks=[*watching[:1], TrimCallback(trim), *watching[1:]])
     held = []
 
