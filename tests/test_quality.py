@@ -68,11 +68,17 @@ def test_equal_time_is_what_the_other_took(quality: Any) -> None:
     assert curves.difference(plain, repaired, 40, by_time=False) == pytest.approx([1.0, 1.3])
     assert curves.difference(plain, repaired, 40, by_time=True) == pytest.approx([0.5])  # 130 s; seed 1 had no more than 90
     assert curves.difference(plain, repaired, 0, by_time=True) == pytest.approx([1.0, 1.25])
-    decayed = {("writing", "influence-ranked", 15): plain, ("writing", "default", 15): repaired}
-    table = curves.ends_tables(decayed)
-    assert (
-        table[-2] == "| writing | 15 | +0.650 ± 0.650 | 1.00 ± 0.31 | 2 |"
-    )  # 3.0 - 3.0 at 170 of 130 s, 4.5 - 3.2 at 90 of 130
+    full = {
+        seed: {"curve": [{"step": 40, "seconds": 260.0, "loss": 2.0}], "accuracy": 0.75, "standard_error": 0.01}
+        for seed in (0, 1)
+    }
+    labelled = {seed: {**run, "accuracy": 0.5 + seed / 4, "standard_error": 0.01} for seed, run in repaired.items()}
+    ends = {("writing", "influence-ranked", 15, 80): plain, ("writing", "default", 15, 40): labelled}
+    ends |= {("writing", "full", 30, 40): full, ("legal", "influence-ranked", 15, 40): plain}
+    assert curves.ends_tables(ends)[-3:-1] == [  # 3.0 - 3.0 at 170 of 130 s, 4.5 - 3.2 at 90 of 130
+        "| writing | 15 | 40 | full depth | 40 | 2.00 | -1.100 ± 0.100 | -0.125 ± 0.125 | 2 |",
+        f"| writing | 15 | 40 | {curves.METHODS['influence-ranked'].says} | 80 | 1.00 | +0.650 ± 0.650 | - | 2 |",
+    ]
 
 
 def test_the_end_of_text_may_begin_a_piece(quality: Any) -> None:
@@ -90,7 +96,9 @@ def test_a_sweep_begins_with_half_depth(quality: Any) -> None:
 
 def test_a_run_is_one_line_and_replaces_the_one_before_it(quality: Any, tmp_path: Path) -> None:
     file = tmp_path / "of/base.jsonl"
-    keys = [{"domain": "legal", "method": method, "target": 4, "seed": seed} for method in "ba" for seed in (1, 0)]
+    keys = [
+        {"domain": "legal", "method": method, "target": 4, "seed": seed, "steps": 9} for method in "ba" for seed in (1, 0)
+    ]
     for loss in (1.0, 2.0):
         for key in keys:
             quality.results.add(file, {**key, "answer_loss": loss})
@@ -105,7 +113,7 @@ def test_what_was_measured_reads_as_it_is_written(quality: Any, file: Path, tmp_
     rows = quality.results.read(file)
     quality.results.write(tmp_path / "again.jsonl", rows.values())
     assert (tmp_path / "again.jsonl").read_text() == file.read_text()
-    assert {method for _, method, _, _ in rows} <= quality.methods.METHODS.keys()
+    assert {method for _, method, *_ in rows} <= quality.methods.METHODS.keys()
 
 
 def test_measuring_takes_its_own_time(quality: Any) -> None:

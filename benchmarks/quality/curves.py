@@ -18,6 +18,7 @@ from results import Key, Result
 STEPS = (0, 40, 80, 120, 200, 300, 400, 500, 600)  # in the table
 SHOWN = {"full": "full depth", "default": "the defaults", "influence-ranked": "one cut, not repaired"}  # in the picture
 RIVAL, REPAIRED = "influence-ranked", ("default", "influence-repaired")
+RIVALS = (RIVAL, "angular-once")  # that repair nothing, at the end of runs
 COLOURS = dict(zip(SHOWN, ("tab:grey", "tab:green", "tab:orange"), strict=True))
 
 Runs = dict[int, Result]  # by seed
@@ -156,7 +157,7 @@ def by_steps(found: dict[Key, Result]) -> dict[tuple[str, str, int, int], Runs]:
 def ends_tables(groups: dict[tuple[str, str, int, int], Runs]) -> list[str]:
     """What each method ends with, and how the defaults compare with full depth and the plain cut at the same seeds.
 
-    The plain cut got as many steps as the defaults, or as many more as they spend on choosing and repairing.
+    A plain cut got as many steps as the defaults, or as many more as they spend on choosing and repairing.
     """
     lines = [
         "| domain | blocks | method | steps | before training | at the end | accuracy | choosing, repairing, s | in all, s "
@@ -185,14 +186,15 @@ def ends_tables(groups: dict[tuple[str, str, int, int], Runs]) -> list[str]:
             continue
         for (of, other, depth, their_steps), theirs in ordered:
             seeds = sorted(ours.keys() & theirs.keys())
-            if of != domain or not seeds or ((other, depth) != (RIVAL, target) and (other, their_steps) != ("full", steps)):
+            rival = other in RIVALS and depth == target
+            if of != domain or not seeds or not (rival or (other, their_steps) == ("full", steps)):
                 continue
             pairs = [(theirs[seed], ours[seed]) for seed in seeds]
             losses = [one["curve"][-1]["loss"] - mine["curve"][-1]["loss"] for one, mine in pairs]
             times = [one["curve"][-1]["seconds"] / mine["curve"][-1]["seconds"] for one, mine in pairs]
             right = [mine["accuracy"] - one["accuracy"] for one, mine in pairs if "accuracy" in one and "accuracy" in mine]
             lines.append(
-                f"| {domain} | {target} | {steps} | {SHOWN[other]} | {their_steps} | {statistics.mean(times):.2f} "
+                f"| {domain} | {target} | {steps} | {METHODS[other].says} | {their_steps} | {statistics.mean(times):.2f} "
                 f"| {mean_and_error(losses, 3, '+')} | {mean_and_error(right, 3, '+')} | {len(seeds)} |"
             )
     return [*lines, ""]
