@@ -55,13 +55,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "BertForSequenceClassification": {"num_labels": 3},
     "LlamaForSequenceClassification": {**GROUPED, "num_labels": 3},
 }
+LISTS = {"OpenAIGPTLMHeadModel": GPT}  # blocks that return a list; the first cannot go, as all share one activation module
 
 
 def make_model(name: str, seed: int = 0, **settings: Any) -> Any:
     """A random model whose layers differ in what they do to the loss."""
     torch.manual_seed(seed)
     model_class = getattr(transformers, name)
-    config = model_class.config_class(**{**COMMON, **ARCHITECTURES[name], **settings})
+    config = model_class.config_class(**{**COMMON, **{**ARCHITECTURES, **LISTS}[name], **settings})
     model = model_class(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:

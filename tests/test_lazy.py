@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import namedtuple
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ from importance_models import make_batches, make_model
 from trimllm_hf import drop_layers, score_layers
 from trimllm_hf.importance import evaluate_metric
 from trimllm_hf.importance.lazy import PassedOver, greedy_layers, lazy_greedy
+from trimllm_hf.surgery.units import block_output
 
 PLACES = (0.0, 1.0, 2.0, 3.5, 5.0, 5.5, 7.0, 9.0, 9.5, 12.0, 12.7, 14.0, 16.1, 16.4, 18.2, 19.0, 21.5, 22.0)
 INNER = list(range(1, len(PLACES) - 1))
@@ -75,7 +77,9 @@ def test_what_cannot_be_chosen_is_refused(count: int, width: int) -> None:
         lazy_greedy(stretched, [1, 2, 3, 4], count, width=width)
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "MptForCausalLM", "BertForSequenceClassification"])
+@pytest.mark.parametrize(
+    "name", ["LlamaForCausalLM", "OpenAIGPTLMHeadModel", "MptForCausalLM", "BertForSequenceClassification"]
+)
 def test_passing_over_is_dropping(name: str) -> None:
     model = make_model(name)
     batches = make_batches(model)
@@ -86,6 +90,25 @@ def test_passing_over_is_dropping(name: str) -> None:
     drop_layers(model, [1, 3])
     assert losses == pytest.approx([evaluate_metric(model, batches)] * 2, rel=1e-6)
     assert abs(before - losses[0]) > 1e-4  # it was given back
+
+
+def test_sets_that_cannot_be_dropped_are_not_tried() -> None:
+    """Without some of Gemma 4's layers others find no keys to read, and a pass would end in an error."""
+    model = make_model("LlamaForCausalLM", num_hidden_layers=6)
+    asked: list[list[int]] = []
+
+    def allowed(layers: Sequence[int]) -> bool:
+        asked.append(list(layers))
+        return not {2, 3} <= {*layers}
+
+    found = greedy_layers(model, make_batches(model), 3, allowed=allowed)
+    assert not {2, 3} <= {*found.layers} and any({2, 3} <= {*layers} for layers in asked)
+
+
+@pytest.mark.parametrize("output", [namedtuple("Output", "one other")(1, 2), {"one": 1, "other": 2}])
+def test_an_output_of_another_form_is_refused(output: Any) -> None:
+    with pytest.raises(ValueError, match=r"with one, other\. Trim such a model by a score that runs nothing"):
+        block_output(output)
 
 
 def test_blocks_that_are_passed_over_do_no_work() -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..engines import Gathered
-from ..surgery.units import Unit, block_input, block_output, without
+from ..surgery.units import Unit, behind_hidden, block_input, block_output, without
 from .calibration import Batch, model_inputs
 from .calls import BROADCAST, PLAIN, Inputs, has_independent_rows, noted_calls, repeated
 from .forwards import Forward, refuse_not_run, replaced_forwards, without_hooks
@@ -74,8 +74,10 @@ class Sweep:
                 if hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
                     self.tolerance = 0.05
                 output = forward(*args, **kwargs)
-                if isinstance(output, tuple):  # its tensors, such as attention weights, are not passed on to any block
-                    self._rests[position] = tuple(None if _tensors(item) else item for item in output[1:])
+                if (
+                    rest := behind_hidden(output)
+                ) is not None:  # its tensors (attention weights) are not passed on to any block
+                    self._rests[position] = tuple(None if _tensors(item) else item for item in rest)
                 self._first = block_output(output)
                 return output
 
@@ -172,7 +174,7 @@ class Sweep:
                         wide_args, wide_kwargs = tree_unflatten(wide, spec)
                         output = forward(*wide_args, **wide_kwargs)
                         self._chunks[number] = block_output(output)
-                        rest = output[1:] if number == 0 and isinstance(output, tuple) else rest
+                        rest = behind_hidden(output) if number == 0 else rest
                 if position == 0:
                     self._per_chunk = self._affordable(hidden, sum(workspace), len(candidates))
                 for unit in candidates:

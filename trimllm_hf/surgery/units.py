@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ from torch import nn
 from ..layer_map import UNITS
 from .sublayers import OutputSpec, find_output_specs
 from .trimmable import resolve_model
+
+SEVERAL = (tuple, list)  # how a block returns more than its hidden states; a list in OpenAI GPT
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,27 @@ def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def block_output(output: Any) -> torch.Tensor:
-    """The hidden states in the output of a block."""
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    """The hidden states in the output of a block.
+
+    Raises:
+        ValueError: If they are not all that it returns, and not the first of several values.
+    """
+    if hasattr(output, "_fields") or isinstance(output, Mapping):  # Reformer's two streams, SqueezeBERT's dict
+        raise ValueError(
+            f"Expected blocks that return their hidden states, alone or first, got a {type(output).__name__} with "
+            f"{', '.join(getattr(output, '_fields', output))}. Trim such a model by a score that runs nothing "
+            "(importance='last') and without a repair (repair='none')."
+        )
+    hidden: torch.Tensor = output[0] if isinstance(output, SEVERAL) else output
     return hidden
 
 
+def behind_hidden(output: Any) -> tuple[Any, ...] | None:
+    """What a block returns after its hidden states; None if it returns only these, by themselves."""
+    return tuple(output[1:]) if isinstance(output, SEVERAL) else None
+
+
 def _input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    hidden = block_input(args, kwargs)
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    block_output(output)  # refuses what has another form
+    hidden, rest = block_input(args, kwargs), behind_hidden(output)
+    return hidden if rest is None else (hidden, *rest)

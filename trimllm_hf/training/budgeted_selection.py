@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from ..importance.lazy import PassedOver, greedy_layers
 from ..importance.order import Chosen, choose, num_gaps, with_fewer_gaps
 from ..importance.unigram_baseline import loss_at_unigram_baseline
 from ..surgery.adapters import adapters_of, base_of
+from ..surgery.drop import plan_drop
+from ..surgery.trimmable import TrimmableModel, resolve_model
 from .config import TrimConfig
 from .dry_run import droppable
 from .layer_scorer import LayerScorer
@@ -70,44 +74,71 @@ def choose_within_budget(
     seen = {**how, "of_batches": scorer.of_batches}
     scores = score_layers(model, first(plan.examples), "block_influence", config.unit, **seen)
     chosen = choose(scores, count, candidates=candidates, spared=spared)
-    if config.unit != "block" or spared or not scorer.own_loss:
+    compared = _Comparison(model, config, step, processes)
+    if config.unit != "block" or spared or not scorer.own_loss or not compared.allowed(chosen.positions):
         return chosen, scores
-    sets = with_fewer_gaps(scores, chosen.positions, candidates)[: plan.sets]
+    sets = list(filter(compared.allowed, with_fewer_gaps(scores, chosen.positions, candidates)[: plan.sets]))
     if not (sets or plan.scanned):
         return chosen, scores
     labelled = batches if plan.scanned else first(JUDGED)
     if config.warm_up_importance != "none" and loss_at_unigram_baseline(model, labelled, **processes):
         return chosen, scores
-    passed = PassedOver(model, config.part)
-
-    def losses_without(named: Mapping[str, list[int]], on: Sequence[Batch]) -> dict[str, float]:
-        losses = {}
-        for name, layers in named.items():
-            with passed.without(layers):
-                losses[name] = evaluate_metric(model, on, **processes)
-        return losses
-
-    def lowest(losses: Mapping[str, float]) -> str:
-        winner = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
-        told = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
-        logger.info(f"Step {step}: chosen by {winner}. Losses on the calibration set: {told}.")
-        return winner
-
     found = chosen.positions
     if sets:
-        of_gaps = {f"block influence, {num_gaps(layers)} gap(s)": layers for layers in (found, *sets)}
-        found = of_gaps[lowest(losses_without(of_gaps, first(JUDGED)))]
+        by_gaps = {f"block influence, {num_gaps(layers)} gap(s)": layers for layers in (found, *sets)}
+        found = by_gaps[compared.lowest(compared.plain(by_gaps, first(JUDGED)))]
     if plan.scanned:
-        greedy = greedy_layers(model, first(plan.scanned), count, candidates=candidates, width=plan.width, **how)
-        both = {"block influence": found, "a lazy scan": sorted(greedy.layers)}
-        if found == both["a lazy scan"]:
-            losses = {"block influence": greedy.cost}
-        elif repairer is None or adapters_of(base_of(model)):
-            losses = losses_without(both, batches)
-        else:  # a repair can change which set is best
-            repairs = repairer.fit(model, list(both.values()))
-            losses = {name: repairer.evaluate(model, repair).loss for name, repair in zip(both, repairs, strict=True)}
-        found = both[lowest(losses)]
+        among: dict[str, Any] = {"candidates": candidates, "width": plan.width, "allowed": compared.allowed}
+        scan = greedy_layers(model, first(plan.scanned), count, **among, **how)
+        by_score = {"block influence": found, "a lazy scan": sorted(scan.layers)}
+        if found != by_score["a lazy scan"] and math.isfinite(scan.cost):
+            if repairer is None or adapters_of(base_of(model)):
+                losses = compared.plain(by_score, batches)
+            else:
+                losses = compared.repaired(by_score, repairer)
+            found = by_score[compared.lowest(losses)]
     if found == chosen.positions:
         return chosen, scores
     return Chosen(found, [scores[position].item() for position in found], None), scores
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Compares sets of layers, by name, by the model's loss without them."""
+
+    model: PreTrainedModel
+    config: TrimConfig
+    step: int
+    processes: dict[str, Any]
+
+    def allowed(self, layers: Sequence[int]) -> bool:
+        """Whether they can be dropped together: a model whose layers share keys cannot even run without some."""
+        try:
+            plan_drop(self._target, layers, portable=self.config.portable)
+        except ValueError:
+            return False
+        return True
+
+    def plain(self, sets: Mapping[str, list[int]], batches: Sequence[Batch]) -> dict[str, float]:
+        """The losses without each set, on some batches."""
+        losses, passed = {}, PassedOver(self.model, self.config.part)
+        for name, layers in sets.items():
+            with passed.without(layers):
+                losses[name] = evaluate_metric(self.model, batches, **self.processes)
+        return losses
+
+    def repaired(self, sets: Mapping[str, list[int]], repairer: Repairer) -> dict[str, float]:
+        """The held-out losses without each set, repaired: a repair can change which set is best."""
+        repairs = repairer.fit(self.model, list(sets.values()))
+        return {name: repairer.evaluate(self.model, repair).loss for name, repair in zip(sets, repairs, strict=True)}
+
+    def lowest(self, losses: Mapping[str, float]) -> str:
+        """The set of the lowest loss; the log has them all."""
+        winner = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
+        told = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
+        logger.info(f"Step {self.step}: chosen by {winner}. Losses on the calibration set: {told}.")
+        return winner
+
+    @cached_property
+    def _target(self) -> TrimmableModel:
+        return resolve_model(self.model, self.config.part)

@@ -24,6 +24,7 @@ from ..surgery.adapters import adapters_of, base_of
 from ..surgery.blocks import find_blocks
 from ..surgery.drop import plan_drop
 from ..surgery.repair import Repair, fit_repairs
+from ..surgery.units import block_output
 from ..utils import isolated_rng
 
 logger = logging.get_logger("transformers.trimllm_hf")
@@ -250,9 +251,7 @@ def _distance(
 ) -> float:
     last = find_blocks(base_of(model), repair.part).blocks[-1]
     states: list[torch.Tensor] = []
-    hook = last.register_forward_hook(
-        lambda _, args, output: states.append(output[0] if isinstance(output, tuple) else output)
-    )
+    hook = last.register_forward_hook(lambda _, args, output: states.append(block_output(output)))
     total = torch.zeros(2, dtype=torch.float64)
     try:
         everyones = on_every_process(model, batches, "repair", process_group, filler_batch)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...engines import ProcessGroup
 from ..blocks import find_blocks
-from ..units import Unit, block_output, list_units, without
+from ..units import Unit, behind_hidden, block_output, list_units, without
 from .gaps import Place
 from .output_projection import OutputProjection, find_output_projection
 from .repair import Form, answering
@@ -40,8 +40,8 @@ def probe(
     def looking(position: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
-            if isinstance(output, tuple):
-                forms[position] = tuple(torch.empty(0) if isinstance(item, torch.Tensor) else item for item in output[1:])
+            if (rest := behind_hidden(output)) is not None:
+                forms[position] = tuple(torch.empty(0) if isinstance(item, torch.Tensor) else item for item in rest)
             for place in sorted((p for p in ends if p.position == position), key=lambda p: p.inside):
                 with without(mlps[position], blocks) if place.inside else nullcontext():
                     projections[place] = find_output_projection(
