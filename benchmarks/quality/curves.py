@@ -16,7 +16,7 @@ from methods import METHODS
 from results import Key, Result
 
 STEPS = (0, 40, 80, 120, 200, 300, 400, 500, 600)  # in the table
-SHOWN = {"full": "full depth", "default": "the defaults", "influence-ranked": "one cut, not repaired"}  # in the picture
+SHOWN = {"full": "full depth", "influence-repaired": "one cut, repaired", "influence-ranked": "one cut, not repaired"}
 RIVAL, REPAIRED = "influence-ranked", ("default", "influence-repaired")
 RIVALS = (RIVAL, "angular-once")  # that repair nothing, at the end of runs
 COLOURS = dict(zip(SHOWN, ("tab:grey", "tab:green", "tab:orange"), strict=True))
