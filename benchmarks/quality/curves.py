@@ -187,7 +187,7 @@ def ends_tables(groups: dict[tuple[str, str, int, int], Runs]) -> list[str]:
         for (of, other, depth, their_steps), theirs in ordered:
             seeds = sorted(ours.keys() & theirs.keys())
             rival = other in RIVALS and depth == target
-            if of != domain or not seeds or not (rival or (other, their_steps) == ("full", steps)):
+            if of != domain or not seeds or not (rival or other == "full"):
                 continue
             pairs = [(theirs[seed], ours[seed]) for seed in seeds]
             losses = [one["curve"][-1]["loss"] - mine["curve"][-1]["loss"] for one, mine in pairs]
