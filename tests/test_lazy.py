@@ -14,7 +14,7 @@ from importance_models import make_batches, make_model
 from trimllm_hf import drop_layers, score_layers
 from trimllm_hf.importance import evaluate_metric
 from trimllm_hf.importance.lazy import PassedOver, greedy_layers, lazy_greedy
-from trimllm_hf.surgery.units import block_output
+from trimllm_hf.surgery.units import behind_hidden, block_output
 
 PLACES = (0.0, 1.0, 2.0, 3.5, 5.0, 5.5, 7.0, 9.0, 9.5, 12.0, 12.7, 14.0, 16.1, 16.4, 18.2, 19.0, 21.5, 22.0)
 INNER = list(range(1, len(PLACES) - 1))
@@ -107,8 +107,9 @@ def test_sets_that_cannot_be_dropped_are_not_tried() -> None:
 
 @pytest.mark.parametrize("output", [namedtuple("Output", "one other")(1, 2), {"one": 1, "other": 2}])
 def test_an_output_of_another_form_is_refused(output: Any) -> None:
-    with pytest.raises(ValueError, match=r"with one, other\. Trim such a model by a score that runs nothing"):
-        block_output(output)
+    for read in (block_output, behind_hidden):
+        with pytest.raises(ValueError, match=r"with one, other\. Trim such a model by a score that runs nothing"):
+            read(output)
 
 
 def test_blocks_that_are_passed_over_do_no_work() -> None:

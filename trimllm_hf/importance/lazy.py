@@ -14,7 +14,7 @@ from torch import nn
 from ..engines import ProcessGroup
 from ..surgery.adapters import base_of
 from ..surgery.blocks import find_blocks
-from ..surgery.units import behind_hidden, block_input, block_output
+from ..surgery.units import behind_hidden, block_input
 from .calibration import Batch
 from .evaluation import evaluate_metric
 from .forwards import replaced_forwards
@@ -50,7 +50,7 @@ def greedy_layers(
     width: int | None = None,
     metric: str | Metric = "loss",
     part: str | None = None,
-    allowed: Callable[[Sequence[int]], bool] = bool,
+    allowed: Callable[[Sequence[int]], bool] | None = None,
     process_group: ProcessGroup | None = None,
     filler_batch: Batch | None = None,
 ) -> Greedy:
@@ -65,7 +65,7 @@ def greedy_layers(
             with a scan of the whole model.
         metric: What is measured on the model without the blocks; see `score_layers`.
         part: For an encoder-decoder, the stack that the blocks belong to.
-        allowed: Whether blocks can be removed together; the model is not run without others. Default: any.
+        allowed: Whether blocks can be removed together; the model is not run without others. None: any.
         process_group: The processes of the run, for example an engine; None in one process.
         filler_batch: A batch for the forward passes of a process whose share is empty; it does not count.
 
@@ -76,7 +76,7 @@ def greedy_layers(
     processes: dict[str, Any] = {"process_group": process_group, "filler_batch": filler_batch}
 
     def cost(positions: Collection[int]) -> float:
-        if positions and not allowed(sorted(positions)):
+        if positions and allowed is not None and not allowed(sorted(positions)):
             return math.inf
         with passed.without(positions):
             return found.importance(evaluate_metric(model, batches, found, **processes))
@@ -161,7 +161,6 @@ class PassedOver:
                 hidden = block_input(args, kwargs)
                 if position not in self._rests or position in self._must_run:
                     output = forward(*args, **kwargs)
-                    block_output(output)  # refuses what has another form
                     rest = behind_hidden(output)
                     if any(isinstance(item, torch.Tensor) for item in rest or ()):
                         self._must_run.add(position)

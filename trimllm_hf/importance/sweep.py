@@ -74,9 +74,8 @@ class Sweep:
                 if hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
                     self.tolerance = 0.05
                 output = forward(*args, **kwargs)
-                if (
-                    rest := behind_hidden(output)
-                ) is not None:  # its tensors (attention weights) are not passed on to any block
+                # tensors, such as attention weights, are not passed on to any block
+                if (rest := behind_hidden(output)) is not None:
                     self._rests[position] = tuple(None if _tensors(item) else item for item in rest)
                 self._first = block_output(output)
                 return output

@@ -101,22 +101,30 @@ def block_output(output: Any) -> torch.Tensor:
     Raises:
         ValueError: If they are not all that it returns, and not the first of several values.
     """
+    _refuse_other_forms(output)
+    hidden: torch.Tensor = output[0] if isinstance(output, SEVERAL) else output
+    return hidden
+
+
+def behind_hidden(output: Any) -> tuple[Any, ...] | None:
+    """What a block returns after its hidden states; None if it returns only these, by themselves.
+
+    Raises:
+        ValueError: As `block_output`.
+    """
+    _refuse_other_forms(output)
+    return tuple(output[1:]) if isinstance(output, SEVERAL) else None
+
+
+def _refuse_other_forms(output: Any) -> None:
     if hasattr(output, "_fields") or isinstance(output, Mapping):  # Reformer's two streams, SqueezeBERT's dict
         raise ValueError(
             f"Expected blocks that return their hidden states, alone or first, got a {type(output).__name__} with "
             f"{', '.join(getattr(output, '_fields', output))}. Trim such a model by a score that runs nothing "
             "(importance='last') and without a repair (repair='none')."
         )
-    hidden: torch.Tensor = output[0] if isinstance(output, SEVERAL) else output
-    return hidden
-
-
-def behind_hidden(output: Any) -> tuple[Any, ...] | None:
-    """What a block returns after its hidden states; None if it returns only these, by themselves."""
-    return tuple(output[1:]) if isinstance(output, SEVERAL) else None
 
 
 def _input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    block_output(output)  # refuses what has another form
     hidden, rest = block_input(args, kwargs), behind_hidden(output)
     return hidden if rest is None else (hidden, *rest)
